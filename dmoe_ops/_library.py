@@ -1,0 +1,155 @@
+"""The torch library "dmoe": schemas, and the backends that can fill an op's outputs.
+
+An op (router.py, experts.py, layer.py) validates, allocates its outputs with the allocator that its fake kernel uses too,
+and hands them to a backend. A backend writes into them and does nothing else.
+
+    reference   plain torch, any device and dtype
+    cpp         csrc/cpu through the extension module; CPU
+    triton      triton_kernels; CUDA and ROCm, and the CPU under TRITON_INTERPRET=1
+    cuda        csrc/cuda through the extension module; CUDA
+
+`DMOE_BACKEND` = auto | reference | cpp | triton | cuda chooses; auto takes the fastest that can serve the tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from . import reference
+from .routing import AGGREGATES, SCORES, SELECTS, BlockRouting, RoutingResult
+
+ROUTING = (
+    "int num_experts, int top_k, int block_size, int n_group, int topk_group, str score, str aggregate, str select, "
+    "float top_p, int min_experts, int? max_experts, int? capacity, int? union_k, bool norm_topk_prob, "
+    "float routed_scaling_factor"
+)
+
+lib = torch.library.Library("dmoe", "DEF")
+
+# What C++ and CUDA implement under their dispatch keys; `ints` and `floats` are `packed_routing`.
+lib.define(
+    "_block_route_out(Tensor logits, Tensor? expert_bias, Tensor? block_offsets, int seq_len, int[] ints, "
+    "float[] floats, Tensor(a!) topk_ids, Tensor(b!) topk_weights, Tensor(c!) coreset_ids, "
+    "Tensor(d!) coreset_sizes) -> ()"
+)
+lib.define("_gate_out(Tensor x, Tensor gate_weight, Tensor(a!) logits) -> ()")
+lib.define(
+    "_moe_experts_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor topk_ids, "
+    "Tensor topk_weights, Tensor(a!) y) -> ()"
+)
+
+try:
+    from . import _C
+except ImportError as error:  # built without a C++ compiler: the torch reference serves
+    _C, WHY_NO_C = None, str(error)
+
+
+def define(schema: str, impl, fake, setup_context, backward) -> None:
+    """Registers dmoe::`schema` with its implementation, its fake kernel and its gradient."""
+    name = "dmoe::" + schema[: schema.index("(")]
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    lib.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=lib)
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=lib)
+
+
+@functools.lru_cache(maxsize=1024)
+def unpack_routing(args: tuple) -> BlockRouting:
+    return BlockRouting(*args)
+
+
+@functools.lru_cache(maxsize=1024)
+def packed_routing(routing: BlockRouting) -> tuple[list[int], list[float]]:
+    """The settings as csrc/routing.h reads them."""
+    ints = [
+        routing.top_k,
+        routing.block_size,
+        routing.n_group,
+        routing.topk_group,
+        SCORES.index(routing.score),
+        AGGREGATES.index(routing.aggregate),
+        SELECTS.index(routing.select),
+        routing.min_experts,
+        routing.max_experts or routing.num_experts,
+        routing.capacity or 0,
+        routing.union_k or 0,
+        int(routing.norm_topk_prob),
+    ]
+    return ints, [routing.top_p, routing.routed_scaling_factor]
+
+
+class Reference:
+    """The contract itself, for what no kernel covers."""
+
+    @staticmethod
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
+        rows = logits.view(-1, seq_len, logits.shape[1]) if seq_len else logits
+        for written, value in zip(
+            out, reference.block_route(rows, expert_bias, routing=routing, block_offsets=block_offsets)
+        ):
+            written.copy_(value)
+
+    @staticmethod
+    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
+        y.copy_(reference.moe_experts(x, w13, w2, topk_ids, topk_weights))
+
+    @staticmethod
+    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+        rows = x.view(-1, seq_len, x.shape[1]) if seq_len else x
+        value, routed, logits = reference.block_moe(
+            rows, gate_weight, expert_bias, *weights, routing=routing, block_offsets=block_offsets
+        )
+        y.copy_(value.view(x.shape))
+        router_logits.copy_(logits)
+        for written, value in zip(out, routed):
+            written.copy_(value)
+
+
+class Cpp:
+    """csrc/cpu."""
+
+    @staticmethod
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
+        torch.ops.dmoe._block_route_out(
+            logits, expert_bias, block_offsets, seq_len, *packed_routing(routing), *out
+        )
+
+    @staticmethod
+    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
+        torch.ops.dmoe._moe_experts_out(x, w13, w2, None, None, topk_ids, topk_weights, y)
+
+    @staticmethod
+    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+        torch.ops.dmoe._gate_out(x, gate_weight, router_logits)
+        Cpp.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
+        torch.ops.dmoe._moe_experts_out(x, *weights, out.topk_ids, out.topk_weights, y)
+
+
+BACKENDS = {"reference": Reference, "cpp": Cpp}
+
+
+def missing() -> dict[str, str]:
+    """Why each backend that this installation lacks is missing, by name."""
+    reasons = {}
+    if _C is None:
+        reasons["cpp"] = f"the extension module is not built: {WHY_NO_C}"
+    return reasons
+
+
+def backend(x: torch.Tensor):
+    """The backend that serves tensors like x, under DMOE_BACKEND."""
+    wanted = os.environ.get("DMOE_BACKEND", "auto")
+    if wanted == "reference" or x.dtype == torch.float64:
+        return Reference
+    if wanted == "auto":
+        return Cpp if x.device.type == "cpu" and _C is not None else Reference
+    if wanted not in BACKENDS:
+        raise ValueError(f"DMOE_BACKEND must be auto or one of {', '.join(BACKENDS)}, got {wanted!r}")
+    if wanted in missing():
+        raise ValueError(f"DMOE_BACKEND={wanted}: {missing()[wanted]}")
+    if wanted == "cpp" and x.device.type != "cpu":
+        raise ValueError(f"DMOE_BACKEND=cpp serves CPU tensors, got {x.device}")
+    return BACKENDS[wanted]

@@ -1,0 +1,261 @@
+"""dmoe::block_moe, the whole MoE layer as one op, and BlockMoE, the module that holds its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import _checks, _library, router
+from .routing import BlockRouting, RoutingResult
+
+
+def block_moe(
+    x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, *, routing: BlockRouting, block_offsets=None
+) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
+    """See `dmoe_ops.reference.block_moe`."""
+    _checks.routing(routing)
+    for name, value in (("x", x), ("gate_weight", gate_weight), ("w13", w13), ("w2", w2)):
+        _checks.tensor(name, value)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must have shape [T, H] or [bsz, seq, H], got {list(x.shape)}")
+    rows = x.reshape(-1, x.shape[-1])
+    y, *routed, router_logits = torch.ops.dmoe.block_moe(
+        rows, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, x.shape[-2], *routing.args()
+    )
+    return y.view(x.shape), router.result(routed), router_logits
+
+
+def fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *routing_args):
+    routing = _library.unpack_routing(routing_args)
+    _checks.layer(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, routing)
+    router.check_seq_len(seq_len, x.shape[0])
+    logits_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    routed = router.allocate(x.shape[0], seq_len, block_offsets, routing, x)
+    router_logits = x.new_empty((x.shape[0], routing.num_experts), dtype=logits_dtype)
+    return x.new_empty(x.shape), *router.outputs(routed), router_logits
+
+
+def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *routing_args):
+    routing = _library.unpack_routing(routing_args)
+    out = fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *routing_args)
+    _checks.block_offset_values(block_offsets, x.shape[0], routing.block_size)
+    if x.shape[0]:
+        y, *routed, router_logits = out
+        if expert_bias is not None:
+            expert_bias = expert_bias.contiguous()
+        _library.backend(x).block_moe(
+            x.contiguous(),
+            gate_weight.contiguous(),
+            expert_bias,
+            (w13, w2, shared_w13, shared_w2),
+            block_offsets,
+            seq_len,
+            routing,
+            y,
+            router.result(routed),
+            router_logits,
+        )
+    return out
+
+
+def setup_context(ctx, inputs, output):
+    x, gate_weight, _, w13, w2, shared_w13, shared_w2 = inputs[:7]
+    _, topk_weights, topk_ids, coreset_ids, coreset_sizes, router_logits = output
+    ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
+    ctx.routing, ctx.n_inputs = _library.unpack_routing(inputs[9:]), len(inputs)
+    ctx.save_for_backward(
+        x, gate_weight, w13, w2, shared_w13, shared_w2, topk_ids, topk_weights.detach(), router_logits.detach()
+    )
+
+
+def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_router_logits):
+    x, gate_weight, w13, w2, shared_w13, shared_w2, topk_ids, topk_weights, router_logits = ctx.saved_tensors
+    needs = dict(zip(("x", "gate_weight", "bias", "w13", "w2", "shared_w13", "shared_w2"), ctx.needs_input_grad))
+    expert_gradient = torch.ops.dmoe._moe_experts_backward
+
+    d_x, d_w13, d_w2, d_weights = expert_gradient(
+        d_y, x, w13, w2, topk_ids, topk_weights, needs["w13"] or needs["w2"]
+    )
+    d_logits = d_router_logits + router.weights_backward(
+        d_weights + d_topk_weights, router_logits, topk_ids, ctx.routing
+    )
+    d_x = d_x + (d_logits @ gate_weight.to(d_logits.dtype)).to(x.dtype)
+    d_gate = (d_logits.T @ x.to(d_logits.dtype)).to(gate_weight.dtype) if needs["gate_weight"] else None
+
+    d_shared_w13 = d_shared_w2 = None
+    if shared_w13 is not None:  # one more expert, taken by every token with weight 1
+        ids = topk_ids.new_zeros(x.shape[0], 1)
+        ones = topk_weights.new_ones(x.shape[0], 1)
+        d_shared_x, d_shared_w13, d_shared_w2, _ = expert_gradient(
+            d_y, x, shared_w13[None], shared_w2[None], ids, ones, needs["shared_w13"] or needs["shared_w2"]
+        )
+        d_x = d_x + d_shared_x
+        d_shared_w13 = d_shared_w13[0] if needs["shared_w13"] else None
+        d_shared_w2 = d_shared_w2[0] if needs["shared_w2"] else None
+    return (
+        d_x if needs["x"] else None,
+        d_gate,
+        None,
+        d_w13 if needs["w13"] else None,
+        d_w2 if needs["w2"] else None,
+        d_shared_w13,
+        d_shared_w2,
+        *[None] * (ctx.n_inputs - 7),
+    )
+
+
+_library.define(
+    "block_moe(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor w13, Tensor w2, Tensor? shared_w13, "
+    f"Tensor? shared_w2, Tensor? block_offsets, int seq_len, {_library.ROUTING}) -> (Tensor y, Tensor topk_weights, "
+    "Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
+    impl,
+    fake,
+    setup_context,
+    backward,
+)
+
+
+class BlockMoE(nn.Module):
+    """A sparse MoE layer that routes by block.
+
+    Weights: gate_weight [E, H], expert_bias float32 [E] (a buffer; None without one), w13 [E, 2I, H] (gate rows first),
+    w2 [E, H, I], shared_w13 [2I_shared, H] and shared_w2 [H, I_shared] (None without a shared expert). Created empty.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        routing: BlockRouting,
+        *,
+        shared_intermediate_size: int = 0,
+        expert_bias: bool = True,
+        dtype=None,
+        device=None,
+    ):
+        _checks.routing(routing)
+        super().__init__()
+        self.routing = routing
+
+        def empty(*shape):
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+
+        self.gate_weight = empty(routing.num_experts, hidden_size)
+        bias = torch.zeros(routing.num_experts, dtype=torch.float32, device=device) if expert_bias else None
+        self.register_buffer("expert_bias", bias)
+        self.w13 = empty(routing.num_experts, 2 * intermediate_size, hidden_size)
+        self.w2 = empty(routing.num_experts, hidden_size, intermediate_size)
+        self.shared_w13 = empty(2 * shared_intermediate_size, hidden_size) if shared_intermediate_size else None
+        self.shared_w2 = empty(hidden_size, shared_intermediate_size) if shared_intermediate_size else None
+
+    def forward(self, hidden_states, block_offsets=None):
+        """hidden_states [bsz, seq, H] or [T, H] -> (y of that shape, (router_logits float32 [..., E], topk_ids
+        int64 [..., k])): what LLaDA2's own block returns."""
+        bias = None if self.expert_bias is None else self.expert_bias.float()
+        y, routed, router_logits = block_moe(
+            hidden_states,
+            self.gate_weight,
+            bias,
+            self.w13,
+            self.w2,
+            self.shared_w13,
+            self.shared_w2,
+            routing=self.routing,
+            block_offsets=block_offsets,
+        )
+        lead = hidden_states.shape[:-1]
+        return y, (router_logits.view(*lead, -1), routed.topk_ids.view(*lead, -1).long())
+
+    @classmethod
+    def from_reference(cls, module: nn.Module, routing: BlockRouting) -> BlockMoE:
+        """Takes over the weights of a LLaDA2 sparse MoE block: `gate.weight`, `gate.expert_bias`,
+        `experts[i].{gate,up,down}_proj` and, if there, `shared_experts`.
+
+        The weights are held once: the parameters of `module` become views of the stacked ones, so it goes on working and
+        the peak is one layer. Raises ValueError, naming the member, before anything is moved.
+        """
+        _checks.routing(routing)
+        check_reference(module, routing)
+        first = module.experts[0].gate_proj.weight
+        shared = getattr(module, "shared_experts", None)
+        layer = cls(
+            first.shape[1],
+            first.shape[0],
+            routing,
+            shared_intermediate_size=0 if shared is None else shared.gate_proj.weight.shape[0],
+            dtype=first.dtype,
+            device="meta",
+        )
+        layer.gate_weight = module.gate.weight
+        layer.expert_bias = module.gate.expert_bias.detach().float()
+        for name in ("w13", "w2", "shared_w13", "shared_w2"):
+            empty = getattr(layer, name)
+            if empty is not None:
+                setattr(layer, name, nn.Parameter(torch.empty_like(empty, device=first.device), first.requires_grad))
+        for expert, w13, w2 in zip(module.experts, layer.w13.data, layer.w2.data):
+            _take_over(expert, w13, w2)
+        if shared is not None:
+            _take_over(shared, layer.shared_w13.data, layer.shared_w2.data)
+        return layer.train(module.training)
+
+    def extra_repr(self) -> str:
+        return repr(self.routing)
+
+
+def _take_over(mlp: nn.Module, w13, w2) -> None:
+    """Copies the weights of one expert into w13 [2I, H] and w2 [H, I], and lets its parameters view them."""
+    gate, up = w13.chunk(2)
+    for projection, stacked in ((mlp.gate_proj, gate), (mlp.up_proj, up), (mlp.down_proj, w2)):
+        projection.weight.data = stacked.copy_(projection.weight.data)
+
+
+def is_reference(module: nn.Module) -> bool:
+    """Whether a module has the members of LLaDA2's sparse MoE block."""
+    gate, experts = getattr(module, "gate", None), getattr(module, "experts", None)
+    return (
+        isinstance(getattr(gate, "weight", None), torch.Tensor)
+        and isinstance(getattr(gate, "expert_bias", None), torch.Tensor)
+        and isinstance(experts, nn.ModuleList)
+        and len(experts) > 0
+        and all(hasattr(experts[0], name) for name in ("gate_proj", "up_proj", "down_proj"))
+    )
+
+
+def check_reference(module: nn.Module, routing: BlockRouting) -> None:
+    """Raises ValueError, naming the member, unless `from_reference` can take over every weight of the module."""
+    if not is_reference(module):
+        raise ValueError(
+            "module must have the members of LLaDA2's sparse MoE block (gate.weight, gate.expert_bias, "
+            f"experts[i].gate_proj, up_proj, down_proj), got {type(module).__name__}"
+        )
+    activation = getattr(getattr(module, "config", None), "hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"config.hidden_act must be silu, got {activation!r}")
+    if len(module.experts) != routing.num_experts:
+        raise ValueError(f"experts must hold num_experts={routing.num_experts} modules, got {len(module.experts)}")
+    first = module.experts[0].gate_proj.weight
+    if first.dim() != 2 or not first.dtype.is_floating_point or first.device.type == "meta":
+        raise ValueError(
+            f"experts[0].gate_proj.weight must be a loaded float matrix, got {list(first.shape)} {first.dtype} "
+            f"on {first.device}"
+        )
+    _checks.tensor("gate.weight", module.gate.weight, [routing.num_experts, first.shape[1]], _checks.WEIGHT_DTYPES)
+    _checks.tensor("gate.expert_bias", module.gate.expert_bias, [routing.num_experts], _checks.WEIGHT_DTYPES)
+    for i, expert in enumerate(module.experts):
+        _check_mlp(f"experts[{i}]", expert, first, first.shape[0])
+    if getattr(module, "shared_experts", None) is not None:
+        gate_proj = getattr(module.shared_experts, "gate_proj", None)
+        weight = getattr(gate_proj, "weight", None)
+        _checks.tensor("shared_experts.gate_proj.weight", weight, ["I_shared", first.shape[1]])
+        _check_mlp("shared_experts", module.shared_experts, first, weight.shape[0])
+
+
+def _check_mlp(name: str, mlp: nn.Module, like, intermediate: int) -> None:
+    hidden = like.shape[1]
+    shapes = dict(gate_proj=[intermediate, hidden], up_proj=[intermediate, hidden], down_proj=[hidden, intermediate])
+    for projection, shape in shapes.items():
+        linear = getattr(mlp, projection, None)
+        weight = getattr(linear, "weight", None)
+        _checks.tensor(f"{name}.{projection}.weight", weight, shape, (like.dtype,), like.device)
+        if getattr(linear, "bias", None) is not None:
+            raise ValueError(f"{name}.{projection} must have no bias, got one of shape {list(linear.bias.shape)}")

@@ -1,0 +1,221 @@
+"""The contract of every kernel, in plain torch: same names, same signatures, same results as the ops of this package.
+
+Written to be read, not to be fast. Sources: dMoE, arXiv 2605.30876, Algorithm 1; DES, arXiv 2602.00879; the LLaDA2.2 report.
+
+Rounding. The router is fp32, yet two of its steps would depend on the order of additions or on the exp at hand, and a
+coreset is a discrete thing. So every score and every sum is rounded to fp32 once, from float64: any order of summation
+then gives the same bits, equal logits give equal scores, and a backend can reproduce a coreset exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import _checks
+from .routing import BlockRouting, RoutingResult
+
+EPS = 1e-20
+
+
+def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None) -> RoutingResult:
+    """Coreset of every block and experts of every token.
+
+    logits: float32 [T, E] or [bsz, seq, E]; blocks of `routing.block_size` rows are cut inside each sequence, the last one
+    may be partial. (float64 is taken too, for gradcheck; the weights are float64 then.)
+    expert_bias: float32 [E] or None; selections use score + bias, weights the score alone.
+    block_offsets: int32 [n_blocks + 1] rising from 0 to T: block i holds rows offsets[i] to offsets[i + 1] - 1, of
+    the flattened logits; at most `block_size` rows each. The values are checked on the CPU only: elsewhere it would
+    need a synchronisation.
+
+    Returns `RoutingResult`, its rows flattened to T. topk_weights is differentiable with respect to logits; the
+    selection passes no gradient. A NaN logit is never chosen and never votes.
+
+    Raises ValueError, naming the argument and its value, for wrong shapes, dtypes, devices or offsets.
+    Source: dMoE Algorithm 1, with every free slot filled from the coreset.
+    """
+    _checks.routing(routing)
+    _checks.tensor("logits", logits)
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits must have shape [T, E] or [bsz, seq, E], got {list(logits.shape)}")
+    seq_len = logits.shape[-2]
+    logits = logits.reshape(-1, logits.shape[-1])
+    _checks.route(logits, expert_bias, block_offsets, routing)
+    _checks.block_offset_values(block_offsets, logits.shape[0], routing.block_size)
+    tokens, num_experts = logits.shape
+
+    score = scores(logits, routing.score)
+    with torch.no_grad():
+        block_of, n_blocks = blocks(tokens, seq_len, routing.block_size, block_offsets, logits.device)
+        selection = selection_scores(score.detach(), logits, expert_bias)
+        coreset = select(aggregate(score.detach(), selection, block_of, n_blocks, routing), routing)
+        chosen, valid = choose(selection.masked_fill(~coreset[block_of], -torch.inf), routing)
+        width = routing.coreset_width
+        members = torch.arange(num_experts, device=logits.device).expand(n_blocks, -1)
+        coreset_ids = members.masked_fill(~coreset, num_experts).sort(dim=1).values[:, :width]
+        coreset_ids = coreset_ids.masked_fill(coreset_ids == num_experts, -1)
+
+    weights = score.gather(1, chosen).masked_fill(~valid, 0)
+    if routing.norm_topk_prob:
+        weights = weights / (round_sum(weights, 1, keepdim=True) + EPS)
+    return RoutingResult(
+        chosen.masked_fill(~valid, -1).int(),
+        weights * routing.routed_scaling_factor,
+        coreset_ids.int(),
+        coreset.sum(1).int(),
+    )
+
+
+def moe_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
+    """y_t = sum_j topk_weights[t, j] * W_down[e] (silu(W_gate[e] x_t) * (W_up[e] x_t)), e = topk_ids[t, j].
+
+    x: [T, H] float32, bfloat16 or float16 (float64 too, for gradcheck).
+    w13: [E, 2I, H], gate rows first; w2: [E, H, I]; contiguous, dtype of x.
+    topk_ids: int32 [T, k], -1 adds nothing; topk_weights: float32 [T, k].
+
+    Returns y [T, H] in the dtype of x; products accumulate in fp32 and y is rounded once. Differentiable with respect
+    to x, w13, w2 and topk_weights. Raises ValueError, naming the argument and its value.
+    """
+    _checks.experts(x, w13, w2, topk_ids, topk_weights)
+    y = torch.zeros(x.shape, dtype=topk_weights.dtype, device=x.device)
+    for expert in range(w13.shape[0]):
+        rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
+        if len(rows):
+            out = mlp(x[rows].to(y.dtype), w13[expert], w2[expert])
+            y = y.index_add(0, rows, topk_weights[rows, slots, None] * out)
+    return y.to(x.dtype)
+
+
+def block_moe(
+    x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, *, routing: BlockRouting, block_offsets=None
+) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
+    """The whole layer: gate, block routing, experts and the shared expert.
+
+    x: [T, H] or [bsz, seq, H]; gate_weight: [E, H], any float dtype; expert_bias: float32 [E] or None; w13, w2: see
+    `moe_experts`; shared_w13 [2I_shared, H] and shared_w2 [H, I_shared], dtype of x, or both None.
+    routing, block_offsets: see `block_route`.
+
+    Returns (y like x, `RoutingResult`, router_logits float32 [T, E]); y is rounded once, with the shared expert in it.
+    Differentiable with respect to x, the gate weight (through the weights of the chosen experts), the expert weights and
+    the shared expert's. Raises ValueError, naming the argument and its value.
+    """
+    _checks.routing(routing)
+    _checks.tensor("x", x)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must have shape [T, H] or [bsz, seq, H], got {list(x.shape)}")
+    flat = x.reshape(-1, x.shape[-1])
+    _checks.layer(flat, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, routing)
+    acc = flat.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    logits = F.linear(acc, gate_weight.to(acc.dtype))
+    routed = block_route(
+        logits.view(*x.shape[:-1], -1), expert_bias, routing=routing, block_offsets=block_offsets
+    )
+    # In the accumulator's dtype, so that the routed and the shared part are rounded together.
+    y = moe_experts(acc, w13.to(acc.dtype), w2.to(acc.dtype), routed.topk_ids, routed.topk_weights)
+    if shared_w13 is not None:
+        y = y + mlp(acc, shared_w13, shared_w2)
+    return y.to(x.dtype).view(x.shape), routed, logits
+
+
+def mlp(x, w13, w2) -> torch.Tensor:
+    """W_down (silu(W_gate x) * (W_up x)) for x [T, H], w13 [2I, H], w2 [H, I], computed in the dtype of x."""
+    gate, up = F.linear(x, w13.to(x.dtype)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, w2.to(x.dtype))
+
+
+def scores(logits, kind: str) -> torch.Tensor:
+    """s [T, E] of the logits, rounded once from float64. NaN logits score 0 and take no share of a softmax."""
+    wide = logits.double().masked_fill(logits.isnan(), -torch.inf)
+    if kind == "sigmoid":
+        return torch.sigmoid(wide).to(logits.dtype)
+    # The limits of a softmax: equal shares among the +inf, and among all where everything is -inf.
+    top = wide.amax(1, keepdim=True)
+    wide = torch.where(top.isinf(), torch.where(wide == top, 0.0, -torch.inf), wide)
+    return torch.softmax(wide, 1).masked_fill(logits.isnan(), 0).to(logits.dtype)
+
+
+def selection_scores(score, logits, expert_bias) -> torch.Tensor:
+    """r = s + expert_bias [T, E]; -inf marks an expert that may not be chosen: its logit is NaN, or its bias is -inf or NaN."""
+    selection = score if expert_bias is None else score + expert_bias
+    return selection.masked_fill(logits.isnan() | selection.isnan(), -torch.inf)
+
+
+def blocks(tokens: int, seq_len: int, block_size: int, block_offsets, device) -> tuple[torch.Tensor, int]:
+    """The block of every token, int64 [T], and the number of blocks."""
+    token = torch.arange(tokens, device=device)
+    if block_offsets is not None:
+        return torch.searchsorted(block_offsets[1:], token, right=True), block_offsets.shape[0] - 1
+    if tokens == 0:
+        return token, 0
+    per_sequence = -(-seq_len // block_size)
+    return token // seq_len * per_sequence + token % seq_len // block_size, tokens // seq_len * per_sequence
+
+
+def aggregate(score, selection, block_of, n_blocks: int, routing: BlockRouting) -> torch.Tensor:
+    """Stage 1: v [n_blocks, E], one score per block and expert."""
+    if routing.select == "all":
+        return score.new_zeros(n_blocks, score.shape[1])
+    if routing.aggregate == "max":
+        lowest = score.new_full((n_blocks, score.shape[1]), -torch.inf)
+        return lowest.scatter_reduce(0, block_of[:, None].expand_as(selection), selection, "amax")
+    if routing.aggregate == "sum":
+        votes = score / (round_sum(score, 1, keepdim=True) + EPS)
+    else:
+        k = routing.union_k if routing.aggregate == "union" else routing.top_k
+        in_top_k, valid = best(selection, k)
+        votes = selection if routing.aggregate == "topk_sum" else torch.ones_like(selection)
+        votes = torch.zeros_like(selection).scatter(1, in_top_k, votes.gather(1, in_top_k).masked_fill(~valid, 0))
+    total = torch.zeros(n_blocks, score.shape[1], dtype=torch.float64, device=score.device)
+    return total.index_add_(0, block_of, votes.double()).to(score.dtype)
+
+
+def select(value, routing: BlockRouting) -> torch.Tensor:
+    """Stage 2: the coreset as a mask [n_blocks, E]."""
+    n_blocks, num_experts = value.shape
+    if routing.select == "all":
+        return torch.ones_like(value, dtype=torch.bool)
+    if routing.select == "nonzero":
+        return value > 0
+    ordered, order = value.sort(dim=1, descending=True, stable=True)
+    if routing.select == "top_n":
+        size = torch.full((n_blocks, 1), routing.capacity, device=value.device)
+    else:
+        share = ordered / (round_sum(value, 1, keepdim=True) + EPS)
+        covered = share.double().cumsum(1).to(value.dtype)
+        # Compared in fp32 like the rest: the threshold is the fp32 number nearest to top_p.
+        threshold = torch.tensor(routing.top_p, dtype=value.dtype, device=value.device)
+        size = (covered <= threshold).sum(1, keepdim=True) + 1
+        size = size.clamp(min=routing.min_experts).clamp(max=routing.max_experts or num_experts)
+    first = torch.arange(num_experts, device=value.device) < size
+    return torch.zeros_like(first).scatter(1, order, first)
+
+
+def choose(candidates, routing: BlockRouting) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stage 3: the experts of each token, best first, from scores that are -inf outside its coreset; with the mask of
+    the slots that hold one. Members outside the kept groups come after all members inside."""
+    if routing.n_group == 1:
+        return best(candidates, routing.top_k)
+    grouped = candidates.view(candidates.shape[0], routing.n_group, -1)
+    if grouped.shape[2] > 1:
+        group_score = grouped.topk(2, dim=2).values.sum(2)
+    else:
+        group_score = torch.full(grouped.shape[:2], -torch.inf, device=candidates.device)
+    order = group_score.sort(dim=1, descending=True, stable=True).indices[:, : routing.topk_group]
+    kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, order, True)
+    kept = kept[:, :, None].expand_as(grouped).reshape(candidates.shape)
+    inside, inside_valid = best(candidates.masked_fill(~kept, -torch.inf), routing.top_k)
+    outside, outside_valid = best(candidates.masked_fill(kept, -torch.inf), routing.top_k)
+    # The valid slots of both, in order: a stable sort brings them to the front.
+    ids, valid = torch.cat([inside, outside], 1), torch.cat([inside_valid, outside_valid], 1)
+    front = valid.int().sort(dim=1, descending=True, stable=True).indices[:, : routing.top_k]
+    return ids.gather(1, front), valid.gather(1, front)
+
+
+def best(value, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the k largest of each row, ties to the lower id, and the mask of those that are not -inf."""
+    ordered, order = value.sort(dim=1, descending=True, stable=True)
+    return order[:, :k], ordered[:, :k] > -torch.inf
+
+
+def round_sum(value, dim: int, keepdim: bool = False) -> torch.Tensor:
+    return value.double().sum(dim, keepdim=keepdim).to(value.dtype)

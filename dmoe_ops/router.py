@@ -1,0 +1,108 @@
+"""dmoe::block_route: logits to coresets, expert ids and weights."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _checks, _library, reference
+from .routing import BlockRouting, RoutingResult
+
+
+def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None) -> RoutingResult:
+    """See `dmoe_ops.reference.block_route`."""
+    _checks.routing(routing)
+    _checks.tensor("logits", logits)
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits must have shape [T, E] or [bsz, seq, E], got {list(logits.shape)}")
+    rows = logits.reshape(-1, logits.shape[-1])
+    return result(torch.ops.dmoe.block_route(rows, expert_bias, block_offsets, logits.shape[-2], *routing.args()))
+
+
+def outputs(result: RoutingResult) -> tuple:
+    """A result in the order of the op's outputs: the differentiable one first, as torch.library.opcheck adds all outputs
+    up in the type of the first."""
+    return result.topk_weights, result.topk_ids, result.coreset_ids, result.coreset_sizes
+
+
+def result(outputs) -> RoutingResult:
+    topk_weights, topk_ids, coreset_ids, coreset_sizes = outputs
+    return RoutingResult(topk_ids, topk_weights, coreset_ids, coreset_sizes)
+
+
+def allocate(tokens, seq_len, block_offsets, routing: BlockRouting, like) -> RoutingResult:
+    """Empty outputs for `tokens` rows in sequences of `seq_len`, on the device of `like`."""
+    if block_offsets is not None:
+        n_blocks = block_offsets.shape[0] - 1
+    elif isinstance(tokens, int) and tokens == 0:
+        n_blocks = 0
+    else:
+        n_blocks = tokens // seq_len * ((seq_len + routing.block_size - 1) // routing.block_size)
+    weight_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return RoutingResult(
+        like.new_empty((tokens, routing.top_k), dtype=torch.int32),
+        like.new_empty((tokens, routing.top_k), dtype=weight_dtype),
+        like.new_empty((n_blocks, routing.coreset_width), dtype=torch.int32),
+        like.new_empty((n_blocks,), dtype=torch.int32),
+    )
+
+
+def check_seq_len(seq_len, tokens) -> None:
+    if tokens != 0 and (seq_len < 1 or tokens % seq_len != 0):
+        raise ValueError(f"seq_len must divide T={tokens}, got {seq_len}")
+
+
+def fake(logits, expert_bias, block_offsets, seq_len, *routing_args):
+    routing = _library.unpack_routing(routing_args)
+    _checks.route(logits, expert_bias, block_offsets, routing)
+    check_seq_len(seq_len, logits.shape[0])
+    return outputs(allocate(logits.shape[0], seq_len, block_offsets, routing, logits))
+
+
+def impl(logits, expert_bias, block_offsets, seq_len, *routing_args):
+    routing = _library.unpack_routing(routing_args)
+    out = fake(logits, expert_bias, block_offsets, seq_len, *routing_args)
+    _checks.block_offset_values(block_offsets, logits.shape[0], routing.block_size)
+    if logits.shape[0]:
+        if expert_bias is not None:
+            expert_bias = expert_bias.contiguous()
+        backend = _library.backend(logits)
+        backend.block_route(logits.contiguous(), expert_bias, block_offsets, seq_len, routing, result(out))
+    return out
+
+
+def setup_context(ctx, inputs, output):
+    logits = inputs[0]
+    topk_weights, topk_ids, coreset_ids, coreset_sizes = output
+    ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
+    ctx.routing, ctx.n_inputs = _library.unpack_routing(inputs[4:]), len(inputs)
+    ctx.save_for_backward(logits, topk_ids)
+
+
+def weights_backward(d_weights, logits, topk_ids, routing: BlockRouting):
+    """d logits [T, E] of the weights of the chosen experts; the selection passes no gradient."""
+    chosen, valid = topk_ids.clamp(min=0).long(), topk_ids >= 0
+    score = reference.scores(logits, routing.score)
+    picked = score.gather(1, chosen) * valid
+    d_picked = d_weights * routing.routed_scaling_factor * valid
+    if routing.norm_topk_prob:
+        total = picked.sum(1, keepdim=True) + reference.EPS
+        d_picked = (d_picked - (d_picked * picked).sum(1, keepdim=True) / total) / total * valid
+    if routing.score == "sigmoid":
+        return torch.zeros_like(logits).scatter_add(1, chosen, d_picked * picked * (1 - picked))
+    d_score = torch.zeros_like(logits).scatter_add(1, chosen, d_picked)
+    return score * (d_score - (d_score * score).sum(1, keepdim=True))
+
+
+def backward(ctx, d_weights, _ids, _coreset_ids, _coreset_sizes):
+    logits, topk_ids = ctx.saved_tensors
+    return weights_backward(d_weights, logits, topk_ids, ctx.routing), *[None] * (ctx.n_inputs - 1)
+
+
+_library.define(
+    "block_route(Tensor logits, Tensor? expert_bias, Tensor? block_offsets, int seq_len, "
+    f"{_library.ROUTING}) -> (Tensor topk_weights, Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes)",
+    impl,
+    fake,
+    setup_context,
+    backward,
+)

@@ -1,0 +1,149 @@
+"""How a block of tokens chooses its experts: the settings (`BlockRouting`) and what comes out (`RoutingResult`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+
+SCORES = ("sigmoid", "softmax")
+AGGREGATES = ("topk_sum", "sum", "max", "union")
+SELECTS = ("top_p", "top_n", "nonzero", "all")
+
+# Spec of each policy as a change to LLaDA2.0-mini's dMoE defaults. Sources: dMoE arXiv 2605.30876 (Algorithm 1, tables 2
+# and 3), DES arXiv 2602.00879 (des_seq, des_vote), the LLaDA2.2 report (capacity).
+POLICIES = {
+    "token": dict(select="all"),
+    "top4": dict(select="all", top_k=4),
+    "des_seq": dict(aggregate="union", select="nonzero", union_k=3),
+    "des_vote": dict(aggregate="topk_sum", select="top_n"),  # capacity: 0.15 E unless given
+    "capacity": dict(aggregate="max", select="top_n", capacity=48, n_group=1, topk_group=1),
+    "dmoe": dict(aggregate="topk_sum", select="top_p"),
+}
+
+
+class RoutingResult(NamedTuple):
+    """What `block_route` returns for T tokens in n blocks.
+
+    topk_ids: int32 [T, top_k], best first, -1 for a slot without an expert.
+    topk_weights: float32 [T, top_k], 0 for a slot without an expert.
+    coreset_ids: int32 [n, `BlockRouting.coreset_width`], ascending, padded with -1.
+    coreset_sizes: int32 [n].
+    """
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    coreset_ids: torch.Tensor
+    coreset_sizes: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockRouting:
+    """Settings of block-level routing. The defaults are LLaDA2.0-mini under dMoE at p = 0.6.
+
+    num_experts, top_k: experts E, and experts per token k.
+    block_size: tokens per block B; a block may be shorter, never longer.
+    n_group, topk_group: group-limited top-k keeps `topk_group` of `n_group` groups of experts for each token.
+    score: "sigmoid" or "softmax" of the router logits.
+    aggregate: one score per block and expert: "topk_sum", "sum", "max" or "union".
+    select: the coreset from these scores: "top_p", "top_n", "nonzero" or "all" (plain token routing; ignores `aggregate`).
+    top_p, min_experts, max_experts: of "top_p": threshold in (0, 1], least and largest coreset (None: E).
+    capacity: of "top_n": the size of the coreset.
+    union_k: of "union": how many of each token's best experts join.
+    norm_topk_prob, routed_scaling_factor: weights are divided by their sum over the token's experts, then scaled.
+
+    Raises ValueError, naming the field and its value, when a value is outside its range.
+    """
+
+    num_experts: int = 256
+    top_k: int = 8
+    block_size: int = 32
+    n_group: int = 8
+    topk_group: int = 4
+    score: str = "sigmoid"
+    aggregate: str = "topk_sum"
+    select: str = "top_p"
+    top_p: float = 0.6
+    min_experts: int = 16
+    max_experts: int | None = None
+    capacity: int | None = None
+    union_k: int | None = None
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+
+    def __post_init__(self):
+        for name in ("num_experts", "top_k", "block_size", "n_group", "topk_group"):
+            _check_int(name, getattr(self, name), 1)
+        _check_int("min_experts", self.min_experts, 0)
+        for name in ("max_experts", "capacity", "union_k"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        for name, allowed in (("score", SCORES), ("aggregate", AGGREGATES), ("select", SELECTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not _is_number(self.routed_scaling_factor) or not math.isfinite(self.routed_scaling_factor):
+            raise ValueError(f"routed_scaling_factor must be a finite number, got {self.routed_scaling_factor!r}")
+        if not isinstance(self.norm_topk_prob, bool):
+            raise ValueError(f"norm_topk_prob must be True or False, got {self.norm_topk_prob!r}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts={self.num_experts}, got {self.top_k}")
+        if self.num_experts % self.n_group:
+            raise ValueError(f"n_group must divide num_experts={self.num_experts}, got {self.n_group}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group must be at most n_group={self.n_group}, got {self.topk_group}")
+        if self.select == "top_n" and self.capacity is None:
+            raise ValueError("capacity must be given with select='top_n', got None")
+        if self.select != "all" and self.aggregate == "union":
+            if self.union_k is None or self.union_k > self.num_experts:
+                raise ValueError(
+                    f"union_k must be in [1, num_experts={self.num_experts}] with aggregate='union', got {self.union_k}"
+                )
+
+    @classmethod
+    def policy(cls, name: str, **overrides) -> BlockRouting:
+        """The named policy ("dmoe", "token", "top4", "des_seq", "des_vote" or "capacity") with LLaDA2.0-mini's geometry,
+        every field open to an override. Raises ValueError for an unknown name or field."""
+        if name not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {name!r}")
+        for key in overrides:
+            if key not in FIELDS:
+                raise ValueError(f"{key} is not a field of BlockRouting, got {key}={overrides[key]!r}")
+        values = {**POLICIES[name], **overrides}
+        if name == "des_vote" and "capacity" not in overrides:
+            num_experts = values.get("num_experts", cls.num_experts)
+            _check_int("num_experts", num_experts, 1)
+            values["capacity"] = max(1, round(0.15 * num_experts))
+        return cls(**values)
+
+    def args(self) -> tuple:
+        """The fields in order: how the settings travel through an op's schema (`_library.ROUTING`)."""
+        return tuple(getattr(self, name) for name in FIELDS)
+
+    @property
+    def coreset_width(self) -> int:
+        """The largest coreset that these settings allow: the second dimension of `coreset_ids`."""
+        limit = self.num_experts
+        if self.select == "top_p" and self.max_experts is not None:
+            limit = self.max_experts
+        elif self.select == "top_n":
+            limit = self.capacity
+        elif self.select == "nonzero" and self.aggregate in ("union", "topk_sum"):
+            votes = self.union_k if self.aggregate == "union" else self.top_k
+            limit = self.block_size * votes
+        return min(limit, self.num_experts)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(BlockRouting))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
