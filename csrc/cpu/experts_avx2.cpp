@@ -1,0 +1,4 @@
+#define DMOE_LANES 8
+#include "experts_body.h"
+
+const dmoe::cpu::Kernels dmoe::cpu::kAvx2 = {"avx2", multiply_any, silu_mul, widen, narrow};

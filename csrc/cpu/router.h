@@ -1,0 +1,26 @@
+// Block routing on the CPU; `dmoe_ops/reference.py` is the contract, its rounding rule included.
+#pragma once
+
+#include <cstdint>
+
+#include "../routing.h"
+#include "experts.h"
+
+namespace dmoe::cpu {
+
+struct BlockRoute {
+  int64_t tokens, experts, n_blocks, coreset_width;
+  const float* logits;           // [tokens, experts]
+  const float* expert_bias;      // [experts] or null
+  const int32_t* block_offsets;  // [n_blocks + 1] or null: then blocks are cut inside each run of seq_len rows
+  int64_t seq_len;
+  int32_t* topk_ids;       // [tokens, top_k]
+  float* topk_weights;     // [tokens, top_k]
+  int32_t* coreset_ids;    // [n_blocks, coreset_width]
+  int32_t* coreset_sizes;  // [n_blocks]
+};
+
+// Writes every element of the four outputs.
+void block_route(const BlockRoute& args, const Routing& routing, const ParallelFor& parallel);
+
+}  // namespace dmoe::cpu
