@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from .routing import BlockRouting
@@ -43,13 +45,13 @@ def block_offsets(value, tokens: int, device) -> None:
 
 
 def block_offset_values(value, tokens: int, block_size: int) -> None:
-    """Reads the offsets, so only for tensors whose values are at hand (the CPU's): elsewhere it would wait for the device."""
+    """Reads the offsets, so for CPU tensors alone: elsewhere it would wait for the device."""
     if value is None or value.device.type != "cpu":
         return
     offsets = value.tolist()
     if offsets[0] != 0 or offsets[-1] != tokens:
         raise ValueError(f"block_offsets must rise from 0 to T={tokens}, got {_short(offsets)}")
-    for block, (begin, end) in enumerate(zip(offsets, offsets[1:])):
+    for block, (begin, end) in enumerate(itertools.pairwise(offsets)):
         if end <= begin:
             raise ValueError(f"block_offsets must rise, got {begin} then {end} at block {block}")
         if end - begin > block_size:

@@ -1,7 +1,7 @@
 """The torch library "dmoe": schemas, and the backends that can fill an op's outputs.
 
-An op (router.py, experts.py, layer.py) validates, allocates its outputs with the allocator that its fake kernel uses too,
-and hands them to a backend. A backend writes into them and does nothing else.
+An op (router.py, experts.py, layer.py) validates, allocates its outputs with the allocator that its fake kernel
+uses too, and hands them to a backend. A backend writes into them and does nothing else.
 
     reference   plain torch, any device and dtype
     cpp         csrc/cpu through the extension module; CPU
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 
 import torch
 
@@ -43,8 +44,13 @@ lib.define(
 
 try:
     from . import _C
-except ImportError as error:  # built without a C++ compiler: the torch reference serves
-    _C, WHY_NO_C = None, str(error)
+except ImportError as error:  # the torch reference serves
+    _C = None
+    WHY_NO_C = (
+        f"does not load: {error}"
+        if list(Path(__file__).parent.glob("_C.*"))
+        else ("was not built when the package was installed, for want of a C++ compiler or of torch (pip -v says)")
+    )
 
 
 def define(schema: str, impl, fake, setup_context, backward) -> None:
@@ -113,9 +119,7 @@ class Cpp:
 
     @staticmethod
     def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
-        torch.ops.dmoe._block_route_out(
-            logits, expert_bias, block_offsets, seq_len, *packed_routing(routing), *out
-        )
+        torch.ops.dmoe._block_route_out(logits, expert_bias, block_offsets, seq_len, *packed_routing(routing), *out)
 
     @staticmethod
     def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
@@ -135,7 +139,7 @@ def missing() -> dict[str, str]:
     """Why each backend that this installation lacks is missing, by name."""
     reasons = {}
     if _C is None:
-        reasons["cpp"] = f"the extension module is not built: {WHY_NO_C}"
+        reasons["cpp"] = f"the extension module {WHY_NO_C}"
     return reasons
 
 

@@ -23,9 +23,7 @@ def fake(x, w13, w2, topk_ids, topk_weights):
 def impl(x, w13, w2, topk_ids, topk_weights):
     y = fake(x, w13, w2, topk_ids, topk_weights)
     if y.shape[0]:
-        _library.backend(x).moe_experts(
-            x.contiguous(), w13, w2, topk_ids.contiguous(), topk_weights.contiguous(), y
-        )
+        _library.backend(x).moe_experts(x.contiguous(), w13, w2, topk_ids.contiguous(), topk_weights.contiguous(), y)
     return y
 
 
@@ -57,11 +55,10 @@ def gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights):
 
 
 def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool):
-    """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights, one expert at a time. Each is accumulated
-    in the dtype of topk_weights and rounded once."""
+    """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights, one expert at a time. Each is
+    accumulated in the dtype of topk_weights and rounded once."""
     d_x, d_w13, d_w2, d_topk_weights = (
-        torch.zeros_like(t)
-        for t in gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
+        torch.zeros_like(t) for t in gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
     )
     acc_type = topk_weights.dtype
     d_x_acc = torch.zeros(x.shape, dtype=acc_type, device=x.device)

@@ -73,9 +73,7 @@ def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_rou
     needs = dict(zip(("x", "gate_weight", "bias", "w13", "w2", "shared_w13", "shared_w2"), ctx.needs_input_grad))
     expert_gradient = torch.ops.dmoe._moe_experts_backward
 
-    d_x, d_w13, d_w2, d_weights = expert_gradient(
-        d_y, x, w13, w2, topk_ids, topk_weights, needs["w13"] or needs["w2"]
-    )
+    d_x, d_w13, d_w2, d_weights = expert_gradient(d_y, x, w13, w2, topk_ids, topk_weights, needs["w13"] or needs["w2"])
     d_logits = d_router_logits + router.weights_backward(
         d_weights + d_topk_weights, router_logits, topk_ids, ctx.routing
     )
@@ -171,8 +169,8 @@ class BlockMoE(nn.Module):
         """Takes over the weights of a LLaDA2 sparse MoE block: `gate.weight`, `gate.expert_bias`,
         `experts[i].{gate,up,down}_proj` and, if there, `shared_experts`.
 
-        The weights are held once: the parameters of `module` become views of the stacked ones, so it goes on working and
-        the peak is one layer. Raises ValueError, naming the member, before anything is moved.
+        The weights are held once: the parameters of `module` become views of the stacked ones, so it goes on working
+        and the peak is one layer. Raises ValueError, naming the member, before anything is moved.
         """
         _checks.routing(routing)
         check_reference(module, routing)

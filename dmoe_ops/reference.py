@@ -1,6 +1,7 @@
 """The contract of every kernel, in plain torch: same names, same signatures, same results as the ops of this package.
 
-Written to be read, not to be fast. Sources: dMoE, arXiv 2605.30876, Algorithm 1; DES, arXiv 2602.00879; the LLaDA2.2 report.
+Written to be read, not to be fast. Sources: dMoE, arXiv 2605.30876, Algorithm 1; DES, arXiv 2602.00879; the
+LLaDA2.2 report.
 
 Rounding. The router is fp32, yet two of its steps would depend on the order of additions or on the exp at hand, and a
 coreset is a discrete thing. So every score and every sum is rounded to fp32 once, from float64: any order of summation
@@ -21,8 +22,8 @@ EPS = 1e-20
 def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None) -> RoutingResult:
     """Coreset of every block and experts of every token.
 
-    logits: float32 [T, E] or [bsz, seq, E]; blocks of `routing.block_size` rows are cut inside each sequence, the last one
-    may be partial. (float64 is taken too, for gradcheck; the weights are float64 then.)
+    logits: float32 [T, E] or [bsz, seq, E]; blocks of `routing.block_size` rows are cut inside each sequence, the last
+    one may be partial. (float64 is taken too, for gradcheck; the weights are float64 then.)
     expert_bias: float32 [E] or None; selections use score + bias, weights the score alone.
     block_offsets: int32 [n_blocks + 1] rising from 0 to T: block i holds rows offsets[i] to offsets[i + 1] - 1, of
     the flattened logits; at most `block_size` rows each. The values are checked on the CPU only: elsewhere it would
@@ -96,8 +97,8 @@ def block_moe(
     routing, block_offsets: see `block_route`.
 
     Returns (y like x, `RoutingResult`, router_logits float32 [T, E]); y is rounded once, with the shared expert in it.
-    Differentiable with respect to x, the gate weight (through the weights of the chosen experts), the expert weights and
-    the shared expert's. Raises ValueError, naming the argument and its value.
+    Differentiable with respect to x, the gate weight (through the weights of the chosen experts), the expert weights
+    and the shared expert's. Raises ValueError, naming the argument and its value.
     """
     _checks.routing(routing)
     _checks.tensor("x", x)
@@ -107,9 +108,7 @@ def block_moe(
     _checks.layer(flat, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, routing)
     acc = flat.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     logits = F.linear(acc, gate_weight.to(acc.dtype))
-    routed = block_route(
-        logits.view(*x.shape[:-1], -1), expert_bias, routing=routing, block_offsets=block_offsets
-    )
+    routed = block_route(logits.view(*x.shape[:-1], -1), expert_bias, routing=routing, block_offsets=block_offsets)
     # In the accumulator's dtype, so that the routed and the shared part are rounded together.
     y = moe_experts(acc, w13.to(acc.dtype), w2.to(acc.dtype), routed.topk_ids, routed.topk_weights)
     if shared_w13 is not None:
@@ -135,7 +134,7 @@ def scores(logits, kind: str) -> torch.Tensor:
 
 
 def selection_scores(score, logits, expert_bias) -> torch.Tensor:
-    """r = s + expert_bias [T, E]; -inf marks an expert that may not be chosen: its logit is NaN, or its bias is -inf or NaN."""
+    """r = s + expert_bias [T, E]; -inf where an expert may not be chosen: a NaN logit, or a bias of -inf or NaN."""
     selection = score if expert_bias is None else score + expert_bias
     return selection.masked_fill(logits.isnan() | selection.isnan(), -torch.inf)
 

@@ -19,8 +19,8 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
 
 
 def outputs(result: RoutingResult) -> tuple:
-    """A result in the order of the op's outputs: the differentiable one first, as torch.library.opcheck adds all outputs
-    up in the type of the first."""
+    """A result in the order of the op's outputs: the differentiable one first, as torch.library.opcheck adds all
+    outputs up in the type of the first."""
     return result.topk_weights, result.topk_ids, result.coreset_ids, result.coreset_sizes
 
 
@@ -72,7 +72,7 @@ def impl(logits, expert_bias, block_offsets, seq_len, *routing_args):
 
 def setup_context(ctx, inputs, output):
     logits = inputs[0]
-    topk_weights, topk_ids, coreset_ids, coreset_sizes = output
+    _, topk_ids, coreset_ids, coreset_sizes = output
     ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
     ctx.routing, ctx.n_inputs = _library.unpack_routing(inputs[4:]), len(inputs)
     ctx.save_for_backward(logits, topk_ids)

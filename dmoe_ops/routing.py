@@ -12,8 +12,8 @@ SCORES = ("sigmoid", "softmax")
 AGGREGATES = ("topk_sum", "sum", "max", "union")
 SELECTS = ("top_p", "top_n", "nonzero", "all")
 
-# Spec of each policy as a change to LLaDA2.0-mini's dMoE defaults. Sources: dMoE arXiv 2605.30876 (Algorithm 1, tables 2
-# and 3), DES arXiv 2602.00879 (des_seq, des_vote), the LLaDA2.2 report (capacity).
+# Spec of each policy as a change to LLaDA2.0-mini's dMoE defaults. Sources: dMoE arXiv 2605.30876 (Algorithm 1, tables
+# 2 and 3), DES arXiv 2602.00879 (des_seq, des_vote), the LLaDA2.2 report (capacity).
 POLICIES = {
     "token": dict(select="all"),
     "top4": dict(select="all", top_k=4),
@@ -48,7 +48,7 @@ class BlockRouting:
     n_group, topk_group: group-limited top-k keeps `topk_group` of `n_group` groups of experts for each token.
     score: "sigmoid" or "softmax" of the router logits.
     aggregate: one score per block and expert: "topk_sum", "sum", "max" or "union".
-    select: the coreset from these scores: "top_p", "top_n", "nonzero" or "all" (plain token routing; ignores `aggregate`).
+    select: the coreset from these scores: "top_p", "top_n", "nonzero" or "all" (token routing; ignores `aggregate`).
     top_p, min_experts, max_experts: of "top_p": threshold in (0, 1], least and largest coreset (None: E).
     capacity: of "top_n": the size of the coreset.
     union_k: of "union": how many of each token's best experts join.
@@ -97,16 +97,16 @@ class BlockRouting:
             raise ValueError(f"topk_group must be at most n_group={self.n_group}, got {self.topk_group}")
         if self.select == "top_n" and self.capacity is None:
             raise ValueError("capacity must be given with select='top_n', got None")
-        if self.select != "all" and self.aggregate == "union":
-            if self.union_k is None or self.union_k > self.num_experts:
-                raise ValueError(
-                    f"union_k must be in [1, num_experts={self.num_experts}] with aggregate='union', got {self.union_k}"
-                )
+        needs_union_k = self.select != "all" and self.aggregate == "union"
+        if needs_union_k and (self.union_k is None or self.union_k > self.num_experts):
+            raise ValueError(
+                f"union_k must be in [1, num_experts={self.num_experts}] with aggregate='union', got {self.union_k}"
+            )
 
     @classmethod
     def policy(cls, name: str, **overrides) -> BlockRouting:
-        """The named policy ("dmoe", "token", "top4", "des_seq", "des_vote" or "capacity") with LLaDA2.0-mini's geometry,
-        every field open to an override. Raises ValueError for an unknown name or field."""
+        """The named policy ("dmoe", "token", "top4", "des_seq", "des_vote" or "capacity") with LLaDA2.0-mini's
+        geometry, every field open to an override. Raises ValueError for an unknown name or field."""
         if name not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {name!r}")
         for key in overrides:

@@ -1,0 +1,160 @@
+"""The package as a user gets it: its wheel, its imports, its command."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dmoe_ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Imports run one way, from the top of this list down; modules of one line don't import each other's package.
+LAYERS = [
+    {"__main__"},
+    {"gpu_check"},
+    {"bench", "demo", "info", "tune"},
+    {"__init__"},
+    {"engines"},
+    {"models"},
+    {"layer"},
+    {"router", "experts"},
+    {"_library"},
+    {"triton_kernels", "_C", "reference"},
+    {"_checks"},
+    {"routing"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def module_files() -> list[tuple[Path, list[str]]]:
+    """Every source file of the package with the parts of its module name below dmoe_ops."""
+    roots = {"dmoe_ops": [], "triton_kernels": ["triton_kernels"], "bench": ["bench"]}
+    return [
+        (file, prefix + list(file.relative_to(ROOT / folder).with_suffix("").parts))
+        for folder, prefix in roots.items()
+        for file in (ROOT / folder).rglob("*.py")
+    ]
+
+
+def imported_parts(tree: ast.AST, parts: list[str]) -> set[str]:
+    """First parts below dmoe_ops of everything that a module imports, inside functions too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {name[1] if len(name) > 1 else "__init__" for name in names if name[0] == "dmoe_ops"}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            if node.level:
+                package = parts[:-1]
+                module = ["dmoe_ops", *package[: len(package) - node.level + 1], *module]
+            if module[:1] == ["dmoe_ops"]:
+                if len(module) > 1:
+                    found.add(module[1])
+                else:
+                    found |= {alias.name if alias.name in RANK else "__init__" for alias in node.names}
+    return found
+
+
+def test_imports_run_one_way():
+    upward = []
+    for file, parts in module_files():
+        here = parts[0]
+        assert here in RANK, f"{file} has no place in the order of imports"
+        for there in imported_parts(ast.parse(file.read_text()), parts) - {here}:
+            if RANK[there] <= RANK[here]:
+                upward.append(f"{file.relative_to(ROOT)} imports {there}")
+    assert not upward
+
+
+def test_every_subpackage_is_listed():
+    """An unlisted one imports in editable mode and is missing from the wheel."""
+    listed = next(
+        ast.literal_eval(keyword.value)
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
+        for keyword in node.keywords
+        if keyword.arg == "packages"
+    )
+    found = {".".join(["dmoe_ops", *parts[:-1]]) for _, parts in module_files()}
+    assert set(listed) == found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "results"))
+    # Without a compiler on the way, as on a machine that has none: the package must install there too.
+    env = {**os.environ, "CXX": "", "PATH": str(Path(sys.executable).parent)}
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder]
+    done = subprocess.run(build, cwd=source, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_owns_one_top_level_name(wheel):
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"dmoe_ops"}
+
+
+def test_the_wheel_runs_without_the_extension(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    assert not list(tmp_path.glob("dmoe_ops/_C*"))
+    code = (
+        "import torch, dmoe_ops, dmoe_ops.bench, dmoe_ops.triton_kernels\n"
+        "from dmoe_ops.info import report\n"
+        "result = dmoe_ops.block_route(torch.randn(40, 256), routing=dmoe_ops.BlockRouting())\n"
+        "assert result.coreset_sizes.tolist()[0] >= 16\n"
+        "print(dmoe_ops.__file__); print(report())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env.pop("DMOE_BACKEND", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    where, said = done.stdout.split("\n", 1)
+    assert Path(where).is_relative_to(tmp_path)
+    assert "cpp        not here: the extension module was not built" in said
+    assert "cpu tensors use reference" in said
+
+
+def test_triton_kernels_stays_inside_the_package():
+    """OpenAI's package, vLLM and SGLang own the bare name."""
+    code = "import triton_kernels"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ModuleNotFoundError" in done.stderr
+
+
+def run_dmoe(*args: str, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dmoe_ops", *args]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_info_names_every_backend():
+    said = run_dmoe("info").stdout
+    for name in dmoe_ops._library.BACKENDS:
+        assert f"\n  {name}" in said
+    assert f"dmoe-ops {dmoe_ops.__version__}" in said
+
+
+def test_wrong_arguments_exit_with_2():
+    for args in ([], ["nonsense"], ["demo", "--no-such-flag"]):
+        done = run_dmoe(*args)
+        assert done.returncode == 2 and "usage: dmoe" in done.stderr
+
+
+def test_unknown_backend_is_a_clear_error(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("DMOE_BACKEND", "fastest")
+    with pytest.raises(ValueError, match=r"DMOE_BACKEND must be auto or one of .*'fastest'"):
+        dmoe_ops.block_route(torch.randn(4, 256), routing=dmoe_ops.BlockRouting())
