@@ -14,6 +14,7 @@ uses too, and hands them to a backend. A backend writes into them and does nothi
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from pathlib import Path
 
@@ -132,7 +133,43 @@ class Cpp:
         torch.ops.dmoe._moe_experts_out(x, *weights, out.topk_ids, out.topk_weights, y)
 
 
-BACKENDS = {"reference": Reference, "cpp": Cpp}
+class Triton:
+    """triton_kernels, imported at the first call: that takes a second, and a CPU has no use for it."""
+
+    @staticmethod
+    def block_route(*args) -> None:
+        _triton_backend().block_route(*args)
+
+    @staticmethod
+    def moe_experts(*args) -> None:
+        _triton_backend().moe_experts(*args)
+
+    @staticmethod
+    def block_moe(*args) -> None:
+        _triton_backend().block_moe(*args)
+
+
+@functools.cache
+def _triton_backend():
+    from .triton_kernels.backend import Triton
+
+    return Triton
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not _triton_interprets():
+        return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for checks)"
+    return None
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+BACKENDS = {"reference": Reference, "cpp": Cpp, "triton": Triton}
 
 
 def missing() -> dict[str, str]:
@@ -148,6 +185,8 @@ def backend(x: torch.Tensor):
     wanted = os.environ.get("DMOE_BACKEND", "auto")
     if wanted == "reference" or x.dtype == torch.float64:
         return Reference
+    if wanted == "auto" and x.device.type == "cuda":
+        return Triton if _why_no_triton() is None else Reference
     if wanted == "auto":
         return Cpp if x.device.type == "cpu" and _C is not None else Reference
     if wanted not in BACKENDS:
@@ -156,4 +195,8 @@ def backend(x: torch.Tensor):
         raise ValueError(f"DMOE_BACKEND={wanted}: {missing()[wanted]}")
     if wanted == "cpp" and x.device.type != "cpu":
         raise ValueError(f"DMOE_BACKEND=cpp serves CPU tensors, got {x.device}")
+    if wanted == "triton" and x.device.type != ("cpu" if _triton_interprets() else "cuda"):
+        raise ValueError(
+            f"DMOE_BACKEND=triton serves GPU tensors, and only the CPU's under TRITON_INTERPRET=1: got {x.device}"
+        )
     return BACKENDS[wanted]

@@ -1,0 +1,124 @@
+"""The backend "triton": chooses a form, allocates the workspaces, launches. What `_library` describes of a backend."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+
+from . import experts, router, schedule, tiles
+
+DENSE_BLOCKS = 4  # see `form_of`
+DENSE_TOKENS = 64
+MAX_DENSE_BLOCK = 128
+
+
+def form_of(n_blocks: int, routing) -> str:
+    """Which form serves a layer call, from what the host knows without asking the device.
+
+    The dense form reads the experts of every block for themselves; the gathered one reads each expert once per 32 to 128
+    of its tokens, but writes and adds up a row per slot. With few blocks the coresets hardly overlap (four blocks with 15
+    of 256 experts each: 60 reads against 55), so dense saves the rest of the work. Token routing has no coreset: there a
+    second block reads most experts again. Not measured; `dmoe tune` times both forms.
+    """
+    if routing.block_size > MAX_DENSE_BLOCK:
+        return "gathered"
+    return "dense" if n_blocks <= (1 if routing.select == "all" else DENSE_BLOCKS) else "gathered"
+
+
+def tile_tokens(n_tokens: int, top_k: int, n_experts: int) -> int:
+    """Tokens per tile of the gathered form: twice what an expert gets on average, as block routing uses few experts."""
+    return min(128, max(32, triton.next_power_of_2(2 * n_tokens * top_k // n_experts)))
+
+
+@functools.lru_cache(maxsize=64)
+def has_pdl(device: torch.device) -> bool:
+    """Programmatic dependent launch: NVIDIA, compute capability 9.0 and later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+class Triton:
+    """triton_kernels."""
+
+    @staticmethod
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out) -> None:
+        with _on(logits.device):
+            tile = tiles.for_device(logits.device).route
+            router.route(logits, None, expert_bias, block_offsets, seq_len, routing, out, None, tile, None, False)
+
+    @staticmethod
+    def moe_experts(x, w13, w2, topk_ids, topk_weights, y, expert_map=None) -> None:
+        """Without blocks the schedule takes one launch of its own before the two (dense), or two (gathered)."""
+        n_tokens, top_k = topk_ids.shape
+        n_experts = w13.shape[0] if expert_map is None else expert_map.shape[0]
+        weights = (w13, w2, None, None)
+        with _on(x.device):
+            table, pdl = tiles.for_device(x.device), has_pdl(x.device)
+            if n_tokens <= DENSE_TOKENS:
+                plan = schedule.Dense.empty(1, min(n_experts, n_tokens * top_k), x.device)
+                chunk = triton.next_power_of_2(n_tokens)
+                schedule.mark(topk_ids, n_experts, chunk, plan, expert_map)
+                h = experts.dense_h(x, w2, None, plan, chunk)
+                experts.dense(
+                    x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, h, y, table, expert_map, pdl
+                )
+            else:
+                plan = _gathered_plan(x, w2, top_k, n_experts, -(-n_tokens // schedule.MAX_WORD), table)
+                schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, expert_map)
+                schedule.order_all(topk_ids, n_experts, plan, pdl)
+                h, rows = experts.gathered_buffers(x, w2, None, top_k)
+                experts.gathered(x, weights, topk_ids, topk_weights, plan, h, rows, y, table, expert_map, pdl)
+
+    @staticmethod
+    def block_moe(
+        x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits, expert_map=None
+    ) -> None:
+        """Four launches: gate, route, up, down."""
+        w2, shared_w2 = weights[1], weights[3]
+        n_blocks = out.coreset_sizes.shape[0]
+        with _on(x.device):
+            table, pdl = tiles.for_device(x.device), has_pdl(x.device)
+            if form_of(n_blocks, routing) == "dense":
+                width = min(routing.num_experts, routing.coreset_width, routing.block_size * routing.top_k)
+                plan = schedule.Dense.empty(n_blocks, width, x.device)
+            else:
+                words = n_blocks * router.route_constants(routing, table.route)["N_WORDS"]
+                plan = _gathered_plan(x, w2, routing.top_k, routing.num_experts, words, table)
+            score = torch.empty_like(router_logits) if routing.score == "sigmoid" else None
+            router.gate(x, gate_weight, router_logits, score, plan.done, table.gate, pdl)
+            router.route(
+                router_logits,
+                score,
+                expert_bias,
+                block_offsets,
+                seq_len,
+                routing,
+                out,
+                plan,
+                table.route,
+                expert_map,
+                pdl,
+            )
+            if plan.form == "dense":
+                h = experts.dense_h(x, w2, shared_w2, plan, routing.block_size)
+                experts.dense(
+                    x, weights, out.topk_ids, out.topk_weights, block_offsets, seq_len, routing.block_size, plan, h, y,
+                    table, expert_map, pdl,
+                )  # fmt: skip
+            else:
+                h, rows = experts.gathered_buffers(x, w2, shared_w2, routing.top_k)
+                experts.gathered(x, weights, out.topk_ids, out.topk_weights, plan, h, rows, y, table, expert_map, pdl)
+
+
+def _gathered_plan(x, w2, top_k, n_experts, n_words, table) -> schedule.Gathered:
+    n_tokens, hidden = x.shape
+    tile = tile_tokens(n_tokens, top_k, n_experts)
+    n_arrived = n_tokens * triton.cdiv(hidden, table.fit("gathered_down", tile, x.dtype).rows)
+    return schedule.Gathered.empty(n_tokens, n_experts, top_k, n_words, n_arrived, tile, x.device)
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
