@@ -1,0 +1,218 @@
+"""dmoe bench: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+
+import torch
+
+from ..routing import POLICIES
+from . import cases, measure, peers, results, roofline
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Interrupted by Ctrl-C, as a shell reports it.
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="dmoe bench", description="Measures dmoe_ops against its roofline and its peers.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    args.command_line = "dmoe bench " + " ".join(sys.argv[1:] if argv is None else argv)
+    with torch.no_grad():
+        return args.function(args)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sub = parser.add_subparsers(metavar="command", required=True, parser_class=Parser)
+
+    def command(name: str, function, text: str, example: str) -> argparse.ArgumentParser:
+        made = sub.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        made.set_defaults(function=function, parser=made)
+        return made
+
+    for op, text in (
+        ("route", "Times routing alone: logits to expert ids."),
+        ("experts", "Times the routed experts alone, on given expert ids."),
+        ("layer", "Times the whole layer, from the gate to the output, the shared expert included."),
+    ):
+        example = f"dmoe bench {op} --device cpu --model llada2-mini --tokens 32 --unique 15 --peers all"
+        one = command(op, run_op, text, example)
+        one.set_defaults(op=op)
+        _machine_arguments(one)
+        _model_arguments(one)
+        _case_arguments(one, op)
+
+
+def _machine_arguments(parser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="where to run")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations")
+    parser.add_argument("--backend", help="of dmoe_ops: auto, reference, cpp, triton or cuda (sets DMOE_BACKEND)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads; without it torch's own choice")
+    parser.add_argument("--seed", type=int, default=0, help="of inputs and weights")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing, for each number of tokens")
+    parser.add_argument("--layers", type=_positive, help="layers of weights that take turns; without it as many as fit")
+    parser.add_argument("--json", metavar="FILE", help="write the results here")
+
+
+def _model_arguments(parser) -> None:
+    parser.add_argument("--model", choices=cases.MODELS, default="llada2-mini", help="whose shapes")
+    for name, text in (
+        ("hidden", "hidden size H"),
+        ("intermediate", "intermediate size I of an expert"),
+        ("experts", "experts E"),
+        ("top-k", "experts per token"),
+        ("groups", "expert groups"),
+        ("kept-groups", "groups a token may use"),
+        ("block-size", "tokens per block"),
+    ):
+        parser.add_argument(f"--{name}", type=_positive, help=f"{text}, in place of the model's")
+    parser.add_argument("--shared", type=int, help="I of the shared expert (0: none), in place of the model's")
+
+
+def _case_arguments(parser, op: str) -> None:
+    parser.add_argument("--tokens", type=_positives, default=[32], metavar="T,…", help="tokens per call")
+    parser.add_argument("--policy", choices=POLICIES, default="dmoe", help="routing policy, on the calibrated workload")
+    parser.add_argument("--top-p", type=float, help="threshold p of dmoe, in place of 0.6")
+    parser.add_argument("--min-experts", type=int, help="least coreset of dmoe, in place of 16")
+    parser.add_argument(
+        "--unique",
+        type=_positives,
+        metavar="N,…",
+        help="force the routed unique count",
+    )
+    known = [*(peers.ROUTE_PEERS if op == "route" else peers.PEERS), "reference"]
+    parser.add_argument(
+        "--peers",
+        type=lambda text: _peers(text, known),
+        default=[],
+        metavar="NAME,…",
+        help=f"all (but reference, which is slow), none, or some of {', '.join(known)}",
+    )
+    if op != "route":
+        parser.add_argument(
+            "--no-baseline",
+            action="store_true",
+            help="leave out token routing on the calibrated workload",
+        )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _positives(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _peers(text: str, known: list[str]) -> list[str]:
+    if text in ("all", "none"):
+        return [name for name in known if name != "reference"] if text == "all" else []
+    for name in text.split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is no peer; there are {', '.join(known)}")
+    return text.split(",")
+
+
+def run_op(args) -> int:
+    dtype = DTYPES[args.dtype]
+    model = prepare(args)
+    try:
+        groups = [groups_of(args, model, tokens, dtype) for tokens in args.tokens]
+    except ValueError as error:
+        args.parser.error(str(error))
+    out = results.new(args.command_line, args.device, dtype=args.dtype, seed=args.seed, seconds=args.seconds)
+
+    def work() -> None:
+        out["ceilings"] = roofline.measure_ceilings(args.device, dtype)._asdict()
+        weights = [] if args.op == "route" else make_weights(args, model, out)
+        measure.run(out, args.op, groups, weights, args.peers, args.seconds)
+
+    code = finish(args, out, work, measure.print_rows)
+    for line in measure.wrong(out):
+        print(f"wrong output of dmoe_ops: {line}", file=sys.stderr)
+        code = code or 1
+    return code
+
+
+def prepare(args) -> cases.Model:
+    """Settles device, backend and threads; the model with the numbers given in its place."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.parser.error("--device cuda: torch sees no CUDA GPU")
+    if args.backend:
+        os.environ["DMOE_BACKEND"] = args.backend
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.seconds <= 0:
+        args.parser.error(f"--seconds must be positive, got {args.seconds:g}")
+    names = dict(
+        hidden="hidden", intermediate="intermediate", experts="num_experts", top_k="top_k", groups="n_group",
+        kept_groups="topk_group", block_size="block_size", shared="shared",
+    )  # fmt: skip
+    given = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
+    model = cases.MODELS[args.model]
+    return dataclasses.replace(model, name=f"{model.name} changed", **given) if given else model
+
+
+def groups_of(args, model: cases.Model, tokens: int, dtype) -> list[cases.Case]:
+    """The cases that are timed against each other at one number of tokens."""
+    overrides = {name: getattr(args, name) for name in ("top_p", "min_experts") if getattr(args, name) is not None}
+    routing = model.routing(args.policy, **overrides)
+    common = (tokens, dtype, args.device, args.seed)
+    if args.unique:
+        made = [cases.forced_case(f"U={unique}", model, routing, tokens, unique, *common[1:]) for unique in args.unique]
+    else:
+        label = f"dmoe p={routing.top_p:g}" if args.policy == "dmoe" else args.policy
+        made = [cases.calibrated_case(label, model, routing, *common)]
+    if args.op != "route" and not args.no_baseline and made[0].label != "token":
+        made.append(cases.calibrated_case("token", model, model.routing("token"), *common))
+    return made
+
+
+def make_weights(args, model: cases.Model, out: dict) -> list[cases.Weights]:
+    dtype = DTYPES[args.dtype]
+    count = args.layers or cases.layers_that_fit(model, dtype, cases.memory_budget(args.device))
+    size = model.layer_bytes(dtype)
+    out["settings"]["weights"] = (
+        f"{count} of the model's {model.moe_layers} layers take turns, {count * size / 1e9:.1f} GB"
+        + ("" if count >= model.moe_layers else " (as many as fit)" if not args.layers else " (as asked)")
+    )
+    bar = results.progress(range(count), "filling weights", "layer")
+    return [cases.random_weights(model, dtype, args.device, args.seed + layer) for layer in bar]
+
+
+def finish(args, out: dict, work, show) -> int:
+    """Runs `work`, which fills `out`; shows and writes what there is, after an interrupt too."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        out["complete"] = False
+    if out["rows"]:
+        show(out)
+        results.write(out, args.json)
+    if out["complete"]:
+        return 0
+    kept = f"{len(out['rows'])} rows were finished and are {'in ' + args.json if args.json else 'above'}"
+    print(f"interrupted: {kept if out['rows'] else 'nothing was measured yet'}", file=sys.stderr)
+    return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

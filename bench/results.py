@@ -1,0 +1,132 @@
+"""What a run leaves behind: one dictionary, printed as a table and written as JSON.
+
+schema      SCHEMA; a reader refuses any other
+command     the command line
+machine     processor, GPU, threads, versions, commit, backend
+settings    seed, seconds per case, dtype, how many layers of weights took turns
+ceilings    read (bytes/s), gemm (FLOP/s), gemm_dtype
+rows        one per contender and case, see `measure.row`
+absent      peer -> why it did not run
+complete    false when the run was interrupted
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import __version__, _library
+
+SCHEMA = 1
+
+
+class BadFile(Exception):
+    """A results file that can't be used, in one line."""
+
+
+def new(command: str, device: str, **settings) -> dict:
+    return dict(
+        schema=SCHEMA,
+        command=command,
+        machine=machine(device),
+        settings=settings,
+        ceilings=None,
+        rows=[],
+        absent={},
+        complete=True,
+    )
+
+
+def machine(device: str) -> dict:
+    return dict(
+        device=device,
+        cpu=_cpu_model(),
+        gpu=torch.cuda.get_device_name() if device == "cuda" else None,
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        dmoe_ops=__version__,
+        commit=_commit(),
+        extension=_library._C is not None,
+        backend=os.environ.get("DMOE_BACKEND", "auto"),
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(results: dict, path: str | None) -> None:
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written: {path}", file=sys.stderr)
+
+
+def read(path: str) -> dict:
+    try:
+        results = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise BadFile(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadFile(f"{path}: not JSON ({error})") from None
+    found = results.get("schema") if isinstance(results, dict) else None
+    if found != SCHEMA:
+        raise BadFile(f"{path}: not a result of this version of dmoe bench (schema {found}, need {SCHEMA})")
+    return results
+
+
+def print_header(results: dict) -> None:
+    machine, settings, ceilings = results["machine"], results["settings"], results["ceilings"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    print(f"machine    {where}; torch {machine['torch']}; dmoe_ops at {machine['commit'] or machine['dmoe_ops']}")
+    if machine["device"] == "cpu" and not machine["extension"]:
+        print("backend    the torch reference: the C++ extension is not built, so these are not its times")
+    if settings.get("weights"):
+        print(f"weights    {settings['weights']}")
+    if ceilings:
+        print(
+            f"ceilings   read {ceilings['read'] / 1e9:.4g} GB/s, "
+            f"GEMM {ceilings['gemm'] / 1e9:.4g} GFLOP/s in {ceilings['gemm_dtype']}, measured in this run"
+        )
+    for name, why in results["absent"].items():
+        print(f"absent     {name}: {why}")
+
+
+def number(value: float) -> str:
+    """Four digits, never an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """Columns as wide as they need; the first is left-aligned."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    rows = []
+    for line in [header, *lines]:
+        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+        rows.append("  ".join(cells).rstrip())
+    return "\n".join([rows[0], "-" * (sum(widths) + 2 * len(widths) - 2), *rows[1:]])
+
+
+def progress(items, label: str, unit: str):
+    return tqdm(items, desc=label, unit=unit, leave=False, disable=None)
