@@ -128,15 +128,16 @@ def dense_up_kernel(
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     SHARED_TILES: tl.constexpr = (SHARED_I + BLOCK_I - 1) // BLOCK_I
 
-    while tile < SHARED_TILES:
-        one = tl.full([BLOCK_N], 1.0, tl.float32)
-        out = up_product(
-            x_cols, there, shared_w13_ptr, tile * BLOCK_I, one, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES
-        )
-        i = tile * BLOCK_I + row
-        at = (block.to(tl.int64) * BLOCK_N + n)[None, :] * SHARED_I + i[:, None]
-        tl.store(shared_h_ptr + at, out.to(shared_h_ptr.dtype.element_ty), mask=(i < SHARED_I)[:, None])
-        tile += step
+    if SHARED_I > 0:
+        while tile < SHARED_TILES:
+            one = tl.full([BLOCK_N], 1.0, tl.float32)
+            out = up_product(
+                x_cols, there, shared_w13_ptr, tile * BLOCK_I, one, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES
+            )
+            i = tile * BLOCK_I + row
+            at = (block.to(tl.int64) * BLOCK_N + n)[None, :] * SHARED_I + i[:, None]
+            tl.store(shared_h_ptr + at, out.to(shared_h_ptr.dtype.element_ty), mask=(i < SHARED_I)[:, None])
+            tile += step
 
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -262,30 +263,33 @@ def gathered_up_kernel(
         counter = first + tl.arange(0, 1024)
         tl.store(arrived_ptr + counter, tl.zeros([1024], tl.int32), mask=counter < n_arrived)
 
-    if program < n_shared:
-        token = program // SHARED_TILES * BLOCK_N + n
-        there = token < n_tokens
-        first_row = program % SHARED_TILES * BLOCK_I
-        one = tl.full([BLOCK_N], 1.0, tl.float32)
-        x_cols = x_ptr + token.to(tl.int64)[None, :] * H
-        out = up_product(x_cols, there, shared_w13_ptr, first_row, one, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
-        i = first_row + row
-        at = token.to(tl.int64)[None, :] * SHARED_I + i[:, None]
-        tl.store(shared_h_ptr + at, out.to(h_ptr.dtype.element_ty), mask=there[None, :] & (i < SHARED_I)[:, None])
+    if SHARED_I > 0:  # noqa: SIM102 - decided at compile time
+        if program < n_shared:
+            token = program // SHARED_TILES * BLOCK_N + n
+            there = token < n_tokens
+            first_row = program % SHARED_TILES * BLOCK_I
+            one = tl.full([BLOCK_N], 1.0, tl.float32)
+            x_cols = x_ptr + token.to(tl.int64)[None, :] * H
+            out = up_product(
+                x_cols, there, shared_w13_ptr, first_row, one, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES
+            )
+            i = first_row + row
+            at = token.to(tl.int64)[None, :] * SHARED_I + i[:, None]
+            tl.store(shared_h_ptr + at, out.to(h_ptr.dtype.element_ty), mask=there[None, :] & (i < SHARED_I)[:, None])
 
     if PDL:
         tl.extra.cuda.gdc_wait()
     if SHARED_I == 0:
         slot = tl.arange(0, KP)
         column = tl.arange(0, 1024)
-        token = program
-        while token < n_tokens:
-            position = tl.load(position_ptr + token.to(tl.int64) * K + slot, mask=slot < K, other=-1)
+        row_of_y = program
+        while row_of_y < n_tokens:
+            position = tl.load(position_ptr + row_of_y.to(tl.int64) * K + slot, mask=slot < K, other=-1)
             if tl.max(position, 0) < 0:
                 for h0 in range(0, H, 1024):
-                    at = token.to(tl.int64) * H + h0 + column
+                    at = row_of_y.to(tl.int64) * H + h0 + column
                     tl.store(y_ptr + at, tl.zeros([1024], y_ptr.dtype.element_ty), mask=h0 + column < H)
-            token += tl.num_programs(0)
+            row_of_y += tl.num_programs(0)
 
     program -= n_shared
     if (program >= 0) & (program < tl.load(n_tiles_ptr) * TILES):

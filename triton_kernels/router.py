@@ -3,9 +3,9 @@
 `gate_kernel` leaves logits and, for sigmoid, scores. `route_kernel` runs one program per block through the three stages of
 `dmoe_ops.reference.block_route`, whose rounding it follows: scores and sums are float64, rounded to float32 once.
 
-Selections work on integer keys, as Triton's sorts and reductions carry no payload: the order-preserving bits of a score
-above the complement of the column, so that the largest key is the best score with ties to the lower id. -1: may not be
-chosen. Columns are experts laid out [groups, members], both padded to a power of two, in the order of the ids.
+Selections compare `rank_bits`: the bits of a float32 score as an int32 in the same order, NONE for what may not be
+chosen. Of equal ones the lowest column wins. Columns are experts laid out [groups, members], both padded to a power of
+two, in the order of the ids. int32, as NVIDIA reduces those over a warp in one instruction (redux).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import triton.language as tl
 from .products import multiply
 from .schedule import MAX_WORD, block_range, local_only, order, store_used, store_word
 
-COLUMN_BITS = tl.constexpr(16)
-KEPT = tl.constexpr(1 << 48)  # added to the keys of kept groups: they come before all others
+NONE = tl.constexpr(-(1 << 31))  # below the bits of -inf
 EPS = tl.constexpr(1e-20)
 
 
@@ -44,26 +43,31 @@ def softmax(logits, real):
 
 
 @triton.jit
-def pack(value, column, COLUMNS: tl.constexpr):
-    """The key of a float32 score: non-negative, larger for larger scores, then for lower columns."""
+def rank_bits(value):
     value = tl.where(value == 0, 0.0, value)  # -0.0 ties with 0.0
     bits = value.to(tl.int32, bitcast=True)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
-    return (ordered << COLUMN_BITS) | (COLUMNS - 1 - column)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def score_of(key):
-    """The float32 score that `pack` packed."""
-    ordered = (((key >> COLUMN_BITS) & 0xFFFFFFFF) - 2147483648).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def value_of(bits):
+    """The float32 number that `rank_bits` took."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def without_best(keys, K: tl.constexpr):
-    """keys [rows, columns] with the K largest of each row replaced by -1."""
+def first_best(keys, column, AXIS: tl.constexpr):
+    """The largest key along the last axis, AXIS, and the lowest column that has it; both without that axis."""
+    best = tl.max(keys, AXIS)
+    return best, tl.min(tl.where(keys == tl.expand_dims(best, AXIS), column, 1 << 30), AXIS)
+
+
+@triton.jit
+def without_best(keys, column, K: tl.constexpr):
+    """keys [rows, columns] with the K first of each row replaced by NONE. column: [1, columns]."""
     for _ in range(K):
-        keys = tl.where(keys == tl.max(keys, 1)[:, None], -1, keys)
+        _best, at = first_best(keys, column, 1)
+        keys = tl.where(column == at[:, None], NONE, keys)
     return keys
 
 
@@ -76,14 +80,12 @@ def load_scores(
     inside,
     expert,
     real,
-    column,
     E: tl.constexpr,
-    EP: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Scores s (0 where the logit is NaN), selection scores r and their keys, [tokens, EP]."""
+    """Scores s (0 where the logit is NaN), selection scores r and their rank bits, [tokens, EP]."""
     at = token.to(tl.int64)[:, None] * E + expert[None, :]
     there = inside[:, None] & real[None, :]
     if HAS_SCORE:
@@ -98,20 +100,21 @@ def load_scores(
     if HAS_BIAS:
         selection = score + tl.load(bias_ptr + expert, mask=real, other=0.0)[None, :]
     open_ = there & (selection == selection) & (selection > -float("inf"))
-    keys = tl.where(open_, pack(selection, column[None, :], EP), -1)
+    keys = tl.where(open_, rank_bits(selection), NONE)
     return tl.where(score == score, score, 0.0), selection, keys
 
 
 @triton.jit
-def vote(score, selection, keys, AGGREGATE: tl.constexpr, K: tl.constexpr, UNION_K: tl.constexpr):
+def vote(score, selection, keys, column, AGGREGATE: tl.constexpr, K: tl.constexpr, UNION_K: tl.constexpr):
     """Stage 1 for some of the block's tokens: [EP] float64."""
     if AGGREGATE == "max":
-        return tl.max(tl.where(keys >= 0, selection, -float("inf")), 0).to(tl.float64)
+        return tl.max(tl.where(keys > NONE, selection, -float("inf")), 0).to(tl.float64)
     if AGGREGATE == "sum":
         total = tl.sum(score.to(tl.float64), 1).to(tl.float32) + EPS
         votes = tl.div_rn(score, tl.broadcast_to(total[:, None], score.shape))
     else:
-        voted = (keys >= 0) & (without_best(keys, UNION_K if AGGREGATE == "union" else K) < 0)
+        left = without_best(keys, column[None, :], UNION_K if AGGREGATE == "union" else K)
+        voted = (keys > NONE) & (left == NONE)
         votes = tl.where(voted, 1.0 if AGGREGATE == "union" else selection, 0.0)
     return tl.sum(votes.to(tl.float64), 0)
 
@@ -135,31 +138,56 @@ def coreset(
         return real
     if SELECT == "nonzero":
         return real & (value > 0)
-    keys = tl.where(real, pack(value, column, EP), -1)
-    rank = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
-    if SELECT == "top_n":
-        return real & (rank < CAPACITY)
+    # Rank and column in one key: larger for larger values, then for lower columns.
+    keys = (rank_bits(value).to(tl.int64) << 32) - column
+    keys = tl.where(real, keys, -(1 << 63))
     value = tl.where(real, value, 0.0)
     total = tl.sum(value.to(tl.float64), 0).to(tl.float32) + EPS
-    share = tl.div_rn(value, tl.full([EP], 1.0, tl.float32) * total).to(tl.float64)
-    covered = tl.sum(tl.where(keys[None, :] >= keys[:, None], share[None, :], 0.0), 1).to(tl.float32)
-    size = tl.sum((real & (covered <= top_p)).to(tl.int32), 0) + 1
+    share = tl.div_rn(value, tl.full([EP], 1.0, tl.float32) * total)
+    # Some of the others at a time: all pairs at once do not fit into the registers.
+    OTHERS: tl.constexpr = 8 if EP >= 8 else EP
+    better = tl.zeros([EP, OTHERS], tl.int32)
+    covered = tl.zeros([EP, OTHERS], tl.float64)
+    for first in range(0, EP, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        other_key = tl.gather(keys, other, 0)[None, :]
+        better += (other_key > keys[:, None]).to(tl.int32)
+        if SELECT == "top_p":
+            other_share = tl.gather(share, other, 0).to(tl.float64)[None, :]
+            covered += tl.where(other_key >= keys[:, None], other_share, 0.0)
+    rank = tl.sum(better, 1)
+    if SELECT == "top_n":
+        return real & (rank < CAPACITY)
+    size = tl.sum((real & (tl.sum(covered, 1).to(tl.float32) <= top_p)).to(tl.int32), 0) + 1
     size = tl.minimum(tl.maximum(size, MIN_EXPERTS), MAX_EXPERTS)
     return real & (rank < size)
 
 
 @triton.jit
-def prefer_groups(keys, EP: tl.constexpr, GP: tl.constexpr, G: tl.constexpr, TOPK_GROUP: tl.constexpr):
-    """Raises the keys of each token's kept groups above all others."""
+def kept_groups(keys, EP: tl.constexpr, GP: tl.constexpr, G: tl.constexpr, TOPK_GROUP: tl.constexpr):
+    """The columns of the groups that each token keeps, as a mask like keys."""
     grouped = tl.reshape(keys, [keys.shape[0], GP, EP // GP])
-    first = tl.max(grouped, 2)
-    second = tl.max(tl.where(grouped == first[:, :, None], -1, grouped), 2)
-    score = tl.where(second >= 0, score_of(first) + score_of(second), -float("inf"))
+    member = tl.arange(0, EP // GP)[None, None, :]
+    first, at = first_best(grouped, member, 2)
+    second = tl.max(tl.where(member == at[:, :, None], NONE, grouped), 2)
+    score = tl.where(second > NONE, value_of(first) + value_of(second), -float("inf"))
     group = tl.arange(0, GP)[None, :]
-    order_ = tl.where(group < G, pack(score, group, GP), -1)
-    kept = (order_ >= 0) & (without_best(order_, TOPK_GROUP) < 0)
-    raised = tl.where((grouped >= 0) & kept[:, :, None], grouped + KEPT, grouped)
-    return tl.reshape(raised, [keys.shape[0], EP])
+    ranks = tl.where(group < G, rank_bits(score), NONE)
+    kept = (ranks > NONE) & (without_best(ranks, group, TOPK_GROUP) == NONE)
+    kept = tl.broadcast_to(kept[:, :, None], grouped.shape)
+    return tl.reshape(kept, [keys.shape[0], EP])
+
+
+@triton.jit
+def take_best(keys, column, best, slot, first_slot, K: tl.constexpr):
+    """Puts the columns of each row's best keys, in order, into the slots from first_slot [rows] on, at most up to K.
+    best [rows, slots]: -1 where a slot is free."""
+    for j in range(K):
+        top, at = first_best(keys, column, 1)
+        here = (slot == (first_slot + j)[:, None]) & (top > NONE)[:, None]
+        best = tl.where(here, at[:, None], best)
+        keys = tl.where((column == at[:, None]) & (first_slot + j < K)[:, None], NONE, keys)
+    return keys, best
 
 
 @triton.jit
@@ -277,23 +305,23 @@ def route_kernel(
 
     if ONE_TILE:
         score, selection, keys = load_scores(
-            logits_ptr, score_ptr, bias_ptr, start + t, t < length, expert, real, column,
-            E, EP, SOFTMAX, HAS_SCORE, HAS_BIAS,
+            logits_ptr, score_ptr, bias_ptr, start + t, t < length, expert, real,
+            E, SOFTMAX, HAS_SCORE, HAS_BIAS,
         )  # fmt: skip
 
     value = tl.zeros([EP], tl.float32)
     if SELECT != "all":
         if ONE_TILE:
-            value = vote(score, selection, keys, AGGREGATE, K, UNION_K).to(tl.float32)
+            value = vote(score, selection, keys, column, AGGREGATE, K, UNION_K).to(tl.float32)
         else:
             votes = tl.full([EP], -float("inf") if AGGREGATE == "max" else 0.0, tl.float64)
             for word in range(0, N_WORDS):
                 local = word * BLOCK_T + t
                 score, selection, keys = load_scores(
-                    logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real, column,
-                    E, EP, SOFTMAX, HAS_SCORE, HAS_BIAS,
+                    logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real,
+                    E, SOFTMAX, HAS_SCORE, HAS_BIAS,
                 )  # fmt: skip
-                more = vote(score, selection, keys, AGGREGATE, K, UNION_K)
+                more = vote(score, selection, keys, column, AGGREGATE, K, UNION_K)
                 votes = tl.maximum(votes, more) if AGGREGATE == "max" else votes + more
             value = votes.to(tl.float32)
     inside = coreset(value, expert, real, column, top_p, EP, SELECT, MIN_EXPERTS, MAX_EXPERTS, CAPACITY)
@@ -312,43 +340,46 @@ def route_kernel(
         local = word * BLOCK_T + t
         if not ONE_TILE:
             score, selection, keys = load_scores(
-                logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real, column,
-                E, EP, SOFTMAX, HAS_SCORE, HAS_BIAS,
+                logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real,
+                E, SOFTMAX, HAS_SCORE, HAS_BIAS,
             )  # fmt: skip
-        candidates = tl.where(inside[None, :], keys, -1)
+        candidates = tl.where(inside[None, :], keys, NONE)
+        best = tl.full([BLOCK_T, KP], -1, tl.int32)
+        first_slot = tl.zeros([BLOCK_T], tl.int32)
         if G > 1:
-            candidates = prefer_groups(candidates, EP, GP, G, TOPK_GROUP)
-        best = tl.full([BLOCK_T, KP], -1, tl.int64)
-        picked = tl.zeros([BLOCK_T, KP], tl.float32)
-        left = candidates
-        for j in range(K):
-            top = tl.max(left, 1)
-            hit = left == top[:, None]
-            best = tl.where(slot[None, :] == j, top[:, None], best)
-            if SOFTMAX:
-                picked = tl.where(
-                    slot[None, :] == j, tl.sum(tl.where(hit & (left >= 0), score, 0.0), 1)[:, None], picked
-                )
-            left = tl.where(hit, -1, left)
+            kept = kept_groups(candidates, EP, GP, G, TOPK_GROUP)
+            left, best = take_best(
+                tl.where(kept, candidates, NONE), column[None, :], best, slot[None, :], first_slot, K
+            )
+            chosen = kept & (left == NONE) & (candidates > NONE)
+            found = tl.sum((best >= 0).to(tl.int32), 1)
+            free = (found < K) & (local < length)
+            if tl.max(free.to(tl.int32), 0) > 0:  # rare: the free slots take members outside the kept groups
+                outside = tl.where(kept, NONE, candidates)
+                left, best = take_best(outside, column[None, :], best, slot[None, :], found, K)
+                chosen = chosen | ((left == NONE) & (outside > NONE))
+        else:
+            left, best = take_best(candidates, column[None, :], best, slot[None, :], first_slot, K)
+            chosen = (left == NONE) & (candidates > NONE)
 
         at = (start + local).to(tl.int64)[:, None] * K + slot[None, :]
         there = (local < length)[:, None] & (slot < K)[None, :]
-        best_column = EP - 1 - (best & 0xFFFF).to(tl.int32)
-        best_expert = best_column // (EP // GP) * (E // G) + best_column % (EP // GP)
+        best_expert = best // (EP // GP) * (E // G) + best % (EP // GP)
         tl.store(ids_ptr + at, tl.where(best >= 0, best_expert, -1), mask=there)
-        if not SOFTMAX:  # read again: cheaper than a reduction per slot
-            of_slot = (start + local).to(tl.int64)[:, None] * E + best_expert
-            if HAS_SCORE:
-                picked = tl.load(score_ptr + of_slot, mask=there & (best >= 0), other=0.0)
-            else:
-                picked = sigmoid(tl.load(logits_ptr + of_slot, mask=there & (best >= 0), other=-float("inf")))
+        of_slot = (start + local).to(tl.int64)[:, None] * E + best_expert
+        if HAS_SCORE:
+            picked = tl.load(score_ptr + of_slot, mask=there & (best >= 0), other=0.0)
+        elif SOFTMAX:
+            picked = tl.gather(score, tl.maximum(best, 0), 1)
+            picked = tl.where(best >= 0, picked, 0.0)
+        else:
+            picked = sigmoid(tl.load(logits_ptr + of_slot, mask=there & (best >= 0), other=-float("inf")))
         if NORM:
             total = tl.sum(picked.to(tl.float64), 1).to(tl.float32) + EPS
             picked = tl.div_rn(picked, tl.broadcast_to(total[:, None], picked.shape))
         tl.store(weights_ptr + at, picked * scale, mask=there)
 
         if SCHEDULE != "":
-            chosen = (candidates >= 0) & (left < 0)
             chosen = local_only(chosen, expert[None, :], real[None, :], map_ptr, HAS_MAP)
             if SCHEDULE == "dense":
                 used = used | tl.max(chosen.to(tl.int32), 0)

@@ -79,7 +79,7 @@ HOPPER = dict(
     gate=Gate(experts=16, tokens=32, hidden=256, stages=4, warps=4),
     route=Route(tokens=32, warps=16),
     dense_up=Product(rows=32, depth=128, stages=4, warps=4, per_processor=2),
-    dense_down=Product(rows=16, depth=128, stages=5, warps=4),
+    dense_down=Product(rows=16, depth=256, stages=6, warps=4),
     gathered_up=Product(rows=64, depth=64, stages=4, warps=8),
     gathered_down=Product(rows=128, depth=64, stages=4, warps=8),
     measured_by=UNMEASURED,
@@ -87,13 +87,14 @@ HOPPER = dict(
 TABLE = {
     "H100": HOPPER,
     "H200": HOPPER,
+    "B200": HOPPER,
     "A100": dict(
         gate=Gate(experts=16, tokens=32, hidden=256, stages=4, warps=4),
         route=Route(tokens=32, warps=16),
         dense_up=Product(rows=32, depth=128, stages=3, warps=4, per_processor=2),
         dense_down=Product(rows=16, depth=128, stages=4, warps=4),
-        gathered_up=Product(rows=32, depth=64, stages=3, warps=4),
-        gathered_down=Product(rows=64, depth=64, stages=3, warps=4),
+        gathered_up=Product(rows=32, depth=64, stages=4, warps=8),
+        gathered_down=Product(rows=64, depth=64, stages=4, warps=8),
         measured_by=UNMEASURED,
     ),
     # Any other GPU; fits the 64 KB of AMD's CDNA 3 and the 99 KB of NVIDIA's consumer chips.

@@ -1,0 +1,230 @@
+"""Registers, spills and shared memory of every Triton kernel, compiled ahead of time: no GPU needed.
+
+    python tools/triton_resources.py --target sm_90 --model mini --tokens 32 [--form dense] [--asm FOLDER]
+
+The launchers themselves say what is launched: they run on meta tensors, and their kernel calls are recorded and compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from dmoe_ops.triton_kernels import backend, tiles
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from dmoe_ops import router
+from dmoe_ops.routing import BlockRouting
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A compilation target and the GPU that stands for it. shared_memory: bytes that one program may have."""
+
+    target: GPUTarget
+    name: str
+    shared_memory: int
+    processors: int
+    pdl: bool = False
+
+
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), "A100", 163 << 10, 108),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), "H100", 227 << 10, 132, pdl=True),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), "B200", 227 << 10, 148, pdl=True),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "MI300X", 64 << 10, 304),
+}
+# hidden size, intermediate size, intermediate size of the shared expert, routing
+MODELS = {
+    "mini": (2048, 512, 512, BlockRouting()),
+    "flash": (4096, 1024, 1024, BlockRouting()),
+    "flash22": (4096, 1024, 1024, BlockRouting.policy("capacity")),
+    "llada_moe": (2048, 1024, 0, BlockRouting(num_experts=64, n_group=1, topk_group=1, score="softmax",
+                                             norm_topk_prob=False, routed_scaling_factor=1.0)),
+    "sdar": (2048, 768, 0, BlockRouting(num_experts=128, block_size=4, n_group=1, topk_group=1, score="softmax")),
+    "gemma": (2816, 704, 704, BlockRouting(num_experts=128, block_size=256, n_group=1, topk_group=1, score="softmax")),
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Call:
+    """One recorded launch."""
+
+    fn: JITFunction
+    args: dict
+    options: dict
+    grid: tuple
+
+
+@contextlib.contextmanager
+def recorded():
+    """Collects the launches of Triton kernels in place of making them."""
+    calls = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        names = [p.name for p in self.params]
+        options = {key: value for key, value in kwargs.items() if key not in names}
+        bound = dict(zip(names, args)) | {key: value for key, value in kwargs.items() if key in names}
+        assert sorted(bound) == sorted(names), (self.__name__, set(names) ^ set(bound))
+        calls.append(Call(self, bound, options, grid))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield calls
+
+
+def launches(chip: Chip, model: str, n_tokens: int, form: str | None = None, dtype=torch.bfloat16) -> list[Call]:
+    """What `block_moe`, and for the first model `moe_experts` and `block_route`, launch for that many tokens."""
+    hidden, intermediate, shared, routing = MODELS[model]
+    empty = functools.partial(torch.empty, device="meta", dtype=dtype)
+    x, n_experts = empty(n_tokens, hidden), routing.num_experts
+    weights = [empty(n_experts, 2 * intermediate, hidden), empty(n_experts, hidden, intermediate), None, None]
+    if shared:
+        weights[2:] = empty(2 * shared, hidden), empty(hidden, shared)
+    bias = empty(n_experts, dtype=torch.float32)
+    logits = empty(n_tokens, n_experts, dtype=torch.float32)
+    out = router.allocate(n_tokens, n_tokens, None, routing, x)
+    table = tiles.for_name(chip.name, chip.shared_memory, chip.processors)
+    with contextlib.ExitStack() as stack:
+        calls = stack.enter_context(recorded())
+        stack.enter_context(mock.patch.object(tiles, "for_device", lambda device: table))
+        stack.enter_context(mock.patch.object(backend, "has_pdl", lambda device: chip.pdl))
+        if form:
+            stack.enter_context(mock.patch.object(backend, "form_of", lambda *_: form))
+        serve = backend.Triton
+        serve.block_moe(x, empty(n_experts, hidden), bias, weights, None, n_tokens, routing, x, out, logits)
+        if model == "mini":
+            serve.block_route(logits, bias, None, n_tokens, routing, out)
+            serve.moe_experts(x, *weights[:2], out.topk_ids, out.topk_weights, x)
+    return calls
+
+
+def source(call: Call) -> ASTSource:
+    """A recorded launch as the just-in-time compiler would specialise it."""
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(call.fn.params):
+        value = call.args[param.name]
+        if param.is_constexpr or value is None or (value == 1 if isinstance(value, int) else False):
+            signature[param.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        signature[param.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else _scalar_type(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(call.fn, signature, constants, attributes)
+
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+
+
+def _scalar_type(value) -> str:
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compiled(call: Call, chip: Chip):
+    return triton.compile(source(call), target=chip.target, options=call.options)
+
+
+def resources(kernel, chip: Chip) -> dict:
+    """registers, spills (a count, 0 when none), shared (bytes) of a compiled kernel."""
+    if chip.target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        count = {name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1)) for name in HIP_FIELDS}
+        # Spilled scalar registers go to lanes of vector registers, not to memory, unless scratch memory shows up.
+        spills = count["vgpr_spill_count"] + count["private_segment_fixed_size"]
+        return dict(registers=count["vgpr_count"], spills=spills, shared=kernel.metadata.shared)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        text = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL"))
+    spills = _spilled(kernel.asm["ptx"]) if stack + local else 0  # a stack frame may be there without spills
+    return dict(registers=registers, spills=spills, shared=kernel.metadata.shared)
+
+
+def _spilled(ptx: str) -> int:
+    """Bytes that ptxas spills, loads and stores together."""
+    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
+    tool = "ptxas-blackwell" if int(re.search(r"\d+", arch).group()) >= 100 else "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [_tool(tool), "-v", f"-arch={arch}", path, "-o", Path(folder) / "out"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
+
+
+HIP_FIELDS = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def report(chip_name: str, model: str, n_tokens: int, form: str | None, dtype, asm: str | None = None):
+    """One row (a dict) per distinct kernel."""
+    chip, seen = CHIPS[chip_name], set()
+    for call in launches(chip, model, n_tokens, form, dtype):
+        kernel = compiled(call, chip)
+        if kernel.hash in seen:
+            continue
+        seen.add(kernel.hash)
+        row = dict(
+            chip=chip_name, model=model, tokens=n_tokens, kernel=call.fn.__name__, warps=kernel.metadata.num_warps
+        )
+        row |= resources(kernel, chip) | dict(limit=chip.shared_memory, grid=list(call.grid))
+        if asm:
+            Path(asm).mkdir(parents=True, exist_ok=True)
+            for kind, text in kernel.asm.items():
+                if isinstance(text, str):
+                    (Path(asm) / f"{chip_name}-{model}-{n_tokens}-{call.fn.__name__}.{kind}").write_text(text)
+        yield row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["mini"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[32])
+    parser.add_argument("--form", choices=["dense", "gathered"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--json", action="store_true", help="one row per line, as JSON")
+    parser.add_argument("--asm", help="folder for the assembly of each kernel")
+    args = parser.parse_args()
+    bad = 0
+    if not args.json:
+        print(
+            f"{'chip':7} {'model':9} {'tokens':>6} {'kernel':22} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}"
+        )
+    for chip in args.target:
+        for model in args.model:
+            for tokens in args.tokens:
+                for row in report(chip, model, tokens, args.form, getattr(torch, args.dtype), args.asm):
+                    bad += row["spills"] > 0 or row["shared"] > row["limit"]
+                    if args.json:
+                        print(json.dumps(row), flush=True)
+                    else:
+                        print(
+                            f"{chip:7} {model:9} {tokens:6} {row['kernel']:22} {row['warps']:5} {row['registers']:5} "
+                            f"{row['spills']:6} {row['shared']:7}",
+                            flush=True,
+                        )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
