@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 
 import torch
 
+from ..models.llada2 import LLaDA2ForDiffusion
 from ..routing import POLICIES
-from . import cases, measure, peers, results, roofline
+from . import cases, decode, measure, peers, results, roofline, sweep
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Interrupted by Ctrl-C, as a shell reports it.
@@ -56,6 +58,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _machine_arguments(one)
         _model_arguments(one)
         _case_arguments(one, op)
+    text = (
+        "Expert counts and layer times over p = 0.3 to 0.95 and blocks of 8 to 64, beside the paper's tables 3 and 4."
+    )
+    one = command("sweep", run_sweep, text, "dmoe bench sweep --device cpu --json sweep.json")
+    _machine_arguments(one)
+    _model_arguments(one)
+    one.add_argument("--blocks", type=_positive, default=200, help="calibrated blocks to count experts on")
+    one.add_argument("--min-experts", type=_positive, default=16, help="least coreset")
+    one.add_argument("--no-time", action="store_true", help="count only")
+    text = "Times block-diffusion decoding end to end, one policy against the other, and splits a forward's time."
+    one = command("decode", run_decode, text, "dmoe bench decode --device cpu --policies token,dmoe --json decode.json")
+    _machine_arguments(one)
+    one.add_argument("--model", choices=decode.CONFIGS, default="llada2-mini", help="whose shapes, with random weights")
+    one.add_argument("--checkpoint", metavar="FOLDER", help="decode with this checkpoint in place of random weights")
+    one.add_argument("--policies", type=_policies, default=["token", "dmoe"], metavar="NAME,…", help="what to compare")
+    one.add_argument("--prompt", type=_positive, default=64, metavar="TOKENS", help="random prompt tokens")
+    one.add_argument("--gen-length", type=_positive, default=64, metavar="TOKENS", help="tokens to decode")
+    one.add_argument("--steps", type=_positive, default=16, help="denoising steps per block of 32")
+    one.add_argument("--rounds", type=_positive, default=5, help="decodes of each policy")
 
 
 def _machine_arguments(parser) -> None:
@@ -118,6 +139,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _policies(text: str) -> list[str]:
+    for name in text.split(","):
+        if name not in POLICIES:
+            raise argparse.ArgumentTypeError(f"{name!r} is no policy; there are {', '.join(POLICIES)}")
+    return text.split(",")
+
+
 def _positives(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
@@ -152,8 +180,68 @@ def run_op(args) -> int:
     return code
 
 
-def prepare(args) -> cases.Model:
-    """Settles device, backend and threads; the model with the numbers given in its place."""
+def run_sweep(args) -> int:
+    dtype = DTYPES[args.dtype]
+    model = prepare(args)
+    out = results.new(args.command_line, args.device, dtype=args.dtype, seed=args.seed, seconds=args.seconds)
+
+    def work() -> None:
+        fill = None
+        if not args.no_time:
+            out["ceilings"] = roofline.measure_ceilings(args.device, dtype)._asdict()
+            fill = functools.partial(make_weights, args, model, out)
+        sweep.run(out, model, fill, args.blocks, args.min_experts, args.seed, args.seconds, dtype)
+
+    code = finish(args, out, work, sweep.print_rows)
+    for key in sweep.wrong(out):
+        print(f"wrong output of dmoe_ops at {key}", file=sys.stderr)
+        code = code or 1
+    return code
+
+
+def run_decode(args) -> int:
+    prepare_machine(args)
+    dtype = DTYPES[args.dtype]
+    out = results.new(args.command_line, args.device, dtype=args.dtype, seed=args.seed)
+    if args.rounds < 2:
+        args.parser.error(f"--rounds must be at least 2, got {args.rounds}")
+
+    def work() -> None:
+        model, about = decode_model(args, dtype)
+        out["settings"]["model"] = about
+        generator = torch.Generator().manual_seed(args.seed)
+        prompt = torch.randint(model.config.mask_token_id - 1, (1, args.prompt), generator=generator)
+
+        def run() -> object:
+            return model.generate(prompt, gen_length=args.gen_length, steps=args.steps, eos_id=None)
+
+        if not args.checkpoint:
+            target = decode.TARGET_UNIQUE * model.config.num_experts / 256
+            touched = decode.calibrate(model, run, target, args.seed)
+            out["settings"]["model"] += f"; router biases set so that token routing touches {touched:.0f} experts"
+        decode.run(out, model, args.policies, run, args.rounds)
+
+    return finish(args, out, work, decode.print_rows)
+
+
+def decode_model(args, dtype) -> tuple:
+    """The model, and what it is in one line."""
+    if args.checkpoint:
+        model = LLaDA2ForDiffusion.from_pretrained(args.checkpoint).to(args.device, dtype)
+        return model, f"checkpoint {args.checkpoint}"
+    config = decode.CONFIGS[args.model]
+    # A CPU spends seconds on the full vocabulary's head, which block routing does not touch.
+    vocab = config.vocab_size if args.device == "cuda" else min(config.vocab_size, 8192)
+    layers = args.layers or config.num_hidden_layers
+    while layers > 2 and decode.weight_bytes(config, layers, dtype) > cases.memory_budget(args.device):
+        layers -= 1
+    about = f"{args.model}, random weights, {layers} of {config.num_hidden_layers} layers (each of full size)"
+    about += "" if vocab == config.vocab_size else f", {vocab} of {config.vocab_size} tokens"
+    return decode.random_model(decode.reduced(config, layers, vocab), dtype, args.device, args.seed), about
+
+
+def prepare_machine(args) -> None:
+    """Device, backend and threads."""
     if args.device == "cuda" and not torch.cuda.is_available():
         args.parser.error("--device cuda: torch sees no CUDA GPU")
     if args.backend:
@@ -162,6 +250,11 @@ def prepare(args) -> cases.Model:
         torch.set_num_threads(args.threads)
     if args.seconds <= 0:
         args.parser.error(f"--seconds must be positive, got {args.seconds:g}")
+
+
+def prepare(args) -> cases.Model:
+    """The model with the numbers given in its place, on a settled machine."""
+    prepare_machine(args)
     names = dict(
         hidden="hidden", intermediate="intermediate", experts="num_experts", top_k="top_k", groups="n_group",
         kept_groups="topk_group", block_size="block_size", shared="shared",

@@ -173,17 +173,28 @@ def _case(label, model: Model, routing, logits, dtype, device, generator) -> Cas
     return Case(label, model, routing, x.to(device, dtype), logits.to(device), bias)
 
 
+def random_tile(std: float, generator) -> torch.Tensor:
+    """To `fill` weights from: drawing gigabytes of normal numbers would take minutes. Its odd length keeps the rows of a
+    matrix, and the experts, different."""
+    return std * torch.randn(4_000_037, generator=generator)
+
+
+def fill(weight: torch.Tensor, tile: torch.Tensor, generator) -> torch.Tensor:
+    """Repeats the tile over the weight, from a random place on."""
+    start = int(torch.randint(tile.numel(), (), generator=generator))
+    tile = tile.roll(start)
+    for chunk in weight.view(-1).split(tile.numel()):
+        chunk.copy_(tile[: chunk.numel()])
+    return weight
+
+
 def random_weights(model: Model, dtype, device, seed: int) -> Weights:
-    """Random weights of one layer, never zeros: those are faster than data on some hardware. Whole layers of normal
-    numbers would take a minute, so a random tile is repeated; its odd length keeps the experts different."""
+    """Random weights of one layer, never zeros: those are faster than data on some hardware."""
     generator = torch.Generator().manual_seed(seed)
-    tile = (0.02 * torch.randn(4_000_037, generator=generator)).to(device, dtype)
+    tile = random_tile(0.02, generator).to(device, dtype)
 
     def filled(*shape):
-        weight = torch.empty(*shape, dtype=dtype, device=device)
-        for chunk in weight.view(-1).split(tile.numel()):
-            chunk.copy_(tile[: chunk.numel()])
-        return weight
+        return fill(torch.empty(*shape, dtype=dtype, device=device), tile, generator)
 
     # The same gate in every layer, so that every layer routes alike.
     generator.manual_seed(0)

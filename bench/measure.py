@@ -229,11 +229,7 @@ def _speedup(row: dict) -> str:
     if row["impl"] == OURS:
         return ""
     ratio = row["ratios"].get(f"{OURS} @ {row['case']}")
-    return "refused: dmoe_ops is off" if ratio is None else show(ratio)
-
-
-def show(ratio: dict) -> str:
-    return f"{ratio['median']:.2f} ({ratio['p10']:.2f}–{ratio['p90']:.2f})"
+    return "refused: dmoe_ops is off" if ratio is None else results.ratio(ratio)
 
 
 def _print_across(rows: list[dict]) -> None:
@@ -243,7 +239,7 @@ def _print_across(rows: list[dict]) -> None:
         for row in rows:
             ratio = row["ratios"].get(f"{OURS} @ {case}")
             if row["case"] == "token" and case != "token" and ratio is not None:
-                print(f"  {row['key']} / {OURS} @ {case} = {show(ratio)}")
+                print(f"  {row['key']} / {OURS} @ {case} = {results.ratio(ratio)}")
 
 
 def wrong(out: dict) -> list[str]:

@@ -118,6 +118,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
+def ratio(value: dict) -> str:
+    return f"{value['median']:.2f} ({value['p10']:.2f}–{value['p90']:.2f})"
+
+
 def table(header: list[str], lines: list[list[str]]) -> str:
     """Columns as wide as they need; the first is left-aligned."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
