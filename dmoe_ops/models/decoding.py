@@ -1,0 +1,284 @@
+"""Block diffusion: decoding block by block, each unmasked in parallel over a few denoising steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+FROM_CONFIG = object()
+
+
+class KVCache:
+    """Keys and values of the committed tokens, in buffers of full length: a forward writes behind them, and only `commit`
+    makes what it wrote part of the prefix. keys, values: [layers, bsz, kv_heads, capacity, head_dim]."""
+
+    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, *, dtype=None, device=None):
+        shape = (layers, batch, heads, capacity, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def check(self, input_ids) -> None:
+        _, batch, _, capacity, _ = self.keys.shape
+        if input_ids.shape[0] != batch:
+            raise ValueError(f"input_ids must have the batch size of kv_cache, {batch}, got {input_ids.shape[0]}")
+        if self.length + input_ids.shape[1] > capacity:
+            raise ValueError(
+                f"kv_cache has room for {capacity} tokens, got {self.length} and {input_ids.shape[1]} more"
+            )
+
+    def extend(self, layer: int, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes keys and values [bsz, kv_heads, T, head_dim] behind the prefix; returns views of prefix and both."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def commit(self, tokens: int) -> None:
+        self.length += tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingStats:
+    """What a decode cost. A forward is one run of all layers: the prefill of the prompt's full blocks, the denoising
+    steps, and the commit of each finished block (its keys and values have to be those of its final tokens).
+
+    tokens_per_forward: new tokens over all forwards.
+    unique_experts: distinct experts that a block's tokens were routed to, averaged over layers and over the blocks of all
+    forwards; unique_experts_denoising: the paper's count, over denoising forwards alone. `_by_layer` keeps the layers
+    apart (MoE layers, in order).
+    expert_bytes_per_step: routed expert weights that a denoising forward reads, on average, all layers together.
+    """
+
+    tokens: int
+    forwards: int
+    prefill_forwards: int
+    commit_forwards: int
+    denoising_forwards: int
+    tokens_per_forward: float
+    unique_experts: float
+    unique_experts_denoising: float
+    unique_experts_by_layer: tuple[float, ...]
+    unique_experts_denoising_by_layer: tuple[float, ...]
+    expert_bytes_per_step: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """tokens: int64 [1, n], the new tokens up to and with the first eos; n is at most gen_length."""
+
+    tokens: torch.Tensor
+    stats: DecodingStats
+
+
+class _Counter:
+    """Counts on the device of the model: nothing is read back before the end."""
+
+    def __init__(self, num_experts: int, block_length: int):
+        self.num_experts, self.block_length = num_experts, block_length
+        self.forwards = dict(prefill=0, commit=0, denoising=0)
+        self.blocks = dict(self.forwards)
+        self.unique = dict.fromkeys(self.forwards, 0)  # [layers]: sums over blocks
+
+    def add(self, kind: str, routed) -> None:
+        topk_ids = torch.stack([ids for _, ids in routed]).flatten(1, 2)  # [layers, tokens, k]
+        layers, tokens, _ = topk_ids.shape
+        blocks = tokens // self.block_length
+        # Slots without an expert (-1) are counted in a bin of their own.
+        used = torch.zeros(layers, blocks, self.num_experts + 1, dtype=torch.bool, device=topk_ids.device)
+        used.scatter_(2, topk_ids.reshape(layers, blocks, -1) % (self.num_experts + 1), True)
+        self.forwards[kind] += 1
+        self.blocks[kind] += blocks
+        self.unique[kind] = self.unique[kind] + used[:, :, :-1].sum((1, 2))
+
+    def mean(self, *kinds: str) -> tuple[float, ...]:
+        """Unique experts per block, layer by layer."""
+        blocks = sum(self.blocks[kind] for kind in kinds)
+        total = sum(self.unique[kind] for kind in kinds if self.blocks[kind])
+        return tuple((total.double() / blocks).tolist())
+
+    def stats(self, tokens: int, bytes_per_expert: int) -> DecodingStats:
+        every, denoising = self.mean(*self.forwards), self.mean("denoising")
+        forwards = sum(self.forwards.values())
+        return DecodingStats(
+            tokens=tokens,
+            forwards=forwards,
+            **{f"{kind}_forwards": count for kind, count in self.forwards.items()},
+            tokens_per_forward=tokens / forwards,
+            unique_experts=sum(every) / len(every),
+            unique_experts_denoising=sum(denoising) / len(denoising),
+            unique_experts_by_layer=every,
+            unique_experts_denoising_by_layer=denoising,
+            expert_bytes_per_step=sum(denoising) * bytes_per_expert,
+        )
+
+
+@torch.no_grad()
+def generate(
+    self,
+    input_ids,
+    *,
+    gen_length: int,
+    block_length: int = 32,
+    steps: int = 32,
+    threshold: float = 0.95,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = FROM_CONFIG,
+    mask_id: int | None = None,
+    eos_early_stop: bool = True,
+    progress: bool = False,
+    generator: torch.Generator | None = None,
+) -> Decoded:
+    """Decodes up to `gen_length` new tokens by block diffusion.
+
+    input_ids: int64 [1, T], the prompt; it may end inside a block, and may be empty.
+    gen_length: new tokens at most. block_length: tokens that are unmasked in parallel; blocks start at position 0.
+    steps: denoising steps per block (at most gen_length of them). Each unmasks every token whose confidence is
+    above `threshold`, or, where those are fewer than the step's share of the block, that many of the most confident.
+    temperature: 0 takes the most probable token, else the token is drawn (`generator`). top_k, top_p: restrict the choice
+    to the k most probable tokens, and to the fewest that reach probability top_p. The confidence of a token is its
+    probability among those that remain.
+    eos_id: ends the text (None: nothing does); by default config.eos_token_id. mask_id: by default config.mask_token_id.
+    eos_early_stop: stop as soon as no mask is left before an eos, not only at the end of its block.
+    progress: show a progress bar.
+
+    Returns `Decoded`. Raises ValueError that names the argument and its value.
+    Source: generate() of the released LLaDA2 code, its greedy form taking the most probable token.
+    """
+    config = self.config
+    eos_id = config.eos_token_id if eos_id is FROM_CONFIG else eos_id
+    mask_id = config.mask_token_id if mask_id is None else mask_id
+    _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id)
+    input_ids = input_ids.to(self.device)
+    steps = min(steps, gen_length)
+    prompt_length = input_ids.shape[1]
+    stop = prompt_length + gen_length
+    n_blocks = -(-stop // block_length)
+    x = input_ids.new_full((1, n_blocks * block_length), mask_id)
+    x[:, :prompt_length] = input_ids
+    new = x[0, prompt_length:stop]
+    cache = self.new_cache(x.shape[1])
+    counter = _Counter(config.num_experts, block_length)
+
+    def forward(kind: str, tokens):
+        hidden, routed = self.hidden_states(tokens, kv_cache=cache, block_length=block_length)
+        counter.add(kind, routed)
+        return hidden
+
+    bar = tqdm(total=gen_length, unit="token", disable=not progress)
+    with bar:
+        for begin in range(prompt_length // block_length * block_length, x.shape[1], block_length):
+            if begin > cache.length:
+                # The prompt's full blocks at first, then the block that has just been finished.
+                forward("commit" if cache.length or begin > prompt_length else "prefill", x[:, cache.length : begin])
+                cache.commit(begin - cache.length)
+            block = x[0, begin : begin + block_length]
+            for step in range(steps):
+                active = block == mask_id
+                if not active.any():
+                    break
+                logits = self.logits(forward("denoising", block[None]))[0]
+                tokens, confidence = sample(logits, temperature, top_k, top_p, generator)
+                share = block_length // steps + (step < block_length % steps)
+                unmask = choose(confidence, active, threshold, share)
+                block[unmask] = tokens[unmask]
+                bar.update(int((new != mask_id).sum()) - bar.n)
+                if eos_early_stop and eos_id is not None and _ended(new, eos_id, mask_id):
+                    break
+            if eos_id is not None and (new[: begin + block_length - prompt_length] == eos_id).any():
+                break
+    ends = (new == eos_id).nonzero() if eos_id is not None else new[:0]
+    tokens = new[: int(ends[0]) + 1] if len(ends) else new
+    return Decoded(tokens[None].clone(), counter.stats(len(tokens), self.bytes_per_expert))
+
+
+def sample(logits, temperature: float = 0.0, top_k=None, top_p=None, generator=None):
+    """A token for every row of logits [T, V], int64 [T], and its probability float32 [T] after the filters."""
+    if temperature > 0:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=1, descending=True, stable=True)
+        before = F.pad(ordered.softmax(1).cumsum(1)[:, :-1], (1, 0))  # of all that are more probable
+        logits = logits.masked_fill((before > top_p).scatter(1, order, before > top_p), -torch.inf)
+    probability = logits.softmax(1)
+    if temperature > 0:
+        token = torch.multinomial(probability, 1, generator=generator)
+    else:
+        token = logits.argmax(1, keepdim=True)
+    return token[:, 0], probability.gather(1, token)[:, 0]
+
+
+def choose(confidence, active, threshold: float, share: int) -> torch.Tensor:
+    """Which tokens a step unmasks, bool [B]: the active ones above the threshold, or the `share` most confident ones if
+    those are fewer."""
+    confidence = confidence.masked_fill(~active, -torch.inf)
+    sure = confidence > threshold
+    if int(sure.sum()) >= share:
+        return sure
+    best = confidence.sort(descending=True, stable=True).indices[:share]
+    return torch.zeros_like(active).index_fill(0, best, True) & active
+
+
+def _ended(new, eos_id: int, mask_id: int) -> bool:
+    """Whether an eos stands in the new tokens with no mask before it."""
+    first_eos = (new == eos_id).int().argmax()
+    return bool((new[first_eos] == eos_id) & ~(new[:first_eos] == mask_id).any())
+
+
+def _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id):
+    for name, value in (("gen_length", gen_length), ("block_length", block_length), ("steps", steps)):
+        if not is_int(value) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not is_number(threshold) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold!r}")
+    if not is_number(temperature) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
+    if top_k is not None and (not is_int(top_k) or top_k < 1):
+        raise ValueError(f"top_k must be None or an integer of at least 1, got {top_k!r}")
+    if top_p is not None and (not is_number(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p must be None or in (0, 1], got {top_p!r}")
+    if mask_id is None:
+        raise ValueError("mask_id must be given where config.json has no mask_token_id, got None")
+    for name, value in (("mask_id", mask_id), ("eos_id", eos_id)):
+        if value is not None and (not is_int(value) or not 0 <= value < config.vocab_size):
+            raise ValueError(f"{name} must be a token id below vocab_size={config.vocab_size}, got {value!r}")
+    if eos_id == mask_id:
+        raise ValueError(f"eos_id must differ from mask_id, got {eos_id} for both")
+    check_ids(input_ids, config.vocab_size)
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"input_ids must hold one prompt, [1, T], got {list(input_ids.shape)}")
+    if (input_ids == mask_id).any():
+        raise ValueError(f"input_ids must not hold mask_id={mask_id}")
+    length = input_ids.shape[1] + gen_length
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"gen_length must leave prompt and answer within max_position_embeddings="
+            f"{config.max_position_embeddings} tokens, got {input_ids.shape[1]} + {gen_length}"
+        )
+
+
+def check_ids(input_ids, vocab_size: int) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+        got = input_ids
+        if isinstance(input_ids, torch.Tensor):
+            got = f"{list(input_ids.shape)} {input_ids.dtype}"
+        raise ValueError(f"input_ids must be an int64 tensor [bsz, T], got {got}")
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+        raise ValueError(
+            f"input_ids must be in [0, vocab_size={vocab_size}), got {int(input_ids.min())} to {int(input_ids.max())}"
+        )
+
+
+def is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value) -> bool:
+    return is_int(value) or isinstance(value, float)

@@ -1,0 +1,471 @@
+"""LLaDA2: a block-diffusion transformer with sparse MoE layers, on `BlockMoE`.
+
+Facts from the released code and checkpoints (LLaDA2.0-mini, LLaDA2.0-flash, dMoE-16B); tensor names are theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..layer import BlockMoE
+from ..routing import POLICIES, SCORES, BlockRouting
+from . import checkpoint, decoding
+
+# What LLaDA2.0's generate() falls back to: its config.json names neither token.
+RELEASED_VOCAB_SIZE, RELEASED_EOS, RELEASED_MASK = 157184, 156892, 156895
+MAY_BE_ZERO = {
+    "num_key_value_heads",
+    "num_experts",
+    "first_k_dense_replace",
+    "num_shared_experts",
+    "eos_token_id",
+    "mask_token_id",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LLaDA2Config:
+    """Geometry of a LLaDA2 model, by the names of its config.json. Fields without a default have to be there.
+
+    Raises ValueError, naming the field and its value, for a value that is out of range or contradicts another, and for an
+    option that is not supported (sliding window, scaled rotary embedding, activations other than SiLU).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    rope_theta: float
+    rms_norm_eps: float
+    intermediate_size: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    first_k_dense_replace: int = 0
+    num_shared_experts: int | None = None
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    score_function: str = "sigmoid"
+    partial_rotary_factor: float = 0.5
+    rotary_dim: int | None = None
+    use_qk_norm: bool = True
+    use_qkv_bias: bool = False
+    use_bias: bool = False
+    norm_head: bool = False
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 16384
+    initializer_range: float = 0.02
+    hidden_act: str = "silu"
+    use_sliding_window: bool = False
+    rope_scaling: dict | None = None
+    eos_token_id: int | None = None
+    mask_token_id: int | None = None
+    model_type: str = "llada2_moe"
+
+    def __post_init__(self):
+        def fill(name, value):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        def check(fits: bool, name: str, must: str):
+            if not fits:
+                raise ValueError(f"{name} must {must}, got {getattr(self, name)!r}")
+
+        for field in dataclasses.fields(self):
+            kind = field.type.removesuffix(" | None")
+            value = getattr(self, field.name)
+            if value is None and field.type != kind:
+                continue
+            if kind == "int":
+                least = 0 if field.name in MAY_BE_ZERO else 1
+                fits = decoding.is_int(value) and value >= least
+                check(fits, field.name, f"be an integer of at least {least}")
+            elif kind == "float":
+                fits = decoding.is_number(value) and math.isfinite(value) and value > 0
+                check(fits, field.name, "be a positive number")
+            elif kind == "bool":
+                check(isinstance(value, bool), field.name, "be true or false")
+
+        check(self.model_type.startswith("llada2"), "model_type", "be llada2_moe")
+        check(self.hidden_act in ("silu", "swish"), "hidden_act", "be silu")
+        check(not self.use_sliding_window, "use_sliding_window", "be false (there is no sliding window here)")
+        rope_type = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type", "default"))
+        check(rope_type == "default", "rope_scaling", "be null or of type default")
+        check(self.score_function in SCORES, "score_function", f"be one of {', '.join(SCORES)}")
+        if self.num_experts == 0 or self.first_k_dense_replace >= self.num_hidden_layers:
+            raise ValueError(
+                f"num_experts={self.num_experts}, first_k_dense_replace={self.first_k_dense_replace} and "
+                f"num_hidden_layers={self.num_hidden_layers} leave no MoE layer"
+            )
+        check(
+            not self.first_k_dense_replace or self.intermediate_size, "intermediate_size", "be given for dense layers"
+        )
+        if self.head_dim is None:
+            fits = self.hidden_size % self.num_attention_heads == 0
+            check(fits, "num_attention_heads", f"divide hidden_size={self.hidden_size} where head_dim is not given")
+        fill("head_dim", self.hidden_size // self.num_attention_heads)
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        fits = self.num_attention_heads % self.num_key_value_heads == 0
+        check(fits, "num_key_value_heads", f"divide num_attention_heads={self.num_attention_heads}")
+        fill("rotary_dim", int(self.head_dim * self.partial_rotary_factor))
+        fits = self.rotary_dim == int(self.head_dim * self.partial_rotary_factor)
+        check(fits, "rotary_dim", f"be partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim}")
+        fits = self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim
+        check(fits, "rotary_dim", f"be even and at most head_dim={self.head_dim}")
+        for name in ("eos_token_id", "mask_token_id"):
+            if self.vocab_size == RELEASED_VOCAB_SIZE:
+                fill(name, RELEASED_EOS if name == "eos_token_id" else RELEASED_MASK)
+            value = getattr(self, name)
+            check(value is None or value < self.vocab_size, name, f"be below vocab_size={self.vocab_size}")
+        self.routing("token")  # what it says of experts, top-k and groups
+
+    @classmethod
+    def from_dict(cls, values: dict) -> LLaDA2Config:
+        """From the contents of a config.json; keys that are not fields are ignored."""
+        fields = dataclasses.fields(cls)
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and values.get(f.name) is None]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given, got nothing")
+        return cls(**{f.name: values[f.name] for f in fields if f.name in values})
+
+    @classmethod
+    def from_pretrained(cls, folder) -> LLaDA2Config:
+        """From FOLDER/config.json. Raises ValueError that names the file and the key."""
+        path = Path(folder) / "config.json"
+        try:
+            return cls.from_dict(checkpoint.read_json(path))
+        except ValueError as error:
+            raise ValueError(str(error) if "config.json" in str(error) else f"{path}: {error}") from None
+
+    def routing(self, policy: str = "dmoe", **overrides) -> BlockRouting:
+        """The policy with this model's experts, top-k, groups and scaling; `overrides` are fields of `BlockRouting`."""
+        geometry = dict(
+            num_experts=self.num_experts,
+            top_k=self.num_experts_per_tok,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            score=self.score_function,
+            # LLaDA2's gate normalises except at top-1.
+            norm_topk_prob=self.num_experts_per_tok != 1,
+            routed_scaling_factor=float(self.routed_scaling_factor),
+        )
+        geometry = {key: value for key, value in geometry.items() if key not in POLICIES.get(policy, {})}
+        return BlockRouting.policy(policy, **{**geometry, **overrides})
+
+
+class LLaDA2Output(NamedTuple):
+    """logits: float32 [bsz, T, vocab]. routed: of each MoE layer in order, (router_logits float32 [bsz, T, E], topk_ids
+    int64 [bsz, T, k])."""
+
+    logits: torch.Tensor
+    routed: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LLaDA2Config, dtype):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, width, bias=config.use_qkv_bias, dtype=dtype)
+        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.use_bias, dtype=dtype)
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
+            self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
+        else:
+            self.query_layernorm = self.key_layernorm = nn.Identity()
+
+    def forward(self, x, rotary, mask, extend):
+        qkv = self.query_key_value(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query = rotate(self.query_layernorm(query), *rotary)
+        key, value = extend(rotate(self.key_layernorm(key), *rotary), value)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.heads > self.kv_heads)
+        return self.dense(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int, dtype):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, dtype=dtype)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LLaDA2Config, routing: BlockRouting | None, dtype):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(config, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if routing is None:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype)
+        else:
+            shared = config.moe_intermediate_size * (config.num_shared_experts or 0)
+            self.mlp = BlockMoE(
+                config.hidden_size,
+                config.moe_intermediate_size,
+                routing,
+                shared_intermediate_size=shared,
+                dtype=dtype,
+            )
+
+    def forward(self, x, rotary, mask, extend):
+        """Returns the hidden states and, from a MoE layer, (router_logits, topk_ids)."""
+        x = x + self.attention(self.input_layernorm(x), rotary, mask, extend)
+        out, routed = self.mlp(self.post_attention_layernorm(x)), None
+        if isinstance(out, tuple):
+            out, routed = out
+        return x + out, routed
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: LLaDA2Config, routing: BlockRouting, dtype):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        dense = config.first_k_dense_replace
+        self.layers = nn.ModuleList(
+            Layer(config, routing if i >= dense else None, dtype) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+
+class LLaDA2ForDiffusion(nn.Module):
+    """A LLaDA2 model that routes by block.
+
+    config: `LLaDA2Config`; routing: see `set_routing`; dtype of the weights (by default torch's). The weights are created
+    empty: `from_pretrained` reads them, `init_weights` draws them.
+    """
+
+    def __init__(self, config: LLaDA2Config, routing: BlockRouting | str = "dmoe", *, dtype=None, device=None):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):  # no time for an initialisation that nobody reads
+            self.model = Decoder(config, config.routing("token"), dtype)
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.to_empty(device=device or torch.get_default_device())
+        self.set_routing(routing)
+
+    generate = decoding.generate
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.word_embeddings.weight.device
+
+    @property
+    def moe_layers(self) -> list[nn.Module]:
+        return [layer.mlp for layer in self.model.layers[self.config.first_k_dense_replace :]]
+
+    @property
+    def bytes_per_expert(self) -> int:
+        size = self.model.word_embeddings.weight.element_size()
+        return 3 * self.config.hidden_size * self.config.moe_intermediate_size * size
+
+    def set_routing(self, routing: BlockRouting | str, **overrides) -> None:
+        """Routes all MoE layers by a `BlockRouting`, taken as it stands, or by a policy's name with `overrides`. A policy's
+        blocks are those of the decode (`block_length`) unless `block_size` is among the overrides.
+
+        Raises ValueError, naming the argument, for an unknown policy or settings of another number of experts.
+        """
+        self.block_size_follows = isinstance(routing, str) and "block_size" not in overrides
+        if isinstance(routing, str):
+            routing = self.config.routing(routing, **overrides)
+        elif overrides:
+            raise ValueError(f"overrides need a policy's name, got {', '.join(overrides)} with {routing!r}")
+        if not isinstance(routing, BlockRouting):
+            raise ValueError(f"routing must be a BlockRouting or a policy's name, got {routing!r}")
+        if routing.num_experts != self.config.num_experts:
+            raise ValueError(
+                f"routing must have num_experts={self.config.num_experts} like the model, got {routing.num_experts}"
+            )
+        self._use(routing)
+
+    def _use(self, routing: BlockRouting) -> None:
+        self.routing = routing
+        for moe in self.moe_layers:
+            moe.routing = routing
+
+    def new_cache(self, capacity: int, batch: int = 1) -> decoding.KVCache:
+        """An empty cache for `capacity` tokens."""
+        config, weight = self.config, self.model.word_embeddings.weight
+        sizes = config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim
+        return decoding.KVCache(*sizes, dtype=weight.dtype, device=weight.device)
+
+    def forward(self, input_ids, *, kv_cache: decoding.KVCache | None = None, block_length: int = 32) -> LLaDA2Output:
+        """Logits of every token under block-causal attention: a token sees its own block and all earlier ones.
+
+        input_ids: int64 [bsz, T], at the positions behind `kv_cache`'s committed tokens (from 0 without one); blocks of
+        `block_length` are cut from position 0, and a cache's prefix must end with one. The tokens become part of the
+        prefix by `kv_cache.commit(T)`.
+
+        Returns `LLaDA2Output`. Raises ValueError that names the argument and its value.
+        """
+        decoding.check_ids(input_ids, self.config.vocab_size)
+        hidden, routed = self.hidden_states(input_ids, kv_cache=kv_cache, block_length=block_length)
+        return LLaDA2Output(self.logits(hidden), routed)
+
+    def hidden_states(self, input_ids, *, kv_cache=None, block_length: int = 32):
+        """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`."""
+        if not decoding.is_int(block_length) or block_length < 1:
+            raise ValueError(f"block_length must be an integer of at least 1, got {block_length!r}")
+        if self.block_size_follows and self.routing.block_size != block_length:
+            self._use(dataclasses.replace(self.routing, block_size=block_length))
+        if block_length % self.routing.block_size:
+            raise ValueError(
+                f"block_length must be a multiple of the routing's block_size={self.routing.block_size}, "
+                f"got {block_length}"
+            )
+        past = 0
+        if kv_cache is not None:
+            kv_cache.check(input_ids)
+            past = kv_cache.length
+            if past % block_length:
+                raise ValueError(f"kv_cache must end with a block of block_length={block_length}, got {past} tokens")
+        tokens = input_ids.shape[1]
+        mask = block_causal_mask(past, tokens, block_length, input_ids.device)
+        x = self.model.word_embeddings(input_ids)
+        rotary = self._rotary(past, tokens, x)
+        routed = []
+        for i, layer in enumerate(self.model.layers):
+
+            def extend(key, value, i=i):
+                return (key, value) if kv_cache is None else kv_cache.extend(i, key, value)
+
+            x, chosen = layer(x, rotary, mask, extend)
+            if chosen is not None:
+                routed.append(chosen)
+        return self.model.norm(x), tuple(routed)
+
+    def logits(self, hidden) -> torch.Tensor:
+        """float32 logits of hidden states [..., H]."""
+        head = self.model.word_embeddings if self.config.tie_word_embeddings else self.lm_head
+        weight = head.weight
+        if self.config.norm_head:  # the columns of the head at length 1, as its base family (Bailing) has it
+            weight = (weight.float() / (weight.float().norm(dim=0, keepdim=True) + 1e-7)).to(weight.dtype)
+        return F.linear(hidden, weight).float()
+
+    def _rotary(self, past: int, tokens: int, like) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [tokens, rotary_dim]; the angles are fp32 whatever the dtype."""
+        size = self.config.rotary_dim
+        exponent = torch.arange(0, size, 2, device=like.device, dtype=torch.float32) / size
+        position = torch.arange(past, past + tokens, device=like.device, dtype=torch.float32)
+        angle = torch.outer(position, 1.0 / self.config.rope_theta**exponent).repeat(1, 2)
+        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> LLaDA2ForDiffusion:
+        """Draws matrices from N(0, initializer_range); norms become 1, biases 0. The same seed gives the same weights on
+        every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.checkpoint_tensors().items():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.dim() == 1:
+                weight.fill_(1)
+            else:
+                drawn = torch.randn(weight.shape, generator=generator)
+                weight.copy_(drawn * self.config.initializer_range)
+        return self
+
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by their names in a checkpoint; those of experts are views of `BlockMoE`'s stacked ones."""
+        tensors = {}
+        for name, value in self.state_dict().items():
+            prefix, _, last = name.rpartition(".")
+            if last in ("gate_weight", "expert_bias"):
+                tensors[f"{prefix}.gate.{last.removeprefix('gate_')}"] = value
+            elif last in ("w13", "w2"):
+                for i, expert in enumerate(value):
+                    tensors.update(_projections(f"{prefix}.experts.{i}", last, expert))
+            elif last in ("shared_w13", "shared_w2"):
+                tensors.update(_projections(f"{prefix}.shared_experts", last.removeprefix("shared_"), value))
+            else:
+                tensors[name] = value
+        return tensors
+
+    @classmethod
+    def from_pretrained(
+        cls, folder, *, policy: str = "dmoe", dtype=None, device=None, **overrides
+    ) -> LLaDA2ForDiffusion:
+        """Reads a checkpoint folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
+
+        policy, overrides: see `set_routing`. dtype: of the weights; by default that of the stored embedding (expert_bias
+        is fp32 always). Files are memory-mapped and read layer by layer, straight into the stacked weights.
+
+        Raises ValueError, one line that names the file, the key or the tensor, before any weight is read.
+        """
+        folder = Path(folder)
+        config = LLaDA2Config.from_pretrained(folder)
+        config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
+        stored = checkpoint.Checkpoint(folder)
+        with torch.device("meta"):
+            # Shapes first: nothing is allocated for a checkpoint that does not fit.
+            targets = cls(config, device="meta").checkpoint_tensors()
+        stored.check(targets, ignore=("rotary_emb.inv_freq", *(["lm_head.weight"] * config.tie_word_embeddings)))
+        dtype = dtype or checkpoint.DTYPES[stored.dtypes["model.word_embeddings.weight"]]
+        model = cls(config, dtype=dtype, device=device)
+        model.set_routing(policy, **overrides)
+        with torch.no_grad():
+            stored.read(model.checkpoint_tensors())
+        return model.eval()
+
+    def save_pretrained(self, folder) -> None:
+        """Writes config.json and model.safetensors under a checkpoint's names."""
+        config = dataclasses.asdict(self.config)
+        dtype = str(self.model.word_embeddings.weight.dtype).removeprefix("torch.")
+        extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=dtype)
+        checkpoint.write(Path(folder), {**extra, **config}, self.checkpoint_tensors())
+
+
+def _projections(prefix: str, stacked: str, weight) -> dict[str, torch.Tensor]:
+    """w13 [2I, H] or w2 [H, I] under the names of the projections it holds."""
+    if stacked == "w2":
+        return {f"{prefix}.down_proj.weight": weight}
+    gate, up = weight.chunk(2)
+    return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+
+
+def rotate(x, cos, sin) -> torch.Tensor:
+    """Rotary embedding of the first dimensions of x [..., T, D], as many as cos and sin [T, R] have; the rest passes."""
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+
+
+def block_causal_mask(past: int, tokens: int, block_length: int, device) -> torch.Tensor | None:
+    """bool [tokens, past + tokens], true where a query may look: at its own block and at earlier ones. None where that is
+    everywhere (a single block; `past` ends with a block)."""
+    if tokens <= block_length:
+        return None
+    block = torch.arange(past + tokens, device=device) // block_length
+    return block[past:, None] >= block[None, :]
