@@ -12,7 +12,7 @@ import torch
 
 from ..models.llada2 import LLaDA2ForDiffusion
 from ..routing import POLICIES
-from . import cases, decode, measure, peers, results, roofline, sweep
+from . import cases, compare, decode, measure, peers, report, results, roofline, sweep
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Interrupted by Ctrl-C, as a shell reports it.
@@ -74,9 +74,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--checkpoint", metavar="FOLDER", help="decode with this checkpoint in place of random weights")
     one.add_argument("--policies", type=_policies, default=["token", "dmoe"], metavar="NAME,…", help="what to compare")
     one.add_argument("--prompt", type=_positive, default=64, metavar="TOKENS", help="random prompt tokens")
-    one.add_argument("--gen-length", type=_positive, default=64, metavar="TOKENS", help="tokens to decode")
-    one.add_argument("--steps", type=_positive, default=16, help="denoising steps per block of 32")
+    one.add_argument("--gen-length", type=_positive, default=32, metavar="TOKENS", help="tokens to decode")
+    one.add_argument("--steps", type=_positive, default=8, help="denoising steps per block of 32")
     one.add_argument("--rounds", type=_positive, default=5, help="decodes of each policy")
+    text = "Draws results: one HTML page that needs nothing else, and PNGs beside it. Needs matplotlib."
+    one = command("report", run_report, text, "dmoe bench report layer.json sweep.json --html report.html")
+    one.add_argument("files", nargs="+", metavar="FILE", help="results written by --json")
+    one.add_argument("--html", default="report.html", metavar="FILE", help="the page to write")
+
+    text = "Says what changed from one result to another. Exit status 1: dmoe_ops became slower beyond the noise."
+    one = command("compare", run_compare, text, "dmoe bench compare before.json after.json")
+    one.add_argument("before", metavar="BEFORE", help="results written by --json")
+    one.add_argument("after", metavar="AFTER", help="results of the same command")
+    one.add_argument(
+        "--by", choices=("time", "ratio"), help="times, or ratios to the peers; by default times on one machine"
+    )
 
 
 def _machine_arguments(parser) -> None:
@@ -238,6 +250,26 @@ def decode_model(args, dtype) -> tuple:
     about = f"{args.model}, random weights, {layers} of {config.num_hidden_layers} layers (each of full size)"
     about += "" if vocab == config.vocab_size else f", {vocab} of {config.vocab_size} tokens"
     return decode.random_model(decode.reduced(config, layers, vocab), dtype, args.device, args.seed), about
+
+
+def run_report(args) -> int:
+    try:
+        for path in report.run(args.files, args.html):
+            print(f"written: {path}")
+    except results.BadFile as error:
+        args.parser.error(str(error))
+    return 0
+
+
+def run_compare(args) -> int:
+    try:
+        before, after = results.read(args.before), results.read(args.after)
+    except results.BadFile as error:
+        args.parser.error(str(error))
+    by = args.by or compare.how(before, after)
+    if not compare.compare(before, after, by):
+        args.parser.error(f"the files have no {by}s in common")
+    return compare.run(before, after, by)
 
 
 def prepare_machine(args) -> None:

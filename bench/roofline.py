@@ -12,6 +12,9 @@ from tqdm import tqdm
 
 from .cases import Model
 
+READ_BYTES = 1 << 30  # more than any cache holds
+GEMM_SIZE = {"cuda": 8192, "cpu": 2048}
+
 
 class Ceilings(NamedTuple):
     """read: bytes/s; gemm: FLOP/s in `gemm_dtype`."""
@@ -57,14 +60,14 @@ def measure_ceilings(device: str, dtype) -> Ceilings:
 
 
 def _read(device: str) -> float:
-    """A sum over 1 GiB that no cache holds."""
-    tile = torch.randn(1 << 20, device=device)
-    data = tile.repeat(256)
+    data = torch.randn(1 << 18, device=device).repeat(READ_BYTES >> 20)
     return data.numel() * 4 / _best(lambda: data.sum(), device, 15, "read bandwidth")
 
 
 def _gemm(device: str, dtype) -> float:
-    size = 8192 if device == "cuda" else 2048 if dtype == torch.float32 else 512
+    size = GEMM_SIZE[device]
+    if device == "cpu" and dtype != torch.float32:
+        size //= 4  # without instructions for it a larger one takes minutes
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     name = f"GEMM peak, {str(dtype).removeprefix('torch.')}"
     return 2 * size**3 / _best(lambda: F.linear(a, b), device, 10, name)

@@ -1,0 +1,286 @@
+"""dmoe bench, on shapes small enough to say nothing about speed: no test here asserts a time."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from dmoe_ops.bench import cases, compare, measure, peers, roofline, sweep, timing
+from dmoe_ops.bench.__main__ import main
+
+import dmoe_ops
+from dmoe_ops import reference
+
+COMMANDS = ["route", "experts", "layer", "decode", "sweep", "report", "compare"]
+MINI = cases.MODELS["llada2-mini"]
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+
+
+def run(words: str, *more) -> int:
+    return main([*words.split(), *map(str, more)])
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setattr(roofline, "READ_BYTES", 1 << 22)
+    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 128)
+
+
+@pytest.fixture
+def layer_json(tmp_path):
+    path = tmp_path / "layer.json"
+    args = "layer --device cpu --model tiny --unique 12 --peers reference,eager,vllm --seconds 0.2 --json"
+    assert run(args, path) == 0
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(command, "--help")
+    assert exit.value.code == 0
+    assert f"example: dmoe bench {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("", "command"),
+        ("nothing", "nothing"),
+        ("layer --model gpt", "gpt"),
+        ("layer --model tiny --device cpu --unique 3", "--unique"),
+        ("layer --model tiny --device cpu --unique 33", "--unique"),
+        ("layer --model tiny --device cpu --tokens 0", "--tokens"),
+        ("layer --model tiny --device cpu --tokens 1,x", "--tokens"),
+        ("layer --model tiny --device cpu --top-p 2", "top_p"),
+        ("layer --model tiny --device cpu --experts 512", "--hidden"),
+        ("layer --model tiny --device cpu --groups 5", "n_group"),
+        ("layer --model tiny --device cpu --seconds 0", "--seconds"),
+        ("layer --peers eager,nobody", "nobody"),
+        ("route --peers eager", "eager"),
+        ("decode --policies dmoe,best", "best"),
+        ("decode --model tiny --device cpu --rounds 1", "--rounds"),
+        ("compare a.json b.json", "a.json"),
+        ("report a.json", "a.json"),
+    ],
+)
+def test_wrong_arguments_are_one_line(argv, named, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(argv)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.count("\n") == 1
+    assert named in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("layer --device cuda")
+    assert exit.value.code == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tokens", "unique"), [(32, 8), (32, 15), (32, 70), (32, 256), (20, 33), (100, 15), (2, 16)])
+def test_forced_unique_count_is_what_the_router_gives(tokens, unique):
+    case = cases.forced_case("", MINI, MINI.routing("dmoe"), tokens, unique, torch.bfloat16, "cpu", seed=1)
+    # The second block of 100 tokens holds the same experts as the first: the count is the call's.
+    result = reference.block_route(case.logits, case.expert_bias, routing=case.routing)
+    assert measure.unique_experts(result.topk_ids) == unique
+    assert (result.topk_ids >= 0).all()
+
+
+def test_the_gate_reads_the_logits_of_a_case():
+    model = cases.MODELS["tiny"]
+    case = cases.calibrated_case("", model, model.routing("dmoe"), 32, torch.bfloat16, "cpu", seed=0)
+    weights = cases.random_weights(model, torch.bfloat16, "cpu", seed=0)
+    logits = case.x.float() @ weights.gate_weight.float().T
+    torch.testing.assert_close(logits, case.logits, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("policy", ["token", "top4", "des_seq", "des_vote", "capacity", "dmoe"])
+def test_routing_of_the_peers_is_the_reference(policy):
+    routing = MINI.routing(policy)
+    logits = cases.calibrated_logits(3, 32, 256, torch.Generator().manual_seed(0)).flatten(0, 1)[:80]
+    bias = torch.zeros(256)
+    found = peers.torch_route(logits, bias, routing)
+    wanted = reference.block_route(logits, bias, routing=routing)
+    assert measure.distance(measure.dense(found, 256), measure.dense(wanted, 256)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("op", ["experts", "layer"])
+def test_peers_are_within_tolerance(name, op):
+    model = cases.MODELS["tiny"]
+    case = cases.forced_case("", model, model.routing("dmoe"), 32, 12, torch.bfloat16, "cpu", seed=0)
+    weights = [cases.random_weights(model, torch.bfloat16, "cpu", seed=0)]
+    route, absent = measure.routed(op, case, weights), {}
+    with torch.no_grad():
+        entries = measure.entries_of(op, case, route, weights, [name], "cpu", absent)
+        measure.check(op, case, route, weights, entries)
+    assert absent == {}
+    assert [entry.name for entry in entries] == [measure.OURS, name]
+    assert all(0 <= entry.error <= entry.allowed for entry in entries)
+
+
+def test_work_of_llada2_mini():
+    work = roofline.work("layer", MINI, 32, 8, 15, torch.bfloat16)
+    assert work.bytes == 16 * 6_291_456
+    assert work.flops == 9 * 32 * 6_291_456
+    memory = roofline.Ceilings(1e9, 1e15, "float32")
+    assert work.floor(memory) == work.bytes / 1e9
+    assert work.bound(memory) == "memory"
+    arithmetic = roofline.Ceilings(1e15, 1e9, "float32")
+    assert work.floor(arithmetic) == work.flops / 1e9
+    assert work.bound(arithmetic) == "arithmetic"
+
+
+def test_ratios_are_taken_within_a_round():
+    assert timing.ratio([2, 4, 20], [1, 2, 10]) == dict(median=2, p10=2, p90=2)
+
+
+def test_interleaving_lets_everyone_begin():
+    order = []
+    contenders = [timing.Contender([lambda name=name: order.append(name)], "cpu") for name in "abc"]
+    timing.interleave(contenders, seconds=1e-9)
+    assert "".join(order[3:12]) == "abcbcacab"  # after one round that is not counted
+    assert all(len(contender.samples) == timing.MIN_ROUNDS for contender in contenders)
+
+
+def test_layer_against_the_reference(layer_json):
+    out = json.loads(layer_json.read_text())
+    assert out["complete"]
+    assert "pip install vllm" in out["absent"]["vllm"]
+    assert {row["key"] for row in out["rows"]} == {
+        f"{impl} @ {case}" for impl in ("dmoe_ops", "reference", "eager") for case in ("U=12", "token")
+    }
+    for row in out["rows"]:
+        assert row["error"] <= row["allowed_error"]
+        assert row["p10_us"] <= row["median_us"] <= row["p90_us"]
+        assert row["roofline"] == pytest.approx(row["floor_us"] / row["median_us"])
+        assert len(row["ratios"]) == len(out["rows"]) - 1
+    assert next(row for row in out["rows"] if row["case"] == "U=12")["unique"] == 12
+
+
+def test_route_and_experts_run(capsys):
+    assert run("route --device cpu --model tiny --tokens 32,40 --peers torch --seconds 0.1") == 0
+    assert run("experts --device cpu --model tiny --tokens 8 --peers grouped_mm --seconds 0.1") == 0
+    assert "grouped_mm @ token" in capsys.readouterr().out
+
+
+def test_no_speedup_with_a_wrong_output(monkeypatch, tmp_path, capsys):
+    right = dmoe_ops.block_moe
+    monkeypatch.setattr(dmoe_ops, "block_moe", lambda *a, **k: (right(*a, **k)[0] * 1.05, None, None))
+    path = tmp_path / "wrong.json"
+    args = "layer --device cpu --model tiny --unique 12 --peers eager --no-baseline --seconds 0.1 --json"
+    assert run(args, path) == 1
+    assert [row["ratios"] for row in json.loads(path.read_text())["rows"]] == [{}, {}]
+    captured = capsys.readouterr()
+    assert "refused" in captured.out
+    assert "wrong output of dmoe_ops" in captured.err
+
+
+@pytest.mark.parametrize(("stop_at", "kept"), [(3, True), (1, False)])
+def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys, stop_at, kept):
+    run = timing.Contender.run
+
+    def interrupted(self, turn):
+        if turn == stop_at:
+            raise KeyboardInterrupt
+        return run(self, turn)
+
+    monkeypatch.setattr(timing.Contender, "run", interrupted)
+    path = tmp_path / "part.json"
+    args = "layer --device cpu --model tiny --unique 12 --peers eager --no-baseline --seconds 0.1 --json"
+    assert run(args, path) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert path.exists() == kept
+    if kept:
+        out = json.loads(path.read_text())
+        assert not out["complete"]
+        assert [row["samples"] for row in out["rows"]] == [stop_at, stop_at]
+
+
+def test_compare(layer_json, tmp_path, capsys):
+    out = json.loads(layer_json.read_text())
+    assert run("compare", layer_json, layer_json) == 0
+
+    def changed(by: str, factor: float, impl: str) -> int:
+        other = copy.deepcopy(out)
+        for row in other["rows"]:
+            if row["impl"] == impl and by == "time":
+                for part in ("median_us", "p10_us", "p90_us"):
+                    row[part] *= factor
+            elif row["impl"] == impl:
+                for ratio in row["ratios"].values():
+                    for part in ratio:
+                        ratio[part] *= factor
+        path = tmp_path / "other.json"
+        path.write_text(json.dumps(other))
+        return run("compare", layer_json, path, "--by", by)
+
+    assert changed("time", 1000, "dmoe_ops") == 1
+    assert changed("time", 1e-3, "dmoe_ops") == 0
+    assert changed("time", 1000, "eager") == 0  # not ours
+    assert changed("ratio", 1e-3, "eager") == 1
+    assert changed("ratio", 1000, "eager") == 0
+    assert "worse" in capsys.readouterr().out
+
+
+def test_compare_leaves_times_of_another_machine_alone(layer_json):
+    out = json.loads(layer_json.read_text())
+    other = copy.deepcopy(out)
+    assert compare.how(out, other) == "time"
+    other["machine"]["threads"] += 1
+    assert compare.how(out, other) == "ratio"
+
+
+def test_sweep_reproduces_the_calibrated_counts():
+    def unique(policy, **overrides):
+        return sweep.counts(MINI, MINI.routing(policy, **overrides), 100, seed=0)[0]
+
+    assert unique("token") == pytest.approx(69.5, abs=0.7)
+    for p, count in {0.4: 13.9, 0.5: 13.9, 0.6: 14.7, 0.7: 19.3, 0.8: 28.1}.items():
+        assert unique("dmoe", top_p=p) == pytest.approx(count, abs=0.4)
+
+
+@needs_matplotlib
+def test_report_is_one_page_that_needs_nothing_else(layer_json, tmp_path, capsys):
+    sweep_json, decode_json = tmp_path / "sweep.json", tmp_path / "decode.json"
+    assert run("sweep --device cpu --model tiny --blocks 4 --seconds 0.1 --json", sweep_json) == 0
+    tiny = "decode --device cpu --model tiny --prompt 32 --gen-length 32 --steps 2 --rounds 2 --json"
+    assert run(tiny, decode_json) == 0
+    for row in json.loads(decode_json.read_text())["rows"]:
+        assert 0 < row["moe_ms"] < row["total_ms"]
+        assert row["forwards"] == 3  # the prompt and two steps
+    page = tmp_path / "out" / "page.html"
+    assert run("report", layer_json, sweep_json, decode_json, "--html", page) == 0
+    text = page.read_text()
+    assert text.count("src='data:image/png;base64,") == text.count("<img") == 5
+    assert "http" not in text.replace("git+https", "")
+    pngs = sorted(page.parent.glob("*.png"))
+    assert len(pngs) == 5
+    assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
+
+
+def test_report_without_matplotlib_is_one_line(monkeypatch, layer_json, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as exit:
+        run("report", layer_json)
+    assert exit.value.code == 2
+    assert "pip install 'dmoe-ops[report]'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_foreign_file_is_one_line(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text('{"schema": 0}')
+    with pytest.raises(SystemExit) as exit:
+        run("compare", path, path)
+    assert exit.value.code == 2
+    assert "schema" in capsys.readouterr().err
