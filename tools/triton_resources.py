@@ -85,8 +85,10 @@ def recorded():
         yield calls
 
 
-def launches(chip: Chip, model: str, n_tokens: int, form: str | None = None, dtype=torch.bfloat16) -> list[Call]:
-    """What `block_moe`, and for the first model `moe_experts` and `block_route`, launch for that many tokens."""
+def launches(
+    chip: Chip, model: str, n_tokens: int, form: str | None = None, dtype=torch.bfloat16, ops: bool = False
+) -> list[Call]:
+    """What `block_moe` launches for that many tokens; with `ops`, what `block_route` and `moe_experts` launch."""
     hidden, intermediate, shared, routing = MODELS[model]
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, n_experts = empty(n_tokens, hidden), routing.num_experts
@@ -104,8 +106,9 @@ def launches(chip: Chip, model: str, n_tokens: int, form: str | None = None, dty
         if form:
             stack.enter_context(mock.patch.object(backend, "form_of", lambda *_: form))
         serve = backend.Triton
-        serve.block_moe(x, empty(n_experts, hidden), bias, weights, None, n_tokens, routing, x, out, logits)
-        if model == "mini":
+        if not ops:
+            serve.block_moe(x, empty(n_experts, hidden), bias, weights, None, n_tokens, routing, x, out, logits)
+        else:
             serve.block_route(logits, bias, None, n_tokens, routing, out)
             serve.moe_experts(x, *weights[:2], out.topk_ids, out.topk_weights, x)
     return calls
@@ -171,14 +174,20 @@ def _spilled(ptx: str) -> int:
 HIP_FIELDS = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
 
 
+def _texts(kernel):
+    return (text for kind, text in kernel.asm.items() if kind in ("ptx", "amdgcn"))
+
+
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def report(chip_name: str, model: str, n_tokens: int, form: str | None, dtype, asm: str | None = None):
+def report(
+    chip_name: str, model: str, n_tokens: int, form: str | None, dtype, ops: bool = False, asm: str | None = None
+):
     """One row (a dict) per distinct kernel."""
     chip, seen = CHIPS[chip_name], set()
-    for call in launches(chip, model, n_tokens, form, dtype):
+    for call in launches(chip, model, n_tokens, form, dtype, ops):
         kernel = compiled(call, chip)
         if kernel.hash in seen:
             continue
@@ -187,6 +196,7 @@ def report(chip_name: str, model: str, n_tokens: int, form: str | None, dtype, a
             chip=chip_name, model=model, tokens=n_tokens, kernel=call.fn.__name__, warps=kernel.metadata.num_warps
         )
         row |= resources(kernel, chip) | dict(limit=chip.shared_memory, grid=list(call.grid))
+        row["mma"] = sorted(set(re.findall(r"wgmma|tcgen05\.mma|mma\.sync|v_mfma", "".join(map(str, _texts(kernel))))))
         if asm:
             Path(asm).mkdir(parents=True, exist_ok=True)
             for kind, text in kernel.asm.items():
@@ -202,6 +212,7 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[32])
     parser.add_argument("--form", choices=["dense", "gathered"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--ops", action="store_true", help="block_route and moe_experts in place of block_moe")
     parser.add_argument("--json", action="store_true", help="one row per line, as JSON")
     parser.add_argument("--asm", help="folder for the assembly of each kernel")
     args = parser.parse_args()
@@ -213,7 +224,7 @@ def main() -> int:
     for chip in args.target:
         for model in args.model:
             for tokens in args.tokens:
-                for row in report(chip, model, tokens, args.form, getattr(torch, args.dtype), args.asm):
+                for row in report(chip, model, tokens, args.form, getattr(torch, args.dtype), args.ops, args.asm):
                     bad += row["spills"] > 0 or row["shared"] > row["limit"]
                     if args.json:
                         print(json.dumps(row), flush=True)

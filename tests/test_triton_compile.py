@@ -1,0 +1,70 @@
+"""Every Triton kernel compiles ahead of time for every chip, without spills and within the chip's shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "triton_resources.py"
+LAYER = {
+    32: ["gate_kernel", "route_kernel", "dense_up_kernel", "dense_down_kernel"],
+    2048: ["gate_kernel", "route_kernel", "gathered_up_kernel", "gathered_down_kernel"],
+}
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory):
+    """resources(*arguments of the tool) -> rows. In a process of its own: under TRITON_INTERPRET nothing compiles here."""
+    cache = str(tmp_path_factory.mktemp("triton"))  # kernels that two models share are compiled once
+
+    def run(*arguments):
+        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command = [sys.executable, str(TOOL), "--json", *map(str, arguments)]
+        done = subprocess.run(command, env={**env, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True)
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert rows and done.returncode in (0, 1), done.stderr
+        return rows
+
+    return run
+
+
+def check(rows):
+    print(f"\n{'chip':7} {'model':8} {'tokens':>6} {'kernel':22} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}")
+    for row in rows:
+        print("{chip:7} {model:8} {tokens:6} {kernel:22} {warps:5} {registers:5} {spills:6} {shared:7}".format(**row))
+    assert [row for row in rows if row["spills"]] == []
+    assert [row for row in rows if row["shared"] > row["limit"]] == []
+
+
+@pytest.mark.parametrize("model", ["mini", "flash"])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_layer(resources, chip, model):
+    """Latency and throughput form of the layer: four launches each, two of them the router's."""
+    rows = resources("--target", chip, "--model", model, "--tokens", *LAYER)
+    for tokens, kernels in LAYER.items():
+        assert [row["kernel"] for row in rows if row["tokens"] == tokens] == kernels
+    check(rows)
+    products = [row for row in rows if row["kernel"].endswith(("up_kernel", "down_kernel"))]
+    assert all(row["mma"] for row in products)
+    if chip == "sm_90":  # 16 rows per program are too few for wgmma, see tiles.py
+        assert all("wgmma" in row["mma"] for row in products if row["kernel"] != "dense_down_kernel")
+
+
+def test_ops(resources):
+    """block_route and moe_experts by themselves."""
+    rows = resources("--target", "sm_90", "--ops", "--tokens", 32, 2048)
+    assert {"mark_kernel", "order_kernel", "route_kernel"} <= {row["kernel"] for row in rows}
+    check(rows)
+
+
+def test_other_routings(resources):
+    """Softmax, no groups, capacity, a block of 256 tokens, fp16 and fp32."""
+    check(resources("--target", "sm_90", "--model", "llada_moe", "gemma", "--tokens", 256))
+    check(resources("--target", "sm_90", "--dtype", "float32", "--tokens", 32))

@@ -1,0 +1,270 @@
+"""The Triton experts and the whole layer against the reference: both forms, under Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing before this does
+
+from dmoe_ops import BlockRouting, _library, block_moe, moe_experts, reference
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
+
+SMALL = dict(num_experts=16, top_k=4, block_size=8, n_group=4, topk_group=2, min_experts=5, capacity=6, union_k=2)
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def triton_backend(monkeypatch):
+    monkeypatch.setenv("DMOE_BACKEND", "triton")
+    _library._why_no_triton.cache_clear()  # the answer may be from before TRITON_INTERPRET was set
+    yield
+    _library._why_no_triton.cache_clear()
+
+
+@pytest.fixture(params=["dense", "gathered"])
+def form(request, monkeypatch):
+    """Both forms serve every call; the rule on the host only chooses the faster."""
+    from dmoe_ops.triton_kernels import backend
+
+    monkeypatch.setattr(backend, "form_of", lambda n_blocks, routing: request.param)
+    monkeypatch.setattr(backend, "DENSE_TOKENS", 10**6 if request.param == "dense" else 0)
+    return request.param
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that were launched."""
+    from dmoe_ops.triton_kernels import experts, router, schedule
+
+    names = []
+    for module in (router, experts, schedule):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel"):
+                run = kernel.run
+
+                def counted(*args, _name=name, _run=run, **kwargs):
+                    names.append(_name)
+                    return _run(*args, **kwargs)
+
+                monkeypatch.setattr(kernel, "run", counted)
+    return names
+
+
+def values(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def experts(n=16, hidden=32, intermediate=16, dtype=torch.float32):
+    w13 = values(n, 2 * intermediate, hidden, dtype=dtype, seed=1, scale=hidden**-0.5)
+    return w13, values(n, hidden, intermediate, dtype=dtype, seed=2, scale=intermediate**-0.5)
+
+
+def close(got, want, tolerance):
+    got, want = got.cpu().double(), want.double()
+    assert got.isfinite().all()
+    error = float((got - want).norm() / want.norm().clamp(min=1e-30))
+    assert error <= tolerance, f"relative error {error:.2e}, at most {tolerance:.0e} allowed"
+
+
+def on_device(*tensors):
+    return [t if t is None else t.to(DEVICE) for t in tensors]
+
+
+def check_experts(x, w13, w2, ids, weights, tolerance=1e-6):
+    want = reference.moe_experts(x.float(), w13.float(), w2.float(), ids, weights)
+    got = moe_experts(*on_device(x, w13, w2, ids, weights))
+    assert got.dtype == x.dtype
+    close(got, want, tolerance)
+    return got
+
+
+def some_ids(tokens, n_experts, k, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(n_experts, generator=generator)[:k] for _ in range(tokens)]).int()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_experts(form, dtype):
+    x = values(19, 32, dtype=dtype)
+    check_experts(x, *experts(dtype=dtype), some_ids(19, 16, 3), values(19, 3, seed=5), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16)])
+def test_sizes_that_are_multiples_of_16_only(form, hidden, intermediate):
+    x, weights = values(9, hidden), values(9, 2, seed=5)
+    check_experts(x, *experts(5, hidden, intermediate), some_ids(9, 5, 2), weights)
+
+
+def test_ids_of_minus_one_and_rows_without_any(form):
+    ids, weights = some_ids(40, 16, 3), values(40, 3, seed=5)
+    ids[::3, 1] = -1
+    ids[1::3, 0] = -1
+    ids[[0, 7, 39]] = -1
+    got = check_experts(values(40, 32), *experts(), ids, weights)
+    assert (got[[0, 7, 39]] == 0).all()
+    assert (moe_experts(*on_device(values(4, 32), *experts(), torch.full_like(ids[:4], -1), weights[:4])) == 0).all()
+
+
+def test_all_tokens_to_one_expert_and_an_expert_named_twice(form):
+    x, weights = values(70, 32), values(70, 2, seed=5)
+    ids = torch.full((70, 2), -1, dtype=torch.int32)
+    ids[:, 0] = 11
+    check_experts(x, *experts(), ids, weights)
+    ids[::2, 1] = 11
+    check_experts(x, *experts(), ids, weights)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+def test_few_tokens_and_one_expert(form, tokens):
+    ids = torch.zeros(tokens, 1, dtype=torch.int32)
+    check_experts(values(tokens, 32), *experts(1), ids, values(tokens, 1, seed=5))
+    check_experts(values(tokens, 32), *experts(4), some_ids(tokens, 4, 4), values(tokens, 4, seed=5))
+
+
+def test_no_tokens():
+    got = moe_experts(*on_device(values(0, 32), *experts(), torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2)))
+    assert got.shape == (0, 32)
+
+
+def test_what_a_token_did_not_choose_never_reaches_it(form):
+    """In the dense form all tokens of a block go through all of its experts: overflow there must stay there."""
+    x, ids = values(8, 32), some_ids(8, 16, 2)
+    x[3] = 3e38
+    ids[3] = -1
+    check_experts(x, *experts(), ids, values(8, 2, seed=5))
+
+
+def test_expert_map(form):
+    """The experts of another rank add nothing; the ranks' results add up."""
+    from dmoe_ops.triton_kernels.backend import Triton
+
+    x, (w13, w2), ids, weights = values(21, 32), experts(), some_ids(21, 16, 3), values(21, 3, seed=5)
+    ids[4, 2] = -1
+    total = torch.zeros(21, 32)
+    for mine in (torch.tensor([9, 2, 3, 14, 0]), torch.tensor([e for e in range(16) if e not in (9, 2, 3, 14, 0)])):
+        expert_map = torch.full((16,), -1, dtype=torch.int32)
+        expert_map[mine] = torch.arange(len(mine), dtype=torch.int32)
+        y = torch.full_like(x, float("nan"), device=DEVICE)
+        Triton.moe_experts(*on_device(x, w13[mine], w2[mine], ids, weights), y, *on_device(expert_map))
+        local = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
+        close(y, reference.moe_experts(x, w13[mine], w2[mine], local, weights), 1e-6)
+        total += y.cpu()
+    close(total, reference.moe_experts(x, w13, w2, ids, weights), 1e-6)
+
+
+def layer(tokens, dtype=torch.float32, hidden=32, intermediate=16, shared=16, **routing):
+    routing = BlockRouting(**{**SMALL, **routing})
+    x = values(*tokens, hidden, dtype=dtype)
+    gate = values(routing.num_experts, hidden, dtype=dtype, seed=4, scale=hidden**-0.5)
+    weights = [*experts(routing.num_experts, hidden, intermediate, dtype), None, None]
+    if shared:
+        weights[2] = values(2 * shared, hidden, dtype=dtype, seed=6, scale=hidden**-0.5)
+        weights[3] = values(hidden, shared, dtype=dtype, seed=7, scale=shared**-0.5)
+    return [x, gate, values(routing.num_experts, seed=8, scale=0.1), *weights], routing
+
+
+def check_layer(args, routing, offsets=None):
+    offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    want, routed, logits = reference.block_moe(*args, routing=routing, block_offsets=offsets)
+    got = block_moe(*on_device(*args), routing=routing, block_offsets=None if offsets is None else offsets.to(DEVICE))
+    torch.testing.assert_close(got[2].cpu(), logits.reshape(got[2].shape), rtol=1e-5, atol=1e-5)
+    for name in ("topk_ids", "coreset_ids", "coreset_sizes"):
+        assert torch.equal(getattr(got[1], name).cpu(), getattr(routed, name)), name
+    assert got[0].dtype == args[0].dtype and got[0].shape == args[0].shape
+    close(got[0], want, TOLERANCE[args[0].dtype])
+    return got
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_layer(form, dtype):
+    check_layer(*layer((2, 13), dtype))
+
+
+@pytest.mark.parametrize("shared", [0, 16, 48])
+def test_shared_expert_of_any_width(form, shared):
+    check_layer(*layer((1, 19), shared=shared, hidden=48))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        dict(select="all", aggregate="topk_sum"),
+        dict(select="all", top_k=2),
+        dict(select="nonzero", aggregate="union"),
+        dict(select="top_n"),
+        dict(select="top_n", aggregate="max", n_group=1, topk_group=1),
+        dict(score="softmax", norm_topk_prob=False),
+    ],
+)
+def test_policies(form, policy):
+    check_layer(*layer((17,), **policy))
+
+
+def test_ragged_blocks(form):
+    check_layer(*layer((20,)), offsets=[0, 1, 9, 12, 20])
+
+
+def test_blocks_of_more_than_one_word(form):
+    """Blocks of 40 tokens need two bit masks each in the gathered form."""
+    check_layer(*layer((50,), block_size=40))
+
+
+def test_layer_of_the_models_routing():
+    """E = 256, k = 8, blocks of 32, groups 8 -> 4."""
+    args, _ = layer((40,), num_experts=256, top_k=8, block_size=32, n_group=8, topk_group=4)
+    check_layer(args, BlockRouting())
+
+
+def test_layer_with_an_expert_map(form):
+    from dmoe_ops.triton_kernels.backend import Triton
+
+    from dmoe_ops import router
+
+    (x, gate, bias, w13, w2, *shared), routing = layer((21,))
+    mine = torch.tensor([9, 2, 3, 14, 0, 7])
+    expert_map = torch.full((16,), -1, dtype=torch.int32)
+    expert_map[mine] = torch.arange(len(mine), dtype=torch.int32)
+    out, y, logits = router.allocate(21, 21, None, routing, x.to(DEVICE)), torch.empty_like(x), torch.empty(21, 16)
+    x, gate, bias, w13, w2, *shared, y, logits, expert_map = on_device(
+        x, gate, bias, w13, w2, *shared, y, logits, expert_map
+    )
+    weights = (w13[mine], w2[mine], *shared)
+    Triton.block_moe(x, gate, bias, weights, None, 21, routing, y, out, logits, expert_map)
+    ids = torch.where(out.topk_ids >= 0, expert_map[out.topk_ids.clamp(min=0)], -1)
+    want = reference.moe_experts(x, *weights[:2], ids, out.topk_weights) + reference.mlp(x, *shared)
+    close(y, want.cpu(), 1e-6)
+
+
+def test_launches(form, launches):
+    """Router at most two, experts two; ids without a routing need one launch more (dense) or two (gathered)."""
+    args, routing = layer((20,))
+    block_moe(*on_device(*args), routing=routing)
+    assert launches == ["gate_kernel", "route_kernel", f"{form}_up_kernel", f"{form}_down_kernel"]
+    launches.clear()
+    check_experts(values(9, 32), *experts(), some_ids(9, 16, 3), values(9, 3))
+    plan = ["mark_kernel"] if form == "dense" else ["mark_kernel", "order_kernel"]
+    assert launches == [*plan, f"{form}_up_kernel", f"{form}_down_kernel"]
+
+
+def test_same_bits_every_time(form):
+    args, routing = layer((40,), torch.bfloat16)
+    first = block_moe(*on_device(*args), routing=routing)[0]
+    again = block_moe(*on_device(*args), routing=routing)[0]
+    assert torch.equal(first, again)
+
+
+def test_which_form_serves():
+    from dmoe_ops.triton_kernels.backend import form_of, tile_tokens
+
+    assert form_of(1, BlockRouting()) == form_of(4, BlockRouting()) == "dense"
+    assert form_of(1, BlockRouting.policy("token")) == "dense"
+    assert form_of(2, BlockRouting.policy("token")) == form_of(5, BlockRouting()) == "gathered"
+    assert form_of(1, BlockRouting(block_size=256)) == "gathered"
+    assert [tile_tokens(t, 8, 256) for t in (32, 512, 1024, 2048, 4096)] == [32, 32, 64, 128, 128]
