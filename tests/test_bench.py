@@ -188,12 +188,12 @@ def test_no_speedup_with_a_wrong_output(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(("stop_at", "kept"), [(3, True), (1, False)])
 def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys, stop_at, kept):
-    run = timing.Contender.run
+    whole = timing.Contender.run
 
     def interrupted(self, turn):
         if turn == stop_at:
             raise KeyboardInterrupt
-        return run(self, turn)
+        return whole(self, turn)
 
     monkeypatch.setattr(timing.Contender, "run", interrupted)
     path = tmp_path / "part.json"
