@@ -1,0 +1,286 @@
+"""Bad input: a ValueError of one line that names the argument and its value, before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dmoe_ops
+from dmoe_ops import BlockMoE, BlockRouting, reference
+
+T, H, I, E, K = 6, 8, 3, 4, 2
+ROUTING = BlockRouting(num_experts=E, top_k=K, block_size=4, n_group=2, topk_group=1, min_experts=2)
+
+
+def offsets(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def good(op):
+    arguments = dict(
+        block_route=dict(logits=torch.randn(T, E), expert_bias=torch.zeros(E), routing=ROUTING, block_offsets=None),
+        moe_experts=dict(
+            x=torch.randn(T, H),
+            w13=torch.randn(E, 2 * I, H),
+            w2=torch.randn(E, H, I),
+            topk_ids=torch.zeros(T, K, dtype=torch.int32),
+            topk_weights=torch.ones(T, K),
+        ),
+        block_moe=dict(
+            x=torch.randn(T, H),
+            gate_weight=torch.randn(E, H),
+            expert_bias=torch.zeros(E),
+            w13=torch.randn(E, 2 * I, H),
+            w2=torch.randn(E, H, I),
+            shared_w13=torch.randn(2 * I, H),
+            shared_w2=torch.randn(H, I),
+            routing=ROUTING,
+            block_offsets=None,
+        ),
+    )
+    return arguments[op]
+
+
+def wrong_tensor(shape, *others, dtype=torch.int64):
+    """One fault of each kind: rank, size, dtype, device."""
+    zeros = torch.zeros(shape, dtype=torch.int32 if dtype == torch.int64 else torch.float32)
+    for other in others:
+        yield torch.zeros(other, dtype=zeros.dtype), str(list(other))
+    yield zeros.to(dtype), str(dtype).removeprefix("torch.")
+    yield zeros.to("meta"), "meta"
+
+
+EXPERT_WEIGHTS = {
+    "w13": [
+        *wrong_tensor(
+            (E, 2 * I, H), (2 * I, H), (E, 2 * I, H + 1), (E, 2 * I + 1, H), (E, H, 2 * I), dtype=torch.int32
+        ),
+        (torch.zeros(E, 2 * I, H, dtype=torch.bfloat16), "bfloat16"),
+        (torch.zeros(E, H, 2 * I).transpose(1, 2), "(48, 1, 6)"),
+    ],
+    "w2": [
+        *wrong_tensor((E, H, I), (H, I), (E, H, I + 1), (E + 1, H, I), (E, H + 1, I), dtype=torch.int32),
+        (torch.zeros(E, H, I, dtype=torch.float16), "float16"),
+        (torch.zeros(E, I, H).transpose(1, 2), "(24, 1, 8)"),
+    ],
+}
+BIAS = list(wrong_tensor((E,), (E + 1,), (1, E), (), dtype=torch.int32)) + [(torch.zeros(E).half(), "float16")]
+OFFSETS = [
+    *[(offsets(*v), str(s)) for v, s in (((0, 3), 3), ((1, 4, 6), 1), ((0, 4, 7), 7), ((0, 4, 3, 6), 3))],
+    (offsets(0, 3, 3, 6), "3 then 3"),
+    (offsets(-1, 3, 6), "-1"),
+    (offsets(0, 5, 6), "5"),  # longer than block_size
+    (offsets(), "[]"),
+    (offsets(0), "0"),
+    (offsets(0, 4, 6, dtype=torch.int64), "int64"),
+    (offsets(0, 4, 6, dtype=torch.float32), "float32"),
+    (offsets(0, 4, 6)[None], "[1, 3]"),
+    (offsets(0, 4, 6).to("meta"), "meta"),
+]
+NO_ROUTING = [(None, "None"), ("dmoe", "dmoe"), (dict(top_p=0.6), "top_p")]
+NO_TENSOR = [(None, "None"), ([1.0], "[1.0]")]
+
+FAULTS = {
+    "block_route": {
+        "logits": [
+            *wrong_tensor((T, E), (E,), (T, E + 1), (1, 1, T, E), (2, T, E - 1), dtype=torch.int32),
+            (torch.zeros(T, E).bfloat16(), "bfloat16"),
+            (torch.zeros(T, E).half(), "float16"),
+            *NO_TENSOR,
+        ],
+        "expert_bias": [*BIAS, ([0.0] * E, "[0.0")],
+        "routing": NO_ROUTING,
+        "block_offsets": [*OFFSETS, ([0, 4, 6], "[0, 4, 6]")],
+    },
+    "moe_experts": {
+        "x": [
+            *wrong_tensor((T, H), (H,), (1, T, H), dtype=torch.int32),
+            (torch.zeros(T, H, dtype=torch.complex64), "complex64"),
+            *NO_TENSOR,
+        ],
+        **{name: [*faults, *NO_TENSOR] for name, faults in EXPERT_WEIGHTS.items()},
+        "topk_ids": [*wrong_tensor((T, K), (T,), (T + 1, K), (1, T, K)), (torch.zeros(T, K), "float32"), *NO_TENSOR],
+        "topk_weights": [
+            *wrong_tensor((T, K), (T,), (T, K + 1), (T + 1, K), dtype=torch.int32),
+            (torch.zeros(T, K).bfloat16(), "bfloat16"),
+            *NO_TENSOR,
+        ],
+    },
+    "block_moe": {
+        "x": [*wrong_tensor((T, H), (H,), (1, 1, T, H), dtype=torch.int32), *NO_TENSOR],
+        "gate_weight": [*wrong_tensor((E, H), (H,), (E + 1, H), (E, H + 1), dtype=torch.int32), *NO_TENSOR],
+        "expert_bias": [*BIAS, ([0.0] * E, "[0.0")],
+        **{name: [*faults, *NO_TENSOR] for name, faults in EXPERT_WEIGHTS.items()},
+        "shared_w13": [
+            *wrong_tensor((2 * I, H), (H,), (2 * I, H + 1), (2 * I + 1, H), dtype=torch.int32),
+            (torch.zeros(2 * I, H).bfloat16(), "bfloat16"),
+            (None, "None"),
+            (torch.zeros(H, 2 * I).T, "(1, 6)"),
+            ("w", "'w'"),
+        ],
+        "shared_w2": [
+            *wrong_tensor((H, I), (H,), (H, I + 1), (H + 1, I), dtype=torch.int32),
+            (torch.zeros(H, I).bfloat16(), "bfloat16"),
+            (None, "None"),
+            (torch.zeros(I, H).T, "(1, 8)"),
+            ("w", "'w'"),
+        ],
+        "routing": [*NO_ROUTING, (BlockRouting(num_experts=8, top_k=2, n_group=2, topk_group=1), "8")],
+        "block_offsets": [*OFFSETS, ([0, 4, 6], "[0, 4, 6]")],
+    },
+}
+CASES = [
+    pytest.param(op, name, value, says, id=f"{op}-{name}-{says}")
+    for op, arguments in FAULTS.items()
+    for name, faults in arguments.items()
+    for value, says in faults
+]
+
+
+# Known faults of the messages; strict, so that a mark falls with its fault.
+NO_TENSOR_CHECK = pytest.mark.xfail(
+    raises=RuntimeError, strict=True, reason="torch's dispatcher refuses it, in many lines"
+)
+FLATTENED = pytest.mark.xfail(raises=AssertionError, strict=True, reason="the message shows the flattened shape")
+
+
+def named(name, value):
+    """Where two arguments disagree with each other, either may be the one that is named."""
+    first_on_another_device = name in ("x", "logits") and isinstance(value, torch.Tensor) and value.is_meta
+    return "" if first_on_another_device or isinstance(value, BlockRouting) else name
+
+
+def refused(call, name, says):
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    assert says in message
+    assert name in message.split("got")[0]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("op, name, value, says", CASES)
+def test_an_op_refuses(op, name, value, says, request):
+    if name in ("expert_bias", "block_offsets", "shared_w13", "shared_w2") and isinstance(value, (list, str)):
+        request.applymarker(NO_TENSOR_CHECK)
+    if says == "[2, 6, 3]":
+        request.applymarker(FLATTENED)
+    arguments = {**good(op), name: value}
+    refused(lambda: getattr(dmoe_ops, op)(**arguments), named(name, value), says)
+
+
+@pytest.mark.parametrize("op, name, value, says", CASES)
+def test_the_reference_refuses_the_same(op, name, value, says, request):
+    if says == "[2, 6, 3]":
+        request.applymarker(FLATTENED)
+    arguments = {**good(op), name: value}
+    refused(lambda: getattr(reference, op)(**arguments), named(name, value), says)
+
+
+@pytest.mark.parametrize("op", FAULTS)
+def test_the_arguments_that_the_faults_start_from_are_good(op):
+    getattr(dmoe_ops, op)(**good(op))
+    getattr(reference, op)(**good(op))
+
+
+@pytest.mark.parametrize("backend_name", ["", "fast", "CPP"])
+def test_an_unknown_backend_is_refused(backend_name, monkeypatch):
+    monkeypatch.setenv("DMOE_BACKEND", backend_name)
+    refused(lambda: dmoe_ops.block_route(**good("block_route")), "DMOE_BACKEND", repr(backend_name))
+
+
+@pytest.fixture
+def model(make_block):
+    torch.manual_seed(0)
+    network = nn.Module()
+    network.layers = nn.ModuleList([nn.Linear(16, 16), make_block(), make_block()])
+    return network
+
+
+def set_bias(block):
+    block.experts[7].up_proj.bias = nn.Parameter(torch.zeros(8))
+
+
+def put(path, *shape, **kwargs):
+    owner, _, name = path.rpartition(".")
+    value = kwargs.pop("value", None)
+    value = nn.Parameter(torch.zeros(*shape, **kwargs), requires_grad=False) if value is None else value
+    return lambda block: setattr(block.get_submodule(owner), name, value)
+
+
+BROKEN_BLOCKS = [
+    ("experts[7].down_proj.weight", "[16, 7]", put("experts.7.down_proj.weight", 16, 7)),
+    ("experts[3].gate_proj.weight", "float16", put("experts.3.gate_proj.weight", 8, 16, dtype=torch.float16)),
+    ("experts[5].up_proj.weight", "meta", put("experts.5.up_proj.weight", 8, 16, device="meta")),
+    ("experts[2].up_proj.weight", "None", put("experts.2.up_proj", value=nn.Identity())),
+    ("experts[7].up_proj", "[8]", set_bias),
+    ("gate.weight", "[7, 16]", put("gate.weight", 7, 16)),
+    ("gate.expert_bias", "[7]", put("gate.expert_bias", value=torch.zeros(7))),
+    ("shared_experts.gate_proj.weight", "[8, 15]", put("shared_experts.gate_proj.weight", 8, 15)),
+    ("shared_experts.down_proj.weight", "[16, 9]", put("shared_experts.down_proj.weight", 16, 9)),
+    ("n_group", "3", put("gate.n_group", value=3)),
+    ("top_k", "9", put("gate.top_k", value=9)),
+]
+
+
+@pytest.mark.parametrize("name, says, fault", [pytest.param(*case, id=case[0] + case[1]) for case in BROKEN_BLOCKS])
+def test_patch_refuses_a_broken_block_and_leaves_the_model_alone(name, says, fault, model):
+    fault(model.layers[2])
+    before = dict(model.named_modules())
+    bits = {key: value.clone() for key, value in model.layers[1].state_dict().items()}
+    storages = {key: value.data_ptr() for key, value in model.layers[1].state_dict().items()}
+    refused(lambda: dmoe_ops.patch(model), name, says)
+    with pytest.raises(ValueError, match=r"layers\.2"):
+        dmoe_ops.patch(model)
+    assert all(module is before[key] for key, module in model.named_modules())
+    assert all(torch.equal(value, bits[key]) for key, value in model.layers[1].state_dict().items())
+    assert {key: value.data_ptr() for key, value in model.layers[1].state_dict().items()} == storages
+
+
+@pytest.mark.parametrize(
+    "name, says, settings",
+    [
+        ("policy", "'dMoE'", dict(policy="dMoE")),
+        ("policy", "None", dict(policy=None)),
+        ("threshold", "0.6", dict(threshold=0.6)),
+        ("top_p", "0", dict(top_p=0)),
+        ("top_p", "1.2", dict(top_p=1.2)),
+        ("top_k", "9", dict(top_k=9)),
+        ("n_group", "3", dict(n_group=3)),
+        ("num_experts", "16", dict(num_experts=16)),
+        ("capacity", "0", dict(policy="capacity", capacity=0)),
+        ("block_size", "0", dict(block_size=0)),
+    ],
+)
+def test_patch_refuses_a_bad_setting_and_leaves_the_model_alone(name, says, settings, model):
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError) as error:
+        dmoe_ops.patch(model, **settings)
+    assert name in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+    assert all(module is before[key] for key, module in model.named_modules())
+
+
+@pytest.mark.parametrize(
+    "value, says", [(None, "None"), ("model", "'model'"), (nn.Linear(2, 2), "Linear"), (nn.Module(), "Module")]
+)
+def test_patch_refuses_what_has_no_moe_block(value, says):
+    refused(lambda: dmoe_ops.patch(value), "model", says)
+
+
+def test_patch_refuses_a_patched_model(model):
+    handle = dmoe_ops.patch(model)
+    with pytest.raises(ValueError, match="patched already"):
+        dmoe_ops.patch(model)
+    handle.undo()
+    dmoe_ops.patch(model).undo()
+
+
+@pytest.mark.parametrize("routing, says", [(None, "None"), (BlockRouting(), "8"), ("dmoe", "'dmoe'")])
+def test_block_moe_modules_refuse_a_bad_routing(routing, says, make_block):
+    name = "" if isinstance(routing, BlockRouting) else "routing"
+    refused(lambda: BlockMoE.from_reference(make_block(), routing), name, says)
+    if not isinstance(routing, BlockRouting):
+        refused(lambda: BlockMoE(16, 8, routing), name, says)
+    refused(lambda: BlockMoE.from_reference(nn.Linear(2, 2), ROUTING), "module", "Linear")

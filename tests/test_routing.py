@@ -1,0 +1,164 @@
+"""BlockRouting: its fields, their defaults, the named policies, and every value it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dmoe_ops import BlockRouting
+
+FIELDS = tuple(
+    """num_experts top_k block_size n_group topk_group score aggregate select top_p min_experts max_experts capacity
+    union_k norm_topk_prob routed_scaling_factor""".split()  # noqa: SIM905
+)
+
+
+def test_the_fields_are_these():
+    assert [field.name for field in dataclasses.fields(BlockRouting)] == list(FIELDS)
+
+
+def test_a_routing_is_frozen_and_hashable():
+    routing = BlockRouting()
+    for name in FIELDS:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(routing, name, getattr(routing, name))
+    assert hash(routing) == hash(BlockRouting()) and routing == BlockRouting()
+    assert dataclasses.replace(routing, top_p=0.5) != routing
+
+
+def test_the_defaults_are_dmoe_on_llada2_mini():
+    assert dataclasses.asdict(BlockRouting()) == dict(
+        num_experts=256,
+        top_k=8,
+        block_size=32,
+        n_group=8,
+        topk_group=4,
+        score="sigmoid",
+        aggregate="topk_sum",
+        select="top_p",
+        top_p=0.6,
+        min_experts=16,
+        max_experts=None,
+        capacity=None,
+        union_k=None,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    )
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    {
+        "token": dict(select="all"),
+        "top4": dict(select="all", top_k=4),
+        "des_seq": dict(aggregate="union", select="nonzero", union_k=3),
+        "des_vote": dict(aggregate="topk_sum", select="top_n", capacity=38),
+        "capacity": dict(aggregate="max", select="top_n", capacity=48, n_group=1),
+        "dmoe": dict(aggregate="topk_sum", select="top_p", top_p=0.6, min_experts=16),
+    }.items(),
+)
+def test_named_policies(name, fields):
+    routing = BlockRouting.policy(name)
+    assert {key: getattr(routing, key) for key in fields} == fields
+    free = set(FIELDS) - {*fields, "topk_group", "aggregate"}
+    assert {key: getattr(routing, key) for key in free} == {key: getattr(BlockRouting(), key) for key in free}
+
+
+def test_an_override_wins_over_a_policy():
+    for name in ("token", "top4", "des_seq", "des_vote", "capacity", "dmoe"):
+        routing = BlockRouting.policy(name, num_experts=64, top_k=6, n_group=1, topk_group=1, score="softmax")
+        assert (routing.num_experts, routing.top_k, routing.n_group, routing.score) == (64, 6, 1, "softmax")
+    assert BlockRouting.policy("des_seq", union_k=1).union_k == 1
+    assert BlockRouting.policy("des_vote", num_experts=64, capacity=7).capacity == 7
+    assert BlockRouting.policy("des_vote", num_experts=64).capacity == 10  # 0.15 E
+    assert BlockRouting.policy("capacity", capacity=24).capacity == 24
+
+
+@pytest.mark.parametrize(
+    "field, value, settings",
+    [
+        *[(name, value, {}) for name in FIELDS[:5] for value in (0, -1, 1.5, "8", None, True)],
+        *[(name, value, {}) for name in ("max_experts", "capacity", "union_k") for value in (0, -3, 2.0, "4", False)],
+        *[("min_experts", value, {}) for value in (-1, 1.5, None, True)],
+        ("top_k", 257, {}),
+        ("top_k", 9, dict(num_experts=8)),
+        ("n_group", 7, {}),
+        ("n_group", 512, {}),
+        ("topk_group", 9, {}),
+        *[(name, value, {}) for name in ("score", "aggregate", "select") for value in ("relu", "", None, 1)],
+        *[
+            ("top_p", value, {})
+            for value in (0, 0.0, -0.1, 1.0000001, 60, float("nan"), float("inf"), "0.6", None, True)
+        ],
+        *[("routed_scaling_factor", value, {}) for value in (float("nan"), float("inf"), "2.5", None)],
+        *[("norm_topk_prob", value, {}) for value in (None, "yes", 2)],
+        ("capacity", None, dict(select="top_n")),
+        ("union_k", None, dict(aggregate="union", select="nonzero")),
+        ("union_k", 257, dict(aggregate="union", select="nonzero")),
+        ("union_k", None, dict(aggregate="union", select="top_p")),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field, value, settings):
+    with pytest.raises(ValueError) as error:
+        BlockRouting(**{**settings, field: value})
+    message = str(error.value)
+    assert message.startswith(field) and repr(value) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("policy", ["dMoE", "", None, "top_p"])
+def test_an_unknown_policy_is_refused(policy):
+    with pytest.raises(ValueError, match=r"policy .*dmoe") as error:
+        BlockRouting.policy(policy)
+    assert repr(policy) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_or_bad_override_is_refused():
+    with pytest.raises(ValueError, match=r"threshold.*0\.6"):
+        BlockRouting.policy("dmoe", threshold=0.6)
+    with pytest.raises(ValueError, match=r"top_p .*1\.5"):
+        BlockRouting.policy("dmoe", top_p=1.5)
+    with pytest.raises(ValueError, match=r"num_experts .*0"):
+        BlockRouting.policy("des_vote", num_experts=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_experts=1, top_k=1, n_group=1, topk_group=1),
+        dict(num_experts=8, top_k=8, n_group=8, topk_group=8),
+        dict(top_p=1),
+        dict(top_p=1e-9),
+        dict(min_experts=0),
+        dict(min_experts=500),
+        dict(max_experts=4),
+        dict(max_experts=500),
+        dict(select="top_n", capacity=500),
+        dict(select="all", aggregate="union"),
+        dict(routed_scaling_factor=1),
+        dict(block_size=1),
+    ],
+)
+def test_the_limits_of_each_range_are_allowed(settings):
+    routing = BlockRouting(**settings)
+    assert all(getattr(routing, key) == value for key, value in settings.items())
+
+
+@pytest.mark.parametrize(
+    "settings, width",
+    [
+        (dict(), 256),
+        (dict(max_experts=20), 20),
+        (dict(max_experts=500), 256),
+        (dict(select="all", max_experts=20), 256),
+        (dict(select="top_n", capacity=48, max_experts=20), 48),
+        (dict(select="top_n", capacity=500), 256),
+        (dict(aggregate="union", select="nonzero", union_k=3), 96),
+        (dict(aggregate="union", select="nonzero", union_k=9), 256),
+        (dict(aggregate="topk_sum", select="nonzero", block_size=4), 32),
+        (dict(aggregate="max", select="nonzero", block_size=4), 256),
+        (dict(aggregate="sum", select="nonzero", block_size=1), 256),
+    ],
+)
+def test_coreset_width_is_the_largest_possible_coreset(settings, width):
+    assert BlockRouting(**settings).coreset_width == width
