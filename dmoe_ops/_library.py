@@ -156,13 +156,17 @@ def _triton_backend():
     return Triton
 
 
-@functools.cache
 def _why_no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not _triton_interprets():
         return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for checks)"
     return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _triton_interprets() -> bool:
@@ -186,7 +190,7 @@ def backend(x: torch.Tensor):
     if wanted == "reference" or x.dtype == torch.float64:
         return Reference
     if wanted == "auto" and x.device.type == "cuda":
-        return Triton if _why_no_triton() is None else Reference
+        return Triton if _has_triton() else Reference
     if wanted == "auto":
         return Cpp if x.device.type == "cpu" and _C is not None else Reference
     if wanted not in BACKENDS:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
+from dmoe_ops import BlockRouting, block_moe, moe_experts, reference
+from dmoe_ops.router import allocate
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing before this does
+with pytest.MonkeyPatch.context() as patch:
+    if DEVICE == "cpu":  # read when triton and the kernels are imported
+        patch.setenv("TRITON_INTERPRET", "1")
+    triton = pytest.importorskip("triton")
+    from dmoe_ops.triton_kernels import backend, experts, router, schedule
 
-from dmoe_ops import BlockRouting, _library, block_moe, moe_experts, reference
-
-triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
 
 SMALL = dict(num_experts=16, top_k=4, block_size=8, n_group=4, topk_group=2, min_experts=5, capacity=6, union_k=2)
@@ -22,17 +23,15 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @pytest.fixture
 def triton_backend(monkeypatch):
+    if DEVICE == "cpu" and type(triton.language.max).__name__ != "InterpretedFunction":
+        pytest.fail("triton was imported before this file could set TRITON_INTERPRET=1")
     monkeypatch.setenv("DMOE_BACKEND", "triton")
-    _library._why_no_triton.cache_clear()  # the answer may be from before TRITON_INTERPRET was set
-    yield
-    _library._why_no_triton.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")
 
 
 @pytest.fixture(params=["dense", "gathered"])
 def form(request, monkeypatch):
     """Both forms serve every call; the rule on the host only chooses the faster."""
-    from dmoe_ops.triton_kernels import backend
-
     monkeypatch.setattr(backend, "form_of", lambda n_blocks, routing: request.param)
     monkeypatch.setattr(backend, "DENSE_TOKENS", 10**6 if request.param == "dense" else 0)
     return request.param
@@ -41,8 +40,6 @@ def form(request, monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that were launched."""
-    from dmoe_ops.triton_kernels import experts, router, schedule
-
     names = []
     for module in (router, experts, schedule):
         for name, kernel in vars(module).items():
@@ -61,7 +58,7 @@ def values(*shape, dtype=torch.float32, seed=0, scale=1.0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def experts(n=16, hidden=32, intermediate=16, dtype=torch.float32):
+def weights_of(n=16, hidden=32, intermediate=16, dtype=torch.float32):
     w13 = values(n, 2 * intermediate, hidden, dtype=dtype, seed=1, scale=hidden**-0.5)
     return w13, values(n, hidden, intermediate, dtype=dtype, seed=2, scale=intermediate**-0.5)
 
@@ -93,13 +90,13 @@ def some_ids(tokens, n_experts, k, seed=3):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_experts(form, dtype):
     x = values(19, 32, dtype=dtype)
-    check_experts(x, *experts(dtype=dtype), some_ids(19, 16, 3), values(19, 3, seed=5), TOLERANCE[dtype])
+    check_experts(x, *weights_of(dtype=dtype), some_ids(19, 16, 3), values(19, 3, seed=5), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16)])
 def test_sizes_that_are_multiples_of_16_only(form, hidden, intermediate):
     x, weights = values(9, hidden), values(9, 2, seed=5)
-    check_experts(x, *experts(5, hidden, intermediate), some_ids(9, 5, 2), weights)
+    check_experts(x, *weights_of(5, hidden, intermediate), some_ids(9, 5, 2), weights)
 
 
 def test_ids_of_minus_one_and_rows_without_any(form):
@@ -107,29 +104,29 @@ def test_ids_of_minus_one_and_rows_without_any(form):
     ids[::3, 1] = -1
     ids[1::3, 0] = -1
     ids[[0, 7, 39]] = -1
-    got = check_experts(values(40, 32), *experts(), ids, weights)
+    got = check_experts(values(40, 32), *weights_of(), ids, weights)
     assert (got[[0, 7, 39]] == 0).all()
-    assert (moe_experts(*on_device(values(4, 32), *experts(), torch.full_like(ids[:4], -1), weights[:4])) == 0).all()
+    assert (moe_experts(*on_device(values(4, 32), *weights_of(), torch.full_like(ids[:4], -1), weights[:4])) == 0).all()
 
 
 def test_all_tokens_to_one_expert_and_an_expert_named_twice(form):
     x, weights = values(70, 32), values(70, 2, seed=5)
     ids = torch.full((70, 2), -1, dtype=torch.int32)
     ids[:, 0] = 11
-    check_experts(x, *experts(), ids, weights)
+    check_experts(x, *weights_of(), ids, weights)
     ids[::2, 1] = 11
-    check_experts(x, *experts(), ids, weights)
+    check_experts(x, *weights_of(), ids, weights)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_few_tokens_and_one_expert(form, tokens):
     ids = torch.zeros(tokens, 1, dtype=torch.int32)
-    check_experts(values(tokens, 32), *experts(1), ids, values(tokens, 1, seed=5))
-    check_experts(values(tokens, 32), *experts(4), some_ids(tokens, 4, 4), values(tokens, 4, seed=5))
+    check_experts(values(tokens, 32), *weights_of(1), ids, values(tokens, 1, seed=5))
+    check_experts(values(tokens, 32), *weights_of(4), some_ids(tokens, 4, 4), values(tokens, 4, seed=5))
 
 
 def test_no_tokens():
-    got = moe_experts(*on_device(values(0, 32), *experts(), torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2)))
+    got = moe_experts(*on_device(values(0, 32), *weights_of(), torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2)))
     assert got.shape == (0, 32)
 
 
@@ -138,21 +135,19 @@ def test_what_a_token_did_not_choose_never_reaches_it(form):
     x, ids = values(8, 32), some_ids(8, 16, 2)
     x[3] = 3e38
     ids[3] = -1
-    check_experts(x, *experts(), ids, values(8, 2, seed=5))
+    check_experts(x, *weights_of(), ids, values(8, 2, seed=5))
 
 
 def test_expert_map(form):
     """The experts of another rank add nothing; the ranks' results add up."""
-    from dmoe_ops.triton_kernels.backend import Triton
-
-    x, (w13, w2), ids, weights = values(21, 32), experts(), some_ids(21, 16, 3), values(21, 3, seed=5)
+    x, (w13, w2), ids, weights = values(21, 32), weights_of(), some_ids(21, 16, 3), values(21, 3, seed=5)
     ids[4, 2] = -1
     total = torch.zeros(21, 32)
     for mine in (torch.tensor([9, 2, 3, 14, 0]), torch.tensor([e for e in range(16) if e not in (9, 2, 3, 14, 0)])):
         expert_map = torch.full((16,), -1, dtype=torch.int32)
         expert_map[mine] = torch.arange(len(mine), dtype=torch.int32)
         y = torch.full_like(x, float("nan"), device=DEVICE)
-        Triton.moe_experts(*on_device(x, w13[mine], w2[mine], ids, weights), y, *on_device(expert_map))
+        backend.Triton.moe_experts(*on_device(x, w13[mine], w2[mine], ids, weights), y, *on_device(expert_map))
         local = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
         close(y, reference.moe_experts(x, w13[mine], w2[mine], local, weights), 1e-6)
         total += y.cpu()
@@ -163,7 +158,7 @@ def layer(tokens, dtype=torch.float32, hidden=32, intermediate=16, shared=16, **
     routing = BlockRouting(**{**SMALL, **routing})
     x = values(*tokens, hidden, dtype=dtype)
     gate = values(routing.num_experts, hidden, dtype=dtype, seed=4, scale=hidden**-0.5)
-    weights = [*experts(routing.num_experts, hidden, intermediate, dtype), None, None]
+    weights = [*weights_of(routing.num_experts, hidden, intermediate, dtype), None, None]
     if shared:
         weights[2] = values(2 * shared, hidden, dtype=dtype, seed=6, scale=hidden**-0.5)
         weights[3] = values(hidden, shared, dtype=dtype, seed=7, scale=shared**-0.5)
@@ -223,20 +218,17 @@ def test_layer_of_the_models_routing():
 
 
 def test_layer_with_an_expert_map(form):
-    from dmoe_ops.triton_kernels.backend import Triton
-
-    from dmoe_ops import router
 
     (x, gate, bias, w13, w2, *shared), routing = layer((21,))
     mine = torch.tensor([9, 2, 3, 14, 0, 7])
     expert_map = torch.full((16,), -1, dtype=torch.int32)
     expert_map[mine] = torch.arange(len(mine), dtype=torch.int32)
-    out, y, logits = router.allocate(21, 21, None, routing, x.to(DEVICE)), torch.empty_like(x), torch.empty(21, 16)
+    out, y, logits = allocate(21, 21, None, routing, x.to(DEVICE)), torch.empty_like(x), torch.empty(21, 16)
     x, gate, bias, w13, w2, *shared, y, logits, expert_map = on_device(
         x, gate, bias, w13, w2, *shared, y, logits, expert_map
     )
     weights = (w13[mine], w2[mine], *shared)
-    Triton.block_moe(x, gate, bias, weights, None, 21, routing, y, out, logits, expert_map)
+    backend.Triton.block_moe(x, gate, bias, weights, None, 21, routing, y, out, logits, expert_map)
     ids = torch.where(out.topk_ids >= 0, expert_map[out.topk_ids.clamp(min=0)], -1)
     want = reference.moe_experts(x, *weights[:2], ids, out.topk_weights) + reference.mlp(x, *shared)
     close(y, want.cpu(), 1e-6)
@@ -248,7 +240,7 @@ def test_launches(form, launches):
     block_moe(*on_device(*args), routing=routing)
     assert launches == ["gate_kernel", "route_kernel", f"{form}_up_kernel", f"{form}_down_kernel"]
     launches.clear()
-    check_experts(values(9, 32), *experts(), some_ids(9, 16, 3), values(9, 3))
+    check_experts(values(9, 32), *weights_of(), some_ids(9, 16, 3), values(9, 3))
     plan = ["mark_kernel"] if form == "dense" else ["mark_kernel", "order_kernel"]
     assert launches == [*plan, f"{form}_up_kernel", f"{form}_down_kernel"]
 
@@ -261,10 +253,8 @@ def test_same_bits_every_time(form):
 
 
 def test_which_form_serves():
-    from dmoe_ops.triton_kernels.backend import form_of, tile_tokens
-
-    assert form_of(1, BlockRouting()) == form_of(4, BlockRouting()) == "dense"
-    assert form_of(1, BlockRouting.policy("token")) == "dense"
-    assert form_of(2, BlockRouting.policy("token")) == form_of(5, BlockRouting()) == "gathered"
-    assert form_of(1, BlockRouting(block_size=256)) == "gathered"
-    assert [tile_tokens(t, 8, 256) for t in (32, 512, 1024, 2048, 4096)] == [32, 32, 64, 128, 128]
+    assert backend.form_of(1, BlockRouting()) == backend.form_of(4, BlockRouting()) == "dense"
+    assert backend.form_of(1, BlockRouting.policy("token")) == "dense"
+    assert backend.form_of(2, BlockRouting.policy("token")) == backend.form_of(5, BlockRouting()) == "gathered"
+    assert backend.form_of(1, BlockRouting(block_size=256)) == "gathered"
+    assert [backend.tile_tokens(t, 8, 256) for t in (32, 512, 1024, 2048, 4096)] == [32, 32, 64, 128, 128]
