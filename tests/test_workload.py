@@ -22,7 +22,7 @@ POINTS = [
     ("dmoe", dict(top_p=0.7), 19.3, 0.01),
     ("dmoe", dict(top_p=0.8), 28.1, 0.01),
 ]
-BLOCKS, TOKENS, EXPERTS = 100, 32, 256
+BLOCKS, TOKENS, EXPERTS = 200, 32, 256
 
 
 @pytest.mark.usefixtures("backend")
