@@ -50,6 +50,8 @@ def machine(device: str) -> dict:
         cpu=_cpu_model(),
         gpu=torch.cuda.get_device_name() if device == "cuda" else None,
         threads=torch.get_num_threads(),
+        cores=os.cpu_count(),
+        load=os.getloadavg()[0],
         python=platform.python_version(),
         torch=torch.__version__,
         dmoe_ops=__version__,
@@ -102,6 +104,8 @@ def print_header(results: dict) -> None:
     print(f"machine    {where}; torch {machine['torch']}; dmoe_ops at {machine['commit'] or machine['dmoe_ops']}")
     if machine["device"] == "cpu" and not machine["extension"]:
         print("backend    the torch reference: the C++ extension is not built, so these are not its times")
+    if machine["load"] > 0.5 * machine["cores"]:
+        print(f"busy       {machine['load']:.1f} processes on {machine['cores']} cores before the start: expect noise")
     if settings.get("weights"):
         print(f"weights    {settings['weights']}")
     if ceilings:

@@ -59,6 +59,12 @@ def measure_ceilings(device: str, dtype) -> Ceilings:
     return Ceilings(_read(device), gemms[best], best)
 
 
+def best(one: dict, other: dict) -> dict:
+    """The higher ceilings of two measurements."""
+    higher = max(one, other, key=lambda ceilings: ceilings["gemm"])
+    return dict(higher, read=max(one["read"], other["read"]))
+
+
 def _read(device: str) -> float:
     data = torch.randn(1 << 18, device=device).repeat(READ_BYTES >> 20)
     return data.numel() * 4 / _best(lambda: data.sum(), device, 15, "read bandwidth")
