@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, block_moe, moe_experts, reference
 from dmoe_ops.router import allocate
@@ -32,7 +35,7 @@ def triton_backend(monkeypatch):
 @pytest.fixture(params=["dense", "gathered"])
 def form(request, monkeypatch):
     """Both forms serve every call; the rule on the host only chooses the faster."""
-    monkeypatch.setattr(backend, "form_of", lambda n_blocks, routing: request.param)
+    monkeypatch.setattr(backend, "form_of", lambda *args: request.param)
     monkeypatch.setattr(backend, "DENSE_TOKENS", 10**6 if request.param == "dense" else 0)
     return request.param
 
@@ -217,6 +220,36 @@ def test_layer_of_the_models_routing():
     check_layer(args, BlockRouting())
 
 
+@pytest.mark.parametrize("name", ["f32", "bf16"])
+def test_golden(form, name, golden_folder):
+    """One block of the authors' released code; in bfloat16 it is as far from the truth as it rounds."""
+    with safe_open(golden_folder / f"moe_block_{name}.safetensors", "pt") as file:
+        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        config = json.loads(file.metadata()["config"])
+    routing = BlockRouting(
+        num_experts=config["num_experts"],
+        top_k=config["num_experts_per_tok"],
+        top_p=config["core_threshold"],
+        **{key: config[key] for key in ("n_group", "topk_group", "routed_scaling_factor", "block_size", "min_experts")},
+    )
+
+    def mlp(prefix):
+        gate, up, down = (golden[f"weights.{prefix}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+        return torch.cat([gate, up]), down
+
+    stacks = [torch.stack(s) for s in zip(*[mlp(f"experts.{e}") for e in range(config["num_experts"])])]
+    gate, bias = golden["weights.gate.weight"], golden["weights.gate.expert_bias"]
+    args = on_device(golden["x"], gate, bias, *stacks, *mlp("shared_experts"))
+    y, routed, logits = block_moe(*args, routing=routing)
+    ids, their_ids = routed.topk_ids.cpu().sort(1).values, golden["topk_ids"].flatten(0, 1).sort(1).values
+    assert torch.equal(ids, their_ids.int())
+    if name == "f32":
+        torch.testing.assert_close(y.cpu(), golden["y"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits.cpu(), golden["router_logits"].flatten(0, 1), rtol=0, atol=1e-5)
+    else:
+        close(y, golden["y"], 2e-2)
+
+
 def test_layer_with_an_expert_map(form):
 
     (x, gate, bias, w13, w2, *shared), routing = layer((21,))
@@ -253,8 +286,12 @@ def test_same_bits_every_time(form):
 
 
 def test_which_form_serves():
-    assert backend.form_of(1, BlockRouting()) == backend.form_of(4, BlockRouting()) == "dense"
-    assert backend.form_of(1, BlockRouting.policy("token")) == "dense"
-    assert backend.form_of(2, BlockRouting.policy("token")) == backend.form_of(5, BlockRouting()) == "gathered"
-    assert backend.form_of(1, BlockRouting(block_size=256)) == "gathered"
+    for routing, blocks, form in (
+        (BlockRouting(), 4, "dense"),
+        (BlockRouting(), 5, "gathered"),
+        (BlockRouting.policy("token"), 1, "dense"),
+        (BlockRouting.policy("token"), 2, "gathered"),
+        (BlockRouting(block_size=256), 1, "gathered"),
+    ):
+        assert backend.form_of(blocks, routing, 4) == form
     assert [backend.tile_tokens(t, 8, 256) for t in (32, 512, 1024, 2048, 4096)] == [32, 32, 64, 128, 128]

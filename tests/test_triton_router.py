@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, block_moe, block_route, reference
 
@@ -84,6 +86,33 @@ def test_hard_values(palette, bias):
 def test_named_policies_at_the_models_size(name):
     logits = values((1, 41, 256)) + values((1, 1, 256), seed=1) - 1
     check(logits, values((256,), seed=2) * 0.05, BlockRouting.policy(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llada2_mini_p60",
+        "llada2_mini_p60_diffuse",
+        "llada2_mini_p80",
+        "nogroup_p70",
+        "scarce_groups_e128",
+        "small_p50",
+    ],
+)
+def test_golden(name, golden_folder):
+    """The authors' released code: its coresets, and its experts where none lies outside of the coreset."""
+    with safe_open(golden_folder / f"routing_{name}.safetensors", "pt") as file:
+        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        routing = BlockRouting(**json.loads(file.metadata()["config"]))
+    got = check(golden["logits"], golden["expert_bias"], routing)
+    coresets = [ids[:size].tolist() for ids, size in zip(got.coreset_ids.cpu(), got.coreset_sizes.cpu())]
+    assert coresets == [mask.nonzero().flatten().tolist() for mask in golden["coreset_mask"].flatten(0, 1)]
+    kept = golden["slot_in_coreset"].flatten(0, 1).all(1)
+    ids, order = got.topk_ids.cpu()[kept].sort(1)
+    their_ids, their_order = golden["topk_ids"].flatten(0, 1)[kept].sort(1)
+    assert torch.equal(ids, their_ids.int())
+    their_weights = golden["topk_weights"].flatten(0, 1)[kept].gather(1, their_order)
+    torch.testing.assert_close(got.topk_weights.cpu()[kept].gather(1, order), their_weights, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,21 @@ import triton
 
 from . import experts, router, schedule, tiles
 
-DENSE_BLOCKS = 4  # see `form_of`
-DENSE_TOKENS = 64
+DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
 MAX_DENSE_BLOCK = 128
 
 
-def form_of(n_blocks: int, routing) -> str:
+def form_of(n_blocks: int, routing, dense_blocks: int) -> str:
     """Which form serves a layer call, from what the host knows without asking the device.
 
     The dense form reads the experts of every block for themselves; the gathered one reads each expert once per 32 to 128
     of its tokens, but writes and adds up a row per slot. With few blocks the coresets hardly overlap (four blocks with 15
     of 256 experts each: 60 reads against 55), so dense saves the rest of the work. Token routing has no coreset: there a
-    second block reads most experts again. Not measured; `dmoe tune` times both forms.
+    second block reads most experts again. `dense_blocks` is the GPU's entry in the tile table.
     """
     if routing.block_size > MAX_DENSE_BLOCK:
         return "gathered"
-    return "dense" if n_blocks <= (1 if routing.select == "all" else DENSE_BLOCKS) else "gathered"
+    return "dense" if n_blocks <= (1 if routing.select == "all" else dense_blocks) else "gathered"
 
 
 def tile_tokens(n_tokens: int, top_k: int, n_experts: int) -> int:
@@ -80,7 +79,7 @@ class Triton:
         n_blocks = out.coreset_sizes.shape[0]
         with _on(x.device):
             table, pdl = tiles.for_device(x.device), has_pdl(x.device)
-            if form_of(n_blocks, routing) == "dense":
+            if form_of(n_blocks, routing, table.dense_blocks) == "dense":
                 width = min(routing.num_experts, routing.coreset_width, routing.block_size * routing.top_k)
                 plan = schedule.Dense.empty(n_blocks, width, x.device)
             else:

@@ -6,6 +6,7 @@ Every entry says who measured it. What nobody measured was chosen from the resou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -50,7 +51,8 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tiles of one GPU. shared_memory: bytes that one program may use; processors: how many multiprocessors there are."""
+    """Tiles of one GPU. dense_blocks: up to how many blocks the dense form serves, see `backend.form_of`; shared_memory:
+    bytes that one program may use; processors: how many multiprocessors there are."""
 
     gate: Gate
     route: Route
@@ -58,6 +60,7 @@ class Tiles:
     dense_down: Product
     gathered_up: Product
     gathered_down: Product
+    dense_blocks: int
     measured_by: str
     shared_memory: int
     processors: int
@@ -82,6 +85,7 @@ HOPPER = dict(
     dense_down=Product(rows=16, depth=256, stages=6, warps=4),
     gathered_up=Product(rows=64, depth=64, stages=4, warps=8),
     gathered_down=Product(rows=128, depth=64, stages=4, warps=8),
+    dense_blocks=4,
     measured_by=UNMEASURED,
 )
 TABLE = {
@@ -95,6 +99,7 @@ TABLE = {
         dense_down=Product(rows=16, depth=128, stages=4, warps=4),
         gathered_up=Product(rows=32, depth=64, stages=4, warps=8),
         gathered_down=Product(rows=64, depth=64, stages=4, warps=8),
+        dense_blocks=4,
         measured_by=UNMEASURED,
     ),
     # Any other GPU; fits the 64 KB of AMD's CDNA 3 and the 99 KB of NVIDIA's consumer chips.
@@ -105,6 +110,7 @@ TABLE = {
         dense_down=Product(rows=16, depth=64, stages=3, warps=4),
         gathered_up=Product(rows=32, depth=64, stages=2, warps=4),
         gathered_down=Product(rows=64, depth=64, stages=2, warps=4),
+        dense_blocks=4,
         measured_by=UNMEASURED,
     ),
 }
@@ -135,6 +141,18 @@ def for_device(device: torch.device) -> Tiles:
     return for_name(properties.name, memory, properties.multi_processor_count)
 
 
+@contextlib.contextmanager
+def using(tiles: Tiles):
+    """These tiles for every device, for as long as they are being measured."""
+    global for_device
+    before = for_device
+    for_device = lambda device: tiles  # noqa: E731
+    try:
+        yield
+    finally:
+        for_device = before
+
+
 def save(device_name: str, entry: dict) -> Path:
     """Keeps tiles (as in TABLE) for a GPU in the user's file."""
     table = _user_table(parse=False)
@@ -161,4 +179,4 @@ def _user_table(parse: bool = True) -> dict:
 
 def _parse(entry: dict) -> dict:
     parsed = {name: kind(**entry[name]) for name, kind in KINDS.items()}
-    return {**parsed, "measured_by": str(entry["measured_by"])}
+    return {**parsed, "dense_blocks": int(entry["dense_blocks"]), "measured_by": str(entry["measured_by"])}

@@ -1,0 +1,196 @@
+"""The Triton backend on a real GPU: real shapes, graphs, determinism, races, memory. Skipped without one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmoe_ops import BlockRouting, block_moe, block_route, moe_experts, reference
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; there is none here"),
+    pytest.mark.usefixtures("triton_backend"),
+]
+
+H, I, E = 2048, 512, 256  # LLaDA2.0-mini
+POLICIES = ("dmoe", "token", "top4", "des_seq", "des_vote", "capacity")
+
+
+@pytest.fixture
+def triton_backend(monkeypatch):
+    monkeypatch.setenv("DMOE_BACKEND", "triton")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """gate, bias, w13, w2, shared_w13, shared_w2 in bf16."""
+    torch.manual_seed(0)
+
+    def filled(*shape):
+        return (torch.randn(shape, device="cuda", dtype=torch.bfloat16)) * shape[-1] ** -0.5
+
+    bias = torch.randn(E, device="cuda") * 0.05
+    return filled(E, H), bias, filled(E, 2 * I, H), filled(E, H, I), filled(2 * I, H), filled(H, I)
+
+
+def calibrated(tokens, block=32, seed=0):
+    """Logits with the statistics of LLaDA2.0-mini, [T, E] on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-tokens // block)
+    common = torch.randn(blocks, 1, E, generator=generator)
+    return (-1 + 1.2 * common + torch.randn(blocks, block, E, generator=generator)).flatten(0, 1)[:tokens]
+
+
+def activations(tokens, seed=0):
+    return torch.randn(tokens, H, generator=torch.Generator().manual_seed(seed)).to("cuda", torch.bfloat16)
+
+
+def same_routing(got, want):
+    """ids and coresets to the bit. The GPU's exp in float64 may differ from the CPU's in its last bit, which moves a
+    float32 score once in about 2^29."""
+    for name in ("coreset_sizes", "coreset_ids", "topk_ids"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(want, name).cpu()), name
+    torch.testing.assert_close(got.topk_weights.cpu(), want.topk_weights.cpu(), rtol=1e-6, atol=1e-9)
+
+
+def distance(got, want):
+    assert got.isfinite().all()
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_routing_of_the_models_size(name, seed):
+    routing = BlockRouting.policy(name)
+    for tokens in (1, 32, 45, 512):
+        logits = calibrated(tokens, seed=seed)
+        bias = torch.randn(E, generator=torch.Generator().manual_seed(seed)) * 0.1
+        if seed == 2:  # ties, NaN and the infinite
+            logits = (logits * 2).round() / 2
+            logits[::7, ::5], logits[::3, 1], logits[::4, 2] = float("nan"), float("inf"), float("-inf")
+        got = block_route(logits.cuda(), bias.cuda(), routing=routing)
+        same_routing(got, reference.block_route(logits, bias, routing=routing))
+
+
+def test_ragged_blocks():
+    offsets = torch.tensor([0, 1, 33, 40, 72, 100], dtype=torch.int32)
+    logits, routing = calibrated(100), BlockRouting()
+    got = block_route(logits.cuda(), routing=routing, block_offsets=offsets.cuda())
+    same_routing(got, reference.block_route(logits, routing=routing, block_offsets=offsets))
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 45, 128, 512, 2048])
+@pytest.mark.parametrize("name", ["dmoe", "token"])
+def test_layer(weights, tokens, name):
+    """Against float32, at most twice as far as torch in bf16; the routing is that of the logits that came out."""
+    x, routing = activations(tokens), BlockRouting.policy(name)
+    y, routed, logits = block_moe(x, *weights, routing=routing)
+    torch.testing.assert_close(logits, x.float() @ weights[0].float().T, rtol=1e-4, atol=1e-4)
+    same_routing(routed, reference.block_route(logits.cpu(), weights[1].cpu(), routing=routing))
+    ids, scale = routed.topk_ids, routed.topk_weights
+    want = expert_sum(x, weights, ids, scale, torch.float32)
+    torch_bf16 = expert_sum(x, weights, ids, scale, torch.bfloat16)
+    assert distance(y, want) <= 2 * distance(torch_bf16, want)
+    alone = moe_experts(x, weights[2], weights[3], ids, scale)
+    assert distance(alone, expert_sum(x, (*weights[:4], None, None), ids, scale, torch.float32)) <= 0.01
+
+
+def expert_sum(x, weights, ids, scale, dtype):
+    """The experts by plain torch in a dtype."""
+    x = x.to(dtype)
+    y = torch.zeros_like(x)
+    for e in ids.unique().tolist():
+        if e >= 0:
+            rows, slots = (ids == e).nonzero(as_tuple=True)
+            out = reference.mlp(x[rows], weights[2][e], weights[3][e])
+            y.index_add_(0, rows, out * scale[rows, slots, None].to(dtype))
+    return y if weights[4] is None else y + reference.mlp(x, weights[4], weights[5])
+
+
+@pytest.mark.parametrize("tokens", [32, 512])
+def test_graph_replays_with_changing_inputs(weights, tokens):
+    """A captured layer follows its input; replays are the same bits as plain calls. Two layers in a row in one graph, so
+    that a launch which starts before its predecessor is done would show."""
+    routing = BlockRouting()
+
+    def two_layers(x):
+        y = block_moe(x, *weights, routing=routing)[0]
+        return block_moe(y, *weights, routing=routing)[0]
+
+    x = activations(tokens)
+    two_layers(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = two_layers(x)
+    for seed in range(1, 11):
+        x.copy_(activations(tokens, seed))
+        graph.replay()
+        got = y.clone()
+        assert torch.equal(got, two_layers(x.clone())), seed
+
+
+@pytest.mark.parametrize("tokens", [32, 512])
+def test_same_bits_over_100_runs(weights, tokens):
+    x, routing = activations(tokens), BlockRouting()
+    y, routed, _ = block_moe(x, *weights, routing=routing)
+    junk = torch.empty(64 << 20, dtype=torch.int8, device="cuda")
+    for run in range(100):
+        junk.fill_(run - 50)  # other memory gets reused, and the cache is cold
+        again, routed_again, _ = block_moe(x, *weights, routing=routing)
+        assert torch.equal(y, again) and all(torch.equal(a, b) for a, b in zip(routed, routed_again)), run
+
+
+def test_compile_without_graph_breaks(weights):
+    routing, x = BlockRouting(), activations(32)
+
+    def layer(x):
+        return block_moe(x, *weights, routing=routing)[0] * 2
+
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("tokens, kernels", [(32, 4), (512, 4)])
+def test_launches(weights, tokens, kernels):
+    """The profiler sees two kernels of the router and two of the experts, and nothing else."""
+    x, routing = activations(tokens), BlockRouting()
+    block_moe(x, *weights, routing=routing)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        block_moe(x, *weights, routing=routing)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names = [name for name in names if not name.startswith(("Memcpy", "Activity"))]
+    assert len(names) == kernels, names
+
+
+def test_memory(tmp_path):
+    """compute-sanitizer finds no access outside of an allocation, in either form."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    script = tmp_path / "small.py"
+    script.write_text(SMALL)
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor is an allocation of its own
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+SMALL = """
+import torch
+from dmoe_ops import BlockRouting, block_moe, moe_experts
+r = BlockRouting(48, 4, 8, 4, 2, min_experts=6)
+def t(*shape): return torch.randn(shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** .5
+w = t(48, 80), torch.zeros(48, device="cuda"), t(48, 96, 80), t(48, 80, 48), t(32, 80), t(80, 16)
+for tokens in (13, 70):
+    y, routed, _ = block_moe(t(tokens, 80), *w, routing=r)
+    moe_experts(t(tokens, 80), w[2], w[3], routed.topk_ids, routed.topk_weights)
+torch.cuda.synchronize()
+"""
