@@ -241,13 +241,16 @@ def test_golden(form, name, golden_folder):
     gate, bias = golden["weights.gate.weight"], golden["weights.gate.expert_bias"]
     args = on_device(golden["x"], gate, bias, *stacks, *mlp("shared_experts"))
     y, routed, logits = block_moe(*args, routing=routing)
-    ids, their_ids = routed.topk_ids.cpu().sort(1).values, golden["topk_ids"].flatten(0, 1).sort(1).values
-    assert torch.equal(ids, their_ids.int())
+    want = reference.block_route(golden["router_logits"].flatten(0, 1), bias, routing=routing)
+    assert torch.equal(routed.topk_ids.cpu(), want.topk_ids)
+    same = (want.topk_ids.sort(1).values == golden["topk_ids"].flatten(0, 1).sort(1).values).all(1)
+    # In bfloat16 a coreset is filled up with experts that have no votes, and the released code has its own fillers.
+    assert (~same).sum() <= (name == "bf16")
+    torch.testing.assert_close(logits.cpu(), golden["router_logits"].flatten(0, 1), rtol=0, atol=1e-5)
     if name == "f32":
         torch.testing.assert_close(y.cpu(), golden["y"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(logits.cpu(), golden["router_logits"].flatten(0, 1), rtol=0, atol=1e-5)
     else:
-        close(y, golden["y"], 2e-2)
+        close(y.flatten(0, 1)[same.to(DEVICE)], golden["y"].flatten(0, 1)[same], 2e-2)
 
 
 def test_layer_with_an_expert_map(form):
