@@ -27,6 +27,7 @@ constexpr int kQuads = kLanes / 4;
 // Twelve sums, two weight vectors and one activation fill the 16 registers of AVX2, and hide the latency of FMA.
 constexpr int kVectors = 2;
 constexpr int kTile = 6;
+constexpr int kStoredTile = 5;                 // widening on the way takes two registers more
 constexpr int kGroupRows = kVectors * kQuads;  // quad q of vector v is row q * kVectors + v
 static_assert(kBlockRows % kGroupRows == 0);
 
@@ -59,7 +60,7 @@ int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 void add_product(Vec& sum, Vec a, Vec b) {
 #if defined(DMOE_ZMM) || defined(DMOE_YMM)
-  // Left to itself, GCC 12 picks forms that overwrite a factor, and then spills sums to the stack.
+  // Left to itself GCC 12 picks forms that overwrite a factor, and then spills sums to the stack.
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #else
   sum += a * b;
@@ -156,13 +157,31 @@ GroupRows add_halves(Vec a, std::index_sequence<i...>) {  // from every quad: a0
   return __builtin_shufflevector(a, a, (i / 2 * 4 + i % 2)...) + __builtin_shufflevector(a, a, (i / 2 * 4 + i % 2 + 2)...);
 }
 
-// A group of rows times `width` tokens; `depth` is a multiple of kPad.
-template <int width, class Source>
-void tile(const Source& source, int64_t depth, int64_t begin, const Token* tokens, float* out, int64_t rows) {
+// The group of rows that comes next. tile() asks for it a cache line at a time, so that memory works while it computes:
+// hardware follows neither from row to row nor from expert to expert, and a burst of requests would stall.
+template <int64_t size>  // bytes of an element
+struct Ahead {
+  const char* row = nullptr;
+  int64_t stride = 0;  // in bytes
+
+  void fetch(int64_t k) const {  // as many lines as the group itself has in kPad of depth
+    constexpr int64_t lines = (kGroupRows * kPad * size + 63) / 64;
+    if (!row) return;
+    for (int64_t i = k / kPad * lines; i < (k / kPad + 1) * lines; ++i)
+      __builtin_prefetch(row + i % kGroupRows * stride + i / kGroupRows * 64, 0, 2);  // into L2
+  }
+};
+
+// A group of rows times `width` tokens over `depth`, a multiple of kPad, from `begin` of the tokens on.
+// Not inlined: the registers it needs are all there are.
+template <int width, class Source, int64_t size>
+__attribute__((noinline)) void tile(const Source& source, int64_t depth, const Token* tokens, int64_t begin, float* out,
+                                    int64_t rows, Ahead<size> ahead) {
   const float* x[width];
   for (int t = 0; t < width; ++t) x[t] = tokens[t].x + begin;
   Vec sums[kVectors][width] = {};
   for (int64_t k = 0; k < depth; k += kPad) {
+    ahead.fetch(k);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       Vec weights[kVectors];
@@ -189,16 +208,31 @@ void tile(const Source& source, int64_t depth, int64_t begin, const Token* token
   }
 }
 
-template <class Source>
-void tile(const Source& source, int64_t depth, int64_t begin, const Token* tokens, int64_t width, float* out, int64_t rows) {
+// The last columns of a group, with zeros up to kPad.
+template <Dtype dtype>
+struct Rest {
+  char bytes[kGroupRows][kPad * 4] = {};
+  Stored<dtype> rows;
+
+  Rest(const Stored<dtype>& group, int64_t k, int64_t count) {
+    for (int r = 0; r < kGroupRows; ++r) {
+      std::memcpy(bytes[r], group.row[r] + k * size_of(dtype), count * size_of(dtype));
+      rows.row[r] = bytes[r];
+    }
+  }
+};
+
+template <class Source, int64_t size>
+void tile(const Source& source, int64_t depth, const Token* tokens, int64_t width, int64_t begin, float* out,
+          int64_t rows, Ahead<size> ahead) {
   static_assert(kTile == 6);
   switch (width) {
-    case 1: return tile<1>(source, depth, begin, tokens, out, rows);
-    case 2: return tile<2>(source, depth, begin, tokens, out, rows);
-    case 3: return tile<3>(source, depth, begin, tokens, out, rows);
-    case 4: return tile<4>(source, depth, begin, tokens, out, rows);
-    case 5: return tile<5>(source, depth, begin, tokens, out, rows);
-    default: return tile<6>(source, depth, begin, tokens, out, rows);
+    case 1: return tile<1>(source, depth, tokens, begin, out, rows, ahead);
+    case 2: return tile<2>(source, depth, tokens, begin, out, rows, ahead);
+    case 3: return tile<3>(source, depth, tokens, begin, out, rows, ahead);
+    case 4: return tile<4>(source, depth, tokens, begin, out, rows, ahead);
+    case 5: return tile<5>(source, depth, tokens, begin, out, rows, ahead);
+    default: return tile<6>(source, depth, tokens, begin, out, rows, ahead);
   }
 }
 
@@ -214,71 +248,64 @@ Stored<dtype> group_of(const Block& block, int64_t first) {
 }
 
 template <Dtype dtype>
-void unpack(const Stored<dtype>& group, int64_t k, float* panel) {
-  for (int half = 0; half < 2; ++half)
-    for (int v = 0; v < kVectors; ++v) store(panel + Unpacked::at(0, v, half), group(k, v, half));
+void unpack(const Stored<dtype>& group, int64_t depth, float* panel) {
+  for (int64_t k = 0; k < depth; k += kPad)
+    for (int half = 0; half < 2; ++half)
+      for (int v = 0; v < kVectors; ++v) store(panel + Unpacked::at(k, v, half), group(k, v, half));
 }
 
-template <Dtype dtype>
-void unpack(const Block& block, int64_t first, float* panel) {
-  const Stored<dtype> group = group_of<dtype>(block, first);
+template <int64_t size>
+Ahead<size> ahead_of(const Block& block, int64_t first) {
+  if (first >= block.rows) return {};
+  return {static_cast<const char*>(block.weight) + (first * block.stride + block.begin) * size, block.stride * size};
+}
+
+// Few tokens: weights come as they are stored, and what a group of rows needs stays in L1 from one tile to the next.
+template <Dtype dtype, int64_t size = dtype == Dtype::f32 ? 4 : 2>
+void multiply_stored(const Block& block, const Block& next) {
   const int64_t depth = block.end - block.begin, whole = depth / kPad * kPad;
-  for (int64_t k = 0; k < whole; k += kPad) unpack(group, k, panel + k * kGroupRows);
-  if (whole == depth) return;
-  char rest[kGroupRows][kPad * 4] = {};  // the end of every row, padded with zeros
-  Stored<dtype> padded;
-  for (int r = 0; r < kGroupRows; ++r) {
-    std::memcpy(rest[r], group.row[r] + whole * size_of(dtype), (depth - whole) * size_of(dtype));
-    padded.row[r] = rest[r];
-  }
-  unpack(padded, 0, panel + whole * kGroupRows);
-}
-
-// Fetches a block a few cache lines at a time, so that memory works while the current block computes.
-struct Fetch {
-  const char* row;
-  int64_t stride, rows, bytes, offset = 0;
-
-  explicit Fetch(const Block& block)
-      : row(static_cast<const char*>(block.weight) + block.begin * size_of(block.dtype)),
-        stride(block.stride * size_of(block.dtype)),
-        rows(block.rows),
-        bytes((block.end - block.begin) * size_of(block.dtype)) {}
-
-  void advance(int64_t lines) {
-    for (; lines > 0 && rows > 0; --lines) {
-      __builtin_prefetch(row + offset, 0, 2);  // into L2
-      offset += 64;
-      if (offset < bytes) continue;
-      offset = 0;
-      row += stride;
-      --rows;
+  const int64_t tiles = (block.count + kStoredTile - 1) / kStoredTile;
+  for (int64_t first = 0; first < block.rows; first += kGroupRows) {
+    const bool last = first + kGroupRows >= block.rows;
+    const Stored<dtype> group = group_of<dtype>(block, first);
+    Ahead<size> ahead = last ? ahead_of<size>(next, 0) : ahead_of<size>(block, first + kGroupRows);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t begin = block.count * i / tiles, width = block.count * (i + 1) / tiles - begin;
+      const Token* tokens = block.tokens + begin;
+      tile(group, whole, tokens, width, block.begin, block.out + first, block.rows - first, ahead);
+      ahead = {};
+      if (whole < depth)
+        tile(Rest<dtype>(group, whole, depth - whole).rows, kPad, tokens, width, block.begin + whole, block.out + first,
+             block.rows - first, ahead);
     }
   }
-};
+}
+
+// Many tokens: weights are widened once for all of them.
+template <Dtype dtype, int64_t size = dtype == Dtype::f32 ? 4 : 2>
+void multiply_unpacked(const Block& block, const Block& next) {
+  alignas(64) float panel[kBlockRows * kBlockDepth];
+  const int64_t depth = block.end - block.begin, whole = depth / kPad * kPad, padded = (depth + kPad - 1) / kPad * kPad;
+  for (int64_t first = 0; first < block.rows; first += kGroupRows) {
+    const Stored<dtype> group = group_of<dtype>(block, first);
+    float* to = panel + first * padded;
+    unpack(group, whole, to);
+    if (whole < depth) unpack(Rest<dtype>(group, whole, depth - whole).rows, kPad, to + whole * kGroupRows);
+  }
+  const int64_t tiles = (block.count + kTile - 1) / kTile;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t begin = block.count * i / tiles, width = block.count * (i + 1) / tiles - begin;
+    for (int64_t first = 0; first < block.rows; first += kGroupRows) {
+      const bool turn = i == first / kGroupRows % tiles;  // one tile of every group fetches
+      tile(Unpacked{panel + first * padded}, padded, block.tokens + begin, width, block.begin, block.out + first,
+           block.rows - first, turn ? ahead_of<size>(next, first) : Ahead<size>{});
+    }
+  }
+}
 
 template <Dtype dtype>
 void multiply(const Block& block, const Block& next) {
-  alignas(64) float panel[kBlockRows * kBlockDepth];
-  const int64_t depth = block.end - block.begin, padded = (depth + kPad - 1) / kPad * kPad;
-  const int64_t tiles = (block.count + kTile - 1) / kTile, groups = (block.rows + kGroupRows - 1) / kGroupRows;
-  const bool unpacked = tiles > 1 || depth != padded;  // one tile reads a weight just once
-  if (unpacked)
-    for (int64_t g = 0; g < groups; ++g) unpack<dtype>(block, g * kGroupRows, panel + g * kGroupRows * padded);
-  Fetch fetch(next);
-  const int64_t lines = fetch.rows * ((fetch.bytes + 63) / 64), share = (lines + tiles * groups - 1) / (tiles * groups);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t token = block.count * i / tiles, width = block.count * (i + 1) / tiles - token;
-    for (int64_t g = 0; g < groups; ++g) {
-      fetch.advance(share);
-      const int64_t first = g * kGroupRows, rows = block.rows - first;
-      const Token* tokens = block.tokens + token;
-      if (unpacked)
-        tile(Unpacked{panel + first * padded}, padded, block.begin, tokens, width, block.out + first, rows);
-      else
-        tile(group_of<dtype>(block, first), padded, block.begin, tokens, width, block.out + first, rows);
-    }
-  }
+  block.count <= kFewTokens ? multiply_stored<dtype>(block, next) : multiply_unpacked<dtype>(block, next);
 }
 
 void multiply_any(const Block& block, const Block& next) {
@@ -300,7 +327,7 @@ Eight exp(Eight x) {
   x = x > 89.f ? Eight{} + 89.f : x;  // infinity, as 2^128
   const Eight shifted = x * 0x1.715476p0f + 0x1.8p23f;  // rounds x / ln 2 to an integer in the low bits
   const Eight n = shifted - 0x1.8p23f;
-  const Eight r = (x - n * 0x1.62e4p-1f) - n * -0x1.7f7d1cp-20f;
+  const Eight r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
   const Eight p = (((((r / 720.f + 1 / 120.f) * r + 1 / 24.f) * r + 1 / 6.f) * r + 0.5f) * r + 1.f) * r + 1.f;
   return p * reinterpret_cast<Eight>((reinterpret_cast<EightBits>(shifted) + 127) << 23);
 }
