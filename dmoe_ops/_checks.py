@@ -32,6 +32,20 @@ def tensor(name: str, value, shape=None, dtypes=None, device=None) -> None:
         raise ValueError(f"{name} must be on {device} like the first tensor, got {value.device}")
 
 
+def tensors(*, optional: dict | None = None, **values) -> None:
+    """That every value is a tensor, or None among the optional ones: what a schema would reject with less to say."""
+    for name, value in {**values, **(optional or {})}.items():
+        if value is not None or name in values:
+            tensor(name, value)
+
+
+def rows(name: str, value, last: str) -> None:
+    """value [T, last] or [bsz, seq, last]."""
+    tensor(name, value)
+    if value.dim() not in (2, 3):
+        raise ValueError(f"{name} must have shape [T, {last}] or [bsz, seq, {last}], got {list(value.shape)}")
+
+
 def routing(value) -> None:
     if not isinstance(value, BlockRouting):
         raise ValueError(f"routing must be a BlockRouting, got {value!r}")
@@ -62,6 +76,13 @@ def block_offset_values(value, tokens: int, block_size: int) -> None:
 
 def _short(values: list) -> str:
     return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
+
+
+def logits(value, settings: BlockRouting) -> None:
+    """value [T, E] or [bsz, seq, E]."""
+    rows("logits", value, "E")
+    if value.shape[-1] != settings.num_experts:
+        raise ValueError(f"logits must have num_experts={settings.num_experts} columns, got {list(value.shape)}")
 
 
 def route(logits, expert_bias, offsets, settings: BlockRouting) -> None:

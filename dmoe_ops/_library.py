@@ -63,6 +63,11 @@ def define(schema: str, impl, fake, setup_context, backward) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=lib)
 
 
+def contiguous(*tensors):
+    """What a backend may take for granted of everything but weights. None passes."""
+    return (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 @functools.lru_cache(maxsize=1024)
 def unpack_routing(args: tuple) -> BlockRouting:
     return BlockRouting(*args)

@@ -10,8 +10,7 @@ from . import _checks, _library
 
 def moe_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
     """See `dmoe_ops.reference.moe_experts`."""
-    for name, value in (("x", x), ("w13", w13), ("w2", w2), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-        _checks.tensor(name, value)
+    _checks.tensors(x=x, w13=w13, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights)
     return torch.ops.dmoe.moe_experts(x, w13, w2, topk_ids, topk_weights)
 
 
@@ -23,7 +22,8 @@ def fake(x, w13, w2, topk_ids, topk_weights):
 def impl(x, w13, w2, topk_ids, topk_weights):
     y = fake(x, w13, w2, topk_ids, topk_weights)
     if y.shape[0]:
-        _library.backend(x).moe_experts(x.contiguous(), w13, w2, topk_ids.contiguous(), topk_weights.contiguous(), y)
+        x, topk_ids, topk_weights = _library.contiguous(x, topk_ids, topk_weights)
+        _library.backend(x).moe_experts(x, w13, w2, topk_ids, topk_weights, y)
     return y
 
 

@@ -14,10 +14,9 @@ def block_moe(
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     """See `dmoe_ops.reference.block_moe`."""
     _checks.routing(routing)
-    for name, value in (("x", x), ("gate_weight", gate_weight), ("w13", w13), ("w2", w2)):
-        _checks.tensor(name, value)
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x must have shape [T, H] or [bsz, seq, H], got {list(x.shape)}")
+    _checks.rows("x", x, "H")
+    optional = dict(expert_bias=expert_bias, shared_w13=shared_w13, shared_w2=shared_w2, block_offsets=block_offsets)
+    _checks.tensors(gate_weight=gate_weight, w13=w13, w2=w2, optional=optional)
     rows = x.reshape(-1, x.shape[-1])
     y, *routed, router_logits = torch.ops.dmoe.block_moe(
         rows, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, x.shape[-2], *routing.args()
@@ -41,11 +40,10 @@ def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offs
     _checks.block_offset_values(block_offsets, x.shape[0], routing.block_size)
     if x.shape[0]:
         y, *routed, router_logits = out
-        if expert_bias is not None:
-            expert_bias = expert_bias.contiguous()
+        x, gate_weight, expert_bias, block_offsets = _library.contiguous(x, gate_weight, expert_bias, block_offsets)
         _library.backend(x).block_moe(
-            x.contiguous(),
-            gate_weight.contiguous(),
+            x,
+            gate_weight,
             expert_bias,
             (w13, w2, shared_w13, shared_w2),
             block_offsets,
@@ -104,7 +102,7 @@ def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_rou
 
 _library.define(
     "block_moe(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor w13, Tensor w2, Tensor? shared_w13, "
-    f"Tensor? shared_w2, Tensor? block_offsets, int seq_len, {_library.ROUTING}) -> (Tensor y, Tensor topk_weights, "
+    f"Tensor? shared_w2, Tensor? block_offsets, SymInt seq_len, {_library.ROUTING}) -> (Tensor y, Tensor topk_weights, "
     "Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
     impl,
     fake,

@@ -36,9 +36,7 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
     Source: dMoE Algorithm 1, with every free slot filled from the coreset.
     """
     _checks.routing(routing)
-    _checks.tensor("logits", logits)
-    if logits.dim() not in (2, 3):
-        raise ValueError(f"logits must have shape [T, E] or [bsz, seq, E], got {list(logits.shape)}")
+    _checks.logits(logits, routing)
     seq_len = logits.shape[-2]
     logits = logits.reshape(-1, logits.shape[-1])
     _checks.route(logits, expert_bias, block_offsets, routing)
@@ -101,9 +99,7 @@ def block_moe(
     and the shared expert's. Raises ValueError, naming the argument and its value.
     """
     _checks.routing(routing)
-    _checks.tensor("x", x)
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x must have shape [T, H] or [bsz, seq, H], got {list(x.shape)}")
+    _checks.rows("x", x, "H")
     flat = x.reshape(-1, x.shape[-1])
     _checks.layer(flat, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, routing)
     acc = flat.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -129,7 +125,7 @@ def scores(logits, kind: str) -> torch.Tensor:
         return torch.sigmoid(wide).to(logits.dtype)
     # The limits of a softmax: equal shares among the +inf, and among all where everything is -inf.
     top = wide.amax(1, keepdim=True)
-    wide = torch.where(top.isinf(), torch.where(wide == top, 0.0, -torch.inf), wide)
+    wide = torch.where(top.isinf(), torch.where((wide == top) & ~logits.isnan(), 0.0, -torch.inf), wide)
     return torch.softmax(wide, 1).masked_fill(logits.isnan(), 0).to(logits.dtype)
 
 
@@ -194,7 +190,7 @@ def choose(candidates, routing: BlockRouting) -> tuple[torch.Tensor, torch.Tenso
     the slots that hold one. Members outside the kept groups come after all members inside."""
     if routing.n_group == 1:
         return best(candidates, routing.top_k)
-    grouped = candidates.view(candidates.shape[0], routing.n_group, -1)
+    grouped = candidates.unflatten(1, (routing.n_group, -1))
     if grouped.shape[2] > 1:
         group_score = grouped.topk(2, dim=2).values.sum(2)
     else:

@@ -11,9 +11,8 @@ from .routing import BlockRouting, RoutingResult
 def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None) -> RoutingResult:
     """See `dmoe_ops.reference.block_route`."""
     _checks.routing(routing)
-    _checks.tensor("logits", logits)
-    if logits.dim() not in (2, 3):
-        raise ValueError(f"logits must have shape [T, E] or [bsz, seq, E], got {list(logits.shape)}")
+    _checks.logits(logits, routing)
+    _checks.tensors(optional=dict(expert_bias=expert_bias, block_offsets=block_offsets))
     rows = logits.reshape(-1, logits.shape[-1])
     return result(torch.ops.dmoe.block_route(rows, expert_bias, block_offsets, logits.shape[-2], *routing.args()))
 
@@ -63,10 +62,8 @@ def impl(logits, expert_bias, block_offsets, seq_len, *routing_args):
     out = fake(logits, expert_bias, block_offsets, seq_len, *routing_args)
     _checks.block_offset_values(block_offsets, logits.shape[0], routing.block_size)
     if logits.shape[0]:
-        if expert_bias is not None:
-            expert_bias = expert_bias.contiguous()
-        backend = _library.backend(logits)
-        backend.block_route(logits.contiguous(), expert_bias, block_offsets, seq_len, routing, result(out))
+        logits, expert_bias, block_offsets = _library.contiguous(logits, expert_bias, block_offsets)
+        _library.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, result(out))
     return out
 
 
@@ -99,7 +96,7 @@ def backward(ctx, d_weights, _ids, _coreset_ids, _coreset_sizes):
 
 
 _library.define(
-    "block_route(Tensor logits, Tensor? expert_bias, Tensor? block_offsets, int seq_len, "
+    "block_route(Tensor logits, Tensor? expert_bias, Tensor? block_offsets, SymInt seq_len, "
     f"{_library.ROUTING}) -> (Tensor topk_weights, Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes)",
     impl,
     fake,

@@ -200,7 +200,6 @@ def module(dtype=torch.float32, **kwargs):
     return layer
 
 
-@pytest.mark.xfail(raises=torch._dynamo.exc.RecompileError, strict=True, reason="seq_len is no SymInt in the schema")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_with_dynamic_shapes_equals_eager(compiler, backend):
     if compiler == "inductor" and backend != "reference":
