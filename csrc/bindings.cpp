@@ -9,6 +9,9 @@
 
 #include "cpu/experts.h"
 #include "cpu/router.h"
+#ifdef USE_CUDA
+#include "cuda/ops.h"
+#endif
 
 namespace {
 
@@ -108,5 +111,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = DMOE_TORCH_VERSION;
   m.attr("cuda_architectures") = DMOE_CUDA_ARCHITECTURES;  // "" without CUDA kernels
   m.attr("why_no_cuda") = DMOE_WHY_NO_CUDA;
+#ifdef USE_CUDA
+  dmoe::cuda::add_rules(m);
+#endif
   m.def("cpu_isa", &dmoe::cpu::isa, "The body of the CPU kernels that runs here: avx512, avx2 or plain.");
 }

@@ -42,6 +42,17 @@ lib.define(
     "_moe_experts_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor topk_ids, "
     "Tensor topk_weights, Tensor(a!) y) -> ()"
 )
+# CUDA only: the router from x on, and the experts of few tokens. `schedule` int32 and `workspace` uint8 are scratch;
+# `scheduled` says that `schedule` comes from the router.
+lib.define(
+    "_gate_route_out(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor? block_offsets, int seq_len, int[] ints, "
+    "float[] floats, Tensor(a!) logits, Tensor(b!) topk_ids, Tensor(c!) topk_weights, Tensor(d!) coreset_ids, "
+    "Tensor(e!) coreset_sizes, Tensor(f!)? schedule) -> ()"
+)
+lib.define(
+    "_block_dense_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor topk_ids, "
+    "Tensor topk_weights, Tensor(a!) schedule, Tensor(b!) workspace, bool scheduled, Tensor(c!) y) -> ()"
+)
 
 try:
     from . import _C
@@ -178,7 +189,94 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-BACKENDS = {"reference": Reference, "cpp": Cpp, "triton": Triton}
+class Cuda:
+    """csrc/cuda, in two launches: router and experts.
+
+    What the host rules refuse (csrc/cuda/router.h and experts.h: float32 experts, more than 64 tokens through experts,
+    sizes that do not divide into its tiles) goes to Triton, or to the reference where that is missing.
+    """
+
+    @staticmethod
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
+        if _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, 0):
+            _without_cuda().block_route(logits, expert_bias, block_offsets, seq_len, routing, out)
+        else:
+            Cpp.block_route(logits, expert_bias, block_offsets, seq_len, routing, out)
+
+    @staticmethod
+    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
+        if _cuda_experts_refuse(x, w13, w2, None):
+            _without_cuda().moe_experts(x, w13, w2, topk_ids, topk_weights, y)
+        else:
+            schedule = _cuda_schedule(x, w13)
+            Cuda._experts(x, (w13, w2, None, None), topk_ids, topk_weights, schedule, False, y)
+
+    @staticmethod
+    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+        w13, w2, _, shared_w2 = weights
+        if (
+            _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, x.shape[1])
+            or _cuda_experts_refuse(x, w13, w2, shared_w2)
+            or gate_weight.dtype == torch.float64
+        ):
+            _without_cuda().block_moe(
+                x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits
+            )
+            return
+        schedule = _cuda_schedule(x, w13)
+        torch.ops.dmoe._gate_route_out(
+            x,
+            gate_weight,
+            expert_bias,
+            block_offsets,
+            seq_len,
+            *packed_routing(routing),
+            router_logits,
+            *out,
+            schedule,
+        )
+        Cuda._experts(x, weights, out.topk_ids, out.topk_weights, schedule, True, y)
+
+    @staticmethod
+    def _experts(x, weights, topk_ids, topk_weights, schedule, scheduled: bool, y) -> None:
+        w13, w2, _, shared_w2 = weights
+        shared = 0 if shared_w2 is None else shared_w2.shape[1]
+        size = _C.cuda_workspace_bytes(*x.shape, w2.shape[2], shared, w13.shape[0], topk_ids.shape[1])
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        torch.ops.dmoe._block_dense_out(x, *weights, topk_ids, topk_weights, schedule, workspace, scheduled, y)
+
+
+def _cuda_experts_refuse(x, w13, w2, shared_w2) -> str | None:
+    if torch.cuda.get_device_capability(x.device)[0] != 9:
+        return "a GPU that is not Hopper"
+    shared = 0 if shared_w2 is None else shared_w2.shape[1]
+    return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], x.element_size())
+
+
+def _cuda_schedule(x, w13) -> torch.Tensor:
+    return torch.empty(_C.cuda_schedule_words(w13.shape[0]), dtype=torch.int32, device=x.device)
+
+
+def _without_cuda():
+    return Triton if _has_triton() else Reference
+
+
+@functools.cache
+def _why_no_cuda(device: torch.device | None = None) -> str | None:
+    """Without a device: what this installation lacks."""
+    if _C is None:
+        return f"the extension module {WHY_NO_C}"
+    if not _C.cuda_architectures:
+        return _C.why_no_cuda
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "there is no NVIDIA GPU"
+    # Machine code of sm_80 runs on every 8.x, that of sm_90a on 9.0 alone.
+    if device is not None and torch.cuda.get_device_capability(device)[0] not in (8, 9):
+        return f"its kernels are built for sm {_C.cuda_architectures}"
+    return None
+
+
+BACKENDS = {"reference": Reference, "cpp": Cpp, "triton": Triton, "cuda": Cuda}
 
 
 def missing() -> dict[str, str]:
@@ -186,6 +284,8 @@ def missing() -> dict[str, str]:
     reasons = {}
     if _C is None:
         reasons["cpp"] = f"the extension module {WHY_NO_C}"
+    if _why_no_cuda():
+        reasons["cuda"] = _why_no_cuda()
     return reasons
 
 
@@ -195,6 +295,8 @@ def backend(x: torch.Tensor):
     if wanted == "reference" or x.dtype == torch.float64:
         return Reference
     if wanted == "auto" and x.device.type == "cuda":
+        if _why_no_cuda(x.device) is None:
+            return Cuda
         return Triton if _has_triton() else Reference
     if wanted == "auto":
         return Cpp if x.device.type == "cpu" and _C is not None else Reference
@@ -204,6 +306,11 @@ def backend(x: torch.Tensor):
         raise ValueError(f"DMOE_BACKEND={wanted}: {missing()[wanted]}")
     if wanted == "cpp" and x.device.type != "cpu":
         raise ValueError(f"DMOE_BACKEND=cpp serves CPU tensors, got {x.device}")
+    if wanted == "cuda" and (x.device.type != "cuda" or _why_no_cuda(x.device)):
+        why = f": {_why_no_cuda(x.device)}" if x.device.type == "cuda" else ""
+        raise ValueError(
+            f"DMOE_BACKEND=cuda serves tensors of an NVIDIA GPU of compute capability 8.x or 9.0, got {x.device}{why}"
+        )
     if wanted == "triton" and x.device.type != ("cpu" if _triton_interprets() else "cuda"):
         raise ValueError(
             f"DMOE_BACKEND=triton serves GPU tensors, and only the CPU's under TRITON_INTERPRET=1: got {x.device}"

@@ -1,0 +1,29 @@
+// Launch of the experts, latency form: sm_90 and above.
+#include "experts_kernel.h"
+#include "launch.h"
+
+namespace dmoe::cuda {
+namespace {
+
+template <bool kHalf>
+__global__ void __launch_bounds__(kExpertsThreads, 1)
+    experts_entry(const __grid_constant__ Experts args, int n_stages, int n_splits) {
+  extern __shared__ __align__(128) char shared[];
+  experts_kernel<kHalf>(args, n_stages, n_splits, shared);
+}
+
+}  // namespace
+
+const char* experts_forward(const Experts& args, void* stream) {
+  int major = 0, multiprocessors = 0;
+  cudaError_t error = attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (error == cudaSuccess) error = attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
+  if (error != cudaSuccess) return text(error);
+  if (major < 9) return "the expert kernel needs compute capability 9.0 or above";
+  const int n_stages = stages(args.tokens);
+  const Shape shape{multiprocessors, kExpertsThreads, experts_shared(args.tokens, n_stages), 1, true};
+  const auto kernel = args.dtype == Dtype::f16 ? experts_entry<true> : experts_entry<false>;
+  return text(launch(kernel, shape, stream, args, n_stages, splits(args.hidden, multiprocessors)));
+}
+
+}  // namespace dmoe::cuda

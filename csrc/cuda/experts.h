@@ -1,0 +1,80 @@
+// Experts on Hopper, latency form: all tokens through each expert that any of them chose, weight 0 where a token did not.
+// Plain pointers; nothing here needs a CUDA header.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "router.h"
+
+namespace dmoe::cuda {
+
+// All tensors are contiguous, row-major, of one dtype (bf16 or fp16), and start at a multiple of 16 bytes.
+struct Experts {
+  int64_t tokens, hidden, intermediate, experts, top_k;
+  int64_t shared_intermediate;  // 0 where there is no shared expert
+  Dtype dtype;
+  const void* x;              // [tokens, hidden]
+  const void* w13;            // [experts, 2 * intermediate, hidden], gate rows first
+  const void* w2;             // [experts, hidden, intermediate]
+  const void* shared_w13;     // [2 * shared_intermediate, hidden] or null
+  const void* shared_w2;      // [hidden, shared_intermediate] or null
+  const int32_t* topk_ids;    // [tokens, top_k]; -1 adds nothing
+  const float* topk_weights;  // [tokens, top_k]
+  uint32_t* schedule;         // of topk_ids, by `block_route` or `schedule`; its counters are used up
+  void* workspace;            // [experts_workspace().bytes]
+  void* y;                    // [tokens, hidden]
+};
+
+// A tile is 64 rows of weights against all tokens: in the up phase 32 gate rows and their 32 up rows, in the down phase 64
+// columns of y. Weights and tokens come in chunks of 256 along k; a row in shared memory is padded by 16 bytes, so that the
+// eight rows of a matrix lie in different banks. None of these is measured.
+constexpr int kTileRows = 64, kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8, kMaxTokens = 64;
+constexpr int kConsumers = 128, kExpertsThreads = kConsumers + 32;  // four warps multiply, one fills the ring
+
+constexpr int64_t kExpertsHeader = 1024;  // barriers, tile of each stage, weights of the tokens
+
+DMOE_BOTH int64_t stage_bytes(int64_t tokens) { return (kTileRows + (tokens + 15) / 16 * 16) * kPitch; }
+
+// Ring stages that fit, at most 8.
+inline int stages(int64_t tokens, int64_t shared_limit = 227 * 1024) {
+  const int64_t fit = (shared_limit - kExpertsHeader) / stage_bytes(tokens);
+  return static_cast<int>(fit < kMaxStages ? fit : kMaxStages);
+}
+inline int64_t experts_shared(int64_t tokens, int n_stages) { return kExpertsHeader + n_stages * stage_bytes(tokens); }
+
+// Into how many parts the long k of the down phase is cut, so that its tiles about fill the chip once.
+inline int splits(int64_t hidden, int multiprocessors) {
+  const int64_t fit = multiprocessors / (hidden / kTileRows);
+  return static_cast<int>(fit < 1 ? 1 : fit > 8 ? 8 : fit);
+}
+constexpr int kMaxSplits = 8;
+
+// h of the members, h of the shared expert, and the down phase's parts of y.
+struct ExpertsWorkspace {
+  int64_t h, shared_h, parts, bytes;
+};
+DMOE_BOTH ExpertsWorkspace experts_workspace(int64_t tokens, int64_t hidden, int64_t intermediate,
+                                             int64_t shared_intermediate, int64_t experts, int64_t top_k) {
+  const int64_t members = experts < tokens * top_k ? experts : tokens * top_k;
+  ExpertsWorkspace w{};
+  w.shared_h = (2 * members * tokens * intermediate + 127) / 128 * 128;
+  w.parts = w.shared_h + (2 * tokens * shared_intermediate + 127) / 128 * 128;
+  w.bytes = w.parts + 4 * kMaxSplits * tokens * hidden;
+  return w;
+}
+
+// Why the latency form does not take a call, or null. The caller then takes another backend.
+inline const char* refuses(const Experts& a) {
+  if (a.dtype == Dtype::f32) return "float32";
+  if (a.tokens > kMaxTokens) return "more than 64 tokens";
+  if (a.experts > kMaxExperts) return "more than 512 experts";
+  if (a.hidden % kTileRows || a.hidden > 8192) return "a hidden size that is not a multiple of 64 up to 8192";
+  if (a.intermediate % 32 || a.shared_intermediate % 32) return "an intermediate size that is not a multiple of 32";
+  return nullptr;
+}
+
+// One launch. Returns null, or what the CUDA runtime said of it.
+const char* experts_forward(const Experts& args, void* stream);
+
+}  // namespace dmoe::cuda

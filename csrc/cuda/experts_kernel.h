@@ -1,0 +1,355 @@
+// The kernel of experts.cu, as one function per thread block.
+//
+// Persistent thread blocks draw tiles, up tiles before down tiles. One warp fills a ring of stages in shared memory by bulk
+// copies, four warps multiply. A down tile needs every up tile; its weights do not, so the ring holds them by the time the
+// last up tile is done and memory never idles. Tiles are drawn, not given out by block index: whoever waits for a tile
+// waits for a thread block that already runs, however many fit on the chip. Who computes a tile does not change its bits.
+#pragma once
+
+#include "../select.h"
+#include "experts.h"
+
+namespace dmoe::cuda {
+
+// What one launch computes, known once the schedule is.
+struct Plan {
+  int64_t tokens, hidden, inner, shared_inner;
+  int members, up_chunks, chunks_of_member, chunks_of_shared;
+  int up_tiles, up_tiles_of_member, up_tiles_of_shared, n_splits, tiles;
+
+  DMOE_DEVICE Plan(const Experts& a, int n_splits_)
+      : tokens(a.tokens),
+        hidden(a.hidden),
+        inner(a.intermediate),
+        shared_inner(a.shared_intermediate),
+        members(static_cast<int>(a.schedule[kCount])),
+        up_chunks(static_cast<int>((hidden + kChunk - 1) / kChunk)),
+        chunks_of_member(static_cast<int>((inner + kChunk - 1) / kChunk)),
+        chunks_of_shared(static_cast<int>((shared_inner + kChunk - 1) / kChunk)),
+        up_tiles(0),
+        up_tiles_of_member(static_cast<int>(inner / 32)),
+        up_tiles_of_shared(static_cast<int>(shared_inner / 32)),
+        n_splits(n_splits_),
+        tiles(0) {
+    up_tiles = up_tiles_of_shared + members * up_tiles_of_member;
+    tiles = up_tiles + static_cast<int>(hidden / kTileRows) * n_splits;
+  }
+};
+
+// Tile i of the plan: the shared expert's up tiles, the members' up tiles, then the down tiles.
+struct Tile {
+  bool down;
+  int member;         // up: position in the schedule, -1 for the shared expert
+  int row;            // up: first row of gate; down: first column of y
+  int split;          // down
+  int first, chunks;  // chunks along k
+
+  DMOE_DEVICE Tile(const Plan& p, int i) : down(i >= p.up_tiles), member(-1), row(0), split(0), first(0), chunks(p.up_chunks) {
+    if (down) {
+      const int64_t all = p.chunks_of_shared + static_cast<int64_t>(p.members) * p.chunks_of_member;
+      split = (i - p.up_tiles) % p.n_splits;
+      row = (i - p.up_tiles) / p.n_splits * kTileRows;
+      first = static_cast<int>(all * split / p.n_splits);
+      chunks = static_cast<int>(all * (split + 1) / p.n_splits) - first;
+    } else if (i < p.up_tiles_of_shared) {
+      row = i * 32;
+    } else {
+      member = (i - p.up_tiles_of_shared) / p.up_tiles_of_member;
+      row = (i - p.up_tiles_of_shared) % p.up_tiles_of_member * 32;
+    }
+  }
+};
+
+// One chunk of a tile in memory: row r of the weights, row t of the tokens, and how many bytes of each.
+struct Chunk {
+  const char* weights;   // row 0
+  int64_t weights_step;  // bytes from one row to the next
+  int64_t up_rows;       // up: bytes from a gate row to its up row
+  const char* tokens;
+  int64_t tokens_step;
+  int k;  // elements, a multiple of 16
+
+  DMOE_DEVICE const char* weight_row(bool down, int r) const {
+    if (down) return weights + r * weights_step;
+    // Eight gate rows, then their eight up rows: the MMA leaves both in one thread.
+    return weights + (r / 16 * 8 + r % 8) * weights_step + (r % 16 < 8 ? 0 : up_rows);
+  }
+};
+
+DMOE_DEVICE Chunk chunk(const Experts& a, const Plan& p, const ExpertsWorkspace& w, const Tile& tile, int i) {
+  const char* work = static_cast<const char*>(a.workspace);
+  Chunk c{};
+  if (!tile.down) {
+    const int64_t k0 = static_cast<int64_t>(i) * kChunk;
+    const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;
+    const char* base = tile.member < 0
+                           ? static_cast<const char*>(a.shared_w13)
+                           : static_cast<const char*>(a.w13) +
+                                 2 * static_cast<int64_t>(a.schedule[kUsed + tile.member]) * 2 * inner * p.hidden;
+    c.weights_step = c.tokens_step = 2 * p.hidden;
+    c.weights = base + tile.row * c.weights_step + 2 * k0;
+    c.up_rows = inner * c.weights_step;
+    c.tokens = static_cast<const char*>(a.x) + 2 * k0;
+    c.k = static_cast<int>(p.hidden - k0 < kChunk ? p.hidden - k0 : kChunk);
+    return c;
+  }
+  const int at = tile.first + i;
+  const bool shared = at < p.chunks_of_shared;
+  const int member = shared ? 0 : (at - p.chunks_of_shared) / p.chunks_of_member;
+  const int64_t k0 = static_cast<int64_t>(shared ? at : (at - p.chunks_of_shared) % p.chunks_of_member) * kChunk;
+  const int64_t inner = shared ? p.shared_inner : p.inner;
+  const char* base = shared ? static_cast<const char*>(a.shared_w2)
+                            : static_cast<const char*>(a.w2) +
+                                  2 * static_cast<int64_t>(a.schedule[kUsed + member]) * p.hidden * inner;
+  c.weights_step = c.tokens_step = 2 * inner;
+  c.weights = base + tile.row * c.weights_step + 2 * k0;
+  c.tokens = work + (shared ? w.shared_h : w.h + 2 * member * p.tokens * inner) + 2 * k0;
+  c.k = static_cast<int>(inner - k0 < kChunk ? inner - k0 : kChunk);
+  return c;
+}
+
+// The start of shared memory; the stages follow at kExpertsHeader.
+struct Ring {
+  dev::Barrier full[kMaxStages], empty[kMaxStages];
+  int tile[kMaxStages];  // -1: no more
+  int last;
+  float weight[kMaxTokens];
+};
+static_assert(sizeof(Ring) <= kExpertsHeader);
+
+struct Place {
+  int stage = 0;
+  uint32_t phase = 0;
+  DMOE_DEVICE void next(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// The warp that fills the ring.
+DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared, int n_stages) {
+  Ring& ring = *reinterpret_cast<Ring*>(shared);
+  const int lane = dev::lane(), tokens = static_cast<int>(p.tokens);
+  const int64_t bytes = stage_bytes(p.tokens);
+  uint32_t* counters = a.schedule;
+  bool h_is_there = false;
+  Place at;
+
+  const auto open = [&](const Place& place, int tile, const Chunk& c, bool any) {
+    dev::barrier_wait(&ring.empty[place.stage], place.phase ^ 1);
+    if (lane == 0) {
+      ring.tile[place.stage] = tile;
+      dev::barrier_expect(&ring.full[place.stage], any ? 2u * c.k * (kTileRows + tokens) : 0u);
+    }
+    dev::sync_warp();
+  };
+  const auto copy_weights = [&](const Place& place, const Tile& tile, const Chunk& c) {
+    char* to = shared + kExpertsHeader + place.stage * bytes;
+    for (int r = lane; r < kTileRows; r += 32) {
+      dev::bulk_copy_once(to + r * kPitch, c.weight_row(tile.down, r), 2 * c.k, &ring.full[place.stage]);
+    }
+  };
+  const auto copy_tokens = [&](const Place& place, const Chunk& c) {
+    char* to = shared + kExpertsHeader + place.stage * bytes + kTileRows * kPitch;
+    for (int t = lane; t < tokens; t += 32) {
+      dev::bulk_copy(to + t * kPitch, c.tokens + t * c.tokens_step, 2 * c.k, &ring.full[place.stage]);
+    }
+  };
+
+  for (;;) {
+    uint32_t drawn = 0;
+    if (lane == 0) drawn = dev::atomic_add(&counters[0], 1);
+    const int i = static_cast<int>(dev::shuffle(drawn, 0));
+    if (i >= p.tiles) break;
+    const Tile tile(p, i);
+    int done = 0;
+    if (tile.down && !h_is_there) {
+      // Weights as far as the ring reaches, then h, which the other thread blocks may still be computing.
+      Place ahead = at;
+      const int n = tile.chunks < n_stages ? tile.chunks : n_stages;
+      for (int c = 0; c < n; ++c, ahead.next(n_stages)) {
+        const Chunk part = chunk(a, p, w, tile, c);
+        open(ahead, i, part, true);
+        copy_weights(ahead, tile, part);
+      }
+      while (dev::load_acquire(&counters[1]) < static_cast<uint32_t>(p.up_tiles)) {
+      }
+      dev::sync_warp();
+      dev::fence_copies();
+      h_is_there = true;
+      for (; done < n; ++done, at.next(n_stages)) copy_tokens(at, chunk(a, p, w, tile, done));
+    }
+    for (; done < tile.chunks; ++done, at.next(n_stages)) {
+      const Chunk part = chunk(a, p, w, tile, done);
+      open(at, i, part, true);
+      copy_weights(at, tile, part);
+      copy_tokens(at, part);
+    }
+    if (tile.chunks == 0) {  // a part of no expert at all: zeros
+      open(at, i, Chunk{}, false);
+      at.next(n_stages);
+    }
+  }
+  open(at, -1, Chunk{}, false);
+}
+
+template <bool kHalf>
+DMOE_DEVICE uint16_t round16(float value) {
+  return kHalf ? dev::float_to_half(value) : dev::float_to_bf16(value);
+}
+
+// The four warps that multiply. Warp i has rows 16 i .. 16 i + 15 of a tile, all tokens.
+template <bool kHalf>
+DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared, int n_stages) {
+  Ring& ring = *reinterpret_cast<Ring*>(shared);
+  const int lane = dev::lane(), warp = dev::warp(), thread = dev::thread(), tokens = static_cast<int>(p.tokens);
+  const int64_t bytes = stage_bytes(p.tokens);
+  const int padded = (tokens + 15) / 16 * 16;
+  uint32_t* counters = a.schedule;
+  // What each lane names in a load of matrices: rows 0-7, 8-15 and k 0-7, 8-15 in the order of the MMA's registers.
+  const int own_weights = (warp * 16 + (lane & 15)) * kPitch + (lane >> 4) * 16;
+  const int own_tokens = (kTileRows + (lane >> 4) * 8 + (lane & 7)) * kPitch + (lane >> 3 & 1) * 16;
+  Place at;
+
+  for (;;) {
+    dev::barrier_wait(&ring.full[at.stage], at.phase);
+    const int i = ring.tile[at.stage];
+    if (i < 0) return;
+    const Tile tile(p, i);
+    if (!tile.down && thread < tokens) {
+      float weight = tile.member < 0 ? 1.0f : 0.0f;
+      if (tile.member >= 0) {
+        const int expert = static_cast<int>(a.schedule[kUsed + tile.member]);
+        for (int j = 0; j < a.top_k; ++j) {
+          // A token may name an expert twice.
+          if (a.topk_ids[thread * a.top_k + j] == expert) weight += a.topk_weights[thread * a.top_k + j];
+        }
+      }
+      ring.weight[thread] = weight;
+    }
+
+    float sum[kMaxTokens / 8][4] = {};
+    for (int c = 0; c < (tile.chunks ? tile.chunks : 1); ++c, at.next(n_stages)) {
+      dev::barrier_wait(&ring.full[at.stage], at.phase);
+      const char* stage = shared + kExpertsHeader + at.stage * bytes;
+      const int steps = tile.chunks ? chunk(a, p, w, tile, c).k / 16 : 0;
+#pragma unroll 4
+      for (int k = 0; k < steps; ++k) {
+        uint32_t m[4];
+        dev::load_matrices(m, stage + own_weights + k * 32);
+#pragma unroll
+        for (int n = 0; n < kMaxTokens / 16; ++n) {
+          if (n * 16 < padded) {
+            uint32_t b[4];
+            dev::load_matrices(b, stage + own_tokens + n * 16 * kPitch + k * 32);
+            dev::mma<kHalf>(sum[2 * n], m[0], m[1], m[2], m[3], b[0], b[1]);
+            dev::mma<kHalf>(sum[2 * n + 1], m[0], m[1], m[2], m[3], b[2], b[3]);
+          }
+        }
+      }
+      dev::sync_warp();
+      if (lane == 0) dev::barrier_arrive(&ring.empty[at.stage]);
+    }
+
+    char* work = static_cast<char*>(a.workspace);
+    const int low = lane >> 2;  // this thread's rows of the product: low and low + 8
+    if (!tile.down) {
+      dev::sync_some(1, kConsumers);  // the weights of the tokens are there
+      const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;
+      uint16_t* h = reinterpret_cast<uint16_t*>(work + (tile.member < 0 ? w.shared_h : w.h + 2 * tile.member * p.tokens * inner));
+#pragma unroll
+      for (int n = 0; n < kMaxTokens / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int token = n * 8 + lane % 4 * 2 + j;
+          if (token < tokens) {
+            const float weight = ring.weight[token], gate = sum[n][j], up = sum[n][2 + j];
+            // Weight 0: the token did not choose this expert, and an overflow there must not reach it.
+            const float value = weight == 0 ? 0.0f : gate / (1.0f + expf(-gate)) * up * weight;
+            h[token * inner + tile.row + warp * 8 + low] = round16<kHalf>(value);
+          }
+        }
+      }
+      dev::fence();
+      dev::fence_copies();  // h is read by bulk copies
+      dev::sync_some(1, kConsumers);
+      if (thread == 0) dev::atomic_add(&counters[1], 1);
+      continue;
+    }
+
+    float* parts = reinterpret_cast<float*>(work + w.parts);
+    uint16_t* y = static_cast<uint16_t*>(a.y);
+#pragma unroll
+    for (int n = 0; n < kMaxTokens / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int token = n * 8 + lane % 4 * 2 + j % 2, column = tile.row + warp * 16 + low + j / 2 * 8;
+        if (token < tokens) {
+          if (p.n_splits == 1) {
+            y[token * p.hidden + column] = round16<kHalf>(sum[n][j]);
+          } else {
+            parts[(tile.split * p.tokens + token) * p.hidden + column] = sum[n][j];
+          }
+        }
+      }
+    }
+    if (p.n_splits == 1) continue;
+    // The last of a row's parts to arrive adds them up, in their order: which one it is does not change the sum.
+    dev::fence();
+    dev::sync_some(1, kConsumers);
+    if (thread == 0) {
+      ring.last = dev::atomic_add(&counters[2 + tile.row / kTileRows], 1) + 1 == static_cast<uint32_t>(p.n_splits);
+    }
+    dev::sync_some(1, kConsumers);
+    if (ring.last) {
+      dev::fence();
+      for (int j = thread; j < tokens * kTileRows; j += kConsumers) {
+        const int64_t from = j / kTileRows * p.hidden + tile.row + j % kTileRows;
+        float total = 0;
+        for (int s = 0; s < p.n_splits; ++s) total += dev::load_fresh(&parts[s * p.tokens * p.hidden + from]);
+        y[from] = round16<kHalf>(total);
+      }
+    }
+    dev::sync_some(1, kConsumers);  // `last` is read by all before the next tile writes it
+  }
+}
+
+// The shared expert is always needed: its weights come into the L2 while the router still runs.
+DMOE_DEVICE void prefetch_shared(const Experts& a) {
+  constexpr int64_t kPiece = 4096;  // not measured
+  const int64_t down = 2 * a.hidden * a.shared_intermediate, all = 3 * down;
+  for (int64_t at = (dev::cta() * 32ll + dev::lane()) * kPiece; at < all; at += dev::ctas() * 32ll * kPiece) {
+    // Both sizes are multiples of 4096 (64 columns by 32 rows), so no piece spans the two.
+    const char* from = at < 2 * down ? static_cast<const char*>(a.shared_w13) + at
+                                     : static_cast<const char*>(a.shared_w2) + (at - 2 * down);
+    dev::bulk_prefetch(from, static_cast<uint32_t>(kPiece));
+  }
+}
+
+template <bool kHalf>
+DMOE_DEVICE void experts_kernel(const Experts& a, int n_stages, int n_splits, char* shared) {
+  Ring& ring = *reinterpret_cast<Ring*>(shared);
+  const bool producer = dev::warp() == kConsumers / 32;
+  if (dev::thread() == 0) {
+    for (int i = 0; i < n_stages; ++i) {
+      dev::barrier_init(&ring.full[i], 1);
+      dev::barrier_init(&ring.empty[i], kConsumers / 32);
+    }
+    dev::barrier_init_done();
+  }
+  if (producer) prefetch_shared(a);
+  dev::sync();
+  dev::wait_for_primary();
+  const Plan plan(a, n_splits);
+  const ExpertsWorkspace w =
+      experts_workspace(a.tokens, a.hidden, a.intermediate, a.shared_intermediate, a.experts, a.top_k);
+  if (producer) {
+    produce(a, plan, w, shared, n_stages);
+  } else {
+    consume<kHalf>(a, plan, w, shared, n_stages);
+  }
+}
+
+}  // namespace dmoe::cuda

@@ -1,0 +1,207 @@
+"""The CUDA expert kernel's own code, run thread by thread on the CPU (tests/cpp/emulate.h), against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmoe_ops import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of dmoe::cuda::Dtype
+
+
+class Experts(ctypes.Structure):
+    """dmoe::cuda::Experts"""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tokens", "hidden", "intermediate", "experts", "top_k", "shared_intermediate")
+        ),
+        ("dtype", ctypes.c_int32),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "x",
+                "w13",
+                "w2",
+                "shared_w13",
+                "shared_w2",
+                "topk_ids",
+                "topk_weights",
+                "schedule",
+                "workspace",
+                "y",
+            )
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("the host build of the expert kernel needs a C++ compiler")
+    root = Path(__file__).resolve().parents[1]
+    library = tmp_path_factory.mktemp("emulator") / "experts.so"
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
+    include = [f"-I{root / 'csrc'}", f"-I{root / 'tests/cpp'}"]
+    source = root / "tests/cpp/experts_host.cpp"
+    subprocess.run([compiler, *flags, *include, source, "-o", library], check=True)
+    result = ctypes.CDLL(str(library))
+    for name in ("emulate_experts", "refuses_experts"):
+        getattr(result, name).restype = ctypes.c_char_p
+    for name in ("schedule_words", "workspace_bytes", "shared_bytes"):
+        getattr(result, name).restype = ctypes.c_int64
+    result.schedule_words.argtypes = [ctypes.c_int64]
+    result.splits.argtypes = [ctypes.c_int64, ctypes.c_int]
+    result.stages.argtypes = [ctypes.c_int64]
+    result.shared_bytes.argtypes = [ctypes.c_int64, ctypes.c_int]
+    return result
+
+
+def layer(tokens, hidden, inner, experts, top_k, shared, dtype=torch.bfloat16, used=None):
+    """x, w13, w2, shared_w13, shared_w2, ids, weights; only the first `used` experts are chosen."""
+    w13 = torch.randn(experts, 2 * inner, hidden).to(dtype) / hidden**0.5
+    w2 = torch.randn(experts, hidden, inner).to(dtype) / inner**0.5
+    shared_w13 = torch.randn(2 * shared, hidden).to(dtype) / hidden**0.5 if shared else None
+    shared_w2 = torch.randn(hidden, shared).to(dtype) / shared**0.5 if shared else None
+    ids = torch.rand(tokens, used or experts).argsort(1)[:, :top_k].int()
+    return torch.randn(tokens, hidden).to(dtype), w13, w2, shared_w13, shared_w2, ids, torch.rand(tokens, top_k)
+
+
+def arguments(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights):
+    args = Experts(
+        x.shape[0], x.shape[1], w2.shape[2], w13.shape[0], ids.shape[1], 0 if shared_w2 is None else shared_w2.shape[1],
+        DTYPES.index(x.dtype), *(None if t is None else t.data_ptr() for t in (x, w13, w2, shared_w13, shared_w2, ids)),
+        weights.data_ptr(),
+    )  # fmt: skip
+    return args
+
+
+def run(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights, ctas=4, stages=3, splits=2, seed=0):
+    """y, and how many bytes of weights were copied."""
+    args = arguments(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights)
+    used = ids[ids >= 0].unique().int()
+    schedule = torch.full((emulator.schedule_words(w13.shape[0]),), 7_000_000, dtype=torch.int32)
+    at = emulator.used_at()
+    schedule[: at - 1] = 0
+    schedule[at - 1] = len(used)
+    schedule[at : at + len(used)] = used
+    workspace = torch.full((emulator.workspace_bytes(ctypes.byref(args)) + 64,), 255, dtype=torch.uint8)  # NaN
+    y = torch.full_like(x, torch.nan)
+    args.schedule, args.workspace, args.y = schedule.data_ptr(), workspace.data_ptr(), y.data_ptr()
+    copied = ctypes.c_int64()
+    problem = emulator.emulate_experts(ctypes.byref(args), ctas, stages, splits, seed, ctypes.byref(copied))
+    assert problem is None, problem.decode()
+    assert (workspace[-64:] == 255).all()
+    return y, copied.value
+
+
+def check(y, x, w13, w2, shared_w13, shared_w2, ids, weights):
+    """Within a few roundings to the dtype: h is rounded once, y once."""
+    wide = [None if t is None else t.double() for t in (x, w13, w2, shared_w13, shared_w2)]
+    expected = reference.moe_experts(*wide[:3], ids, weights.double())
+    if shared_w13 is not None:
+        expected += reference.mlp(wide[0], wide[3], wide[4])
+    step = torch.finfo(x.dtype).eps
+    assert y.isfinite().all()
+    assert (y.double() - expected).norm() <= step * expected.norm() + 1e-30
+    assert ((y.double() - expected).abs() <= 4 * step * (expected.abs() + expected.abs().mean())).all()
+
+
+CASES = {
+    "one block": dict(tokens=32, hidden=320, inner=96, experts=12, top_k=4, shared=32),
+    "two blocks": dict(tokens=64, hidden=128, inner=64, experts=9, top_k=2, shared=64),
+    "odd": dict(tokens=19, hidden=64, inner=32, experts=7, top_k=3, shared=0),
+    "one token": dict(tokens=1, hidden=192, inner=288, experts=5, top_k=5, shared=320),
+    "wide shared": dict(tokens=5, hidden=64, inner=32, experts=3, top_k=1, shared=544),
+    "fp16": dict(tokens=17, hidden=128, inner=32, experts=6, top_k=2, shared=32, dtype=torch.float16),
+    "few used": dict(tokens=33, hidden=64, inner=64, experts=40, top_k=2, shared=32, used=3),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_reference(emulator, name):
+    torch.manual_seed(len(name))
+    tensors = layer(**CASES[name])
+    _, w13, w2, shared_w13, shared_w2, ids, _ = tensors
+    y, copied = run(emulator, *tensors)
+    check(y, *tensors)
+    # Every byte of every used weight is copied once: tiles cover the weights and do not overlap.
+    wanted = len(ids.unique()) * (w13[0].nbytes + w2[0].nbytes)
+    if shared_w13 is not None:
+        wanted += shared_w13.nbytes + shared_w2.nbytes
+    assert copied == wanted
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+@pytest.mark.parametrize(["ctas", "stages"], [(1, 2), (2, 8), (7, 3)])
+def test_any_launch_shape(emulator, ctas, stages, splits):
+    """More parts than chunks, fewer thread blocks than tiles and more: the same result."""
+    torch.manual_seed(1)
+    tensors = layer(tokens=9, hidden=128, inner=64, experts=6, top_k=2, shared=32)
+    y, _ = run(emulator, *tensors, ctas=ctas, stages=stages, splits=splits)
+    check(y, *tensors)
+
+
+def test_deterministic(emulator):
+    """The bits do not depend on the order in which threads, thread blocks and copies get on."""
+    torch.manual_seed(2)
+    tensors = layer(tokens=12, hidden=128, inner=64, experts=6, top_k=2, shared=32)
+    first, _ = run(emulator, *tensors, ctas=5, splits=3)
+    for seed in range(1, 6):
+        assert torch.equal(run(emulator, *tensors, ctas=1 + seed, stages=2 + seed % 3, splits=3, seed=seed)[0], first)
+
+
+def test_slots_without_an_expert(emulator):
+    torch.manual_seed(3)
+    x, w13, w2, shared_w13, shared_w2, ids, weights = layer(
+        tokens=10, hidden=64, inner=32, experts=4, top_k=3, shared=32
+    )
+    ids[0], ids[1, 1:], ids[2, 0] = -1, -1, ids[2, 1]  # none, one, and the same expert twice
+    tensors = x, w13, w2, shared_w13, shared_w2, ids, weights
+    check(run(emulator, *tensors)[0], *tensors)
+    ids[:] = -1
+    check(run(emulator, *tensors)[0], *tensors)
+    y, _ = run(emulator, x, w13, w2, None, None, ids, weights)
+    assert (y == 0).all()
+
+
+def test_an_overflow_stays_with_the_tokens_that_chose_the_expert(emulator):
+    torch.manual_seed(4)
+    x, w13, w2, *_, weights = layer(tokens=8, hidden=64, inner=32, experts=3, top_k=1, shared=0, dtype=torch.float16)
+    w13[2] = 3e4
+    ids = torch.tensor([[0], [1], [2], [0], [1], [0], [1], [0]], dtype=torch.int32)
+    y, _ = run(emulator, x, w13, w2, None, None, ids, weights)
+    assert y[[0, 1, 3, 4, 5, 6, 7]].isfinite().all()
+
+
+def test_host_rules(emulator):
+    assert [emulator.splits(h, 132) for h in (64, 2048, 2816, 4096, 8192)] == [8, 4, 3, 2, 1]
+    assert [emulator.stages(t) for t in (1, 16, 32, 48, 64)] == [5, 5, 4, 3, 3]
+    for tokens in range(1, 65):
+        n = emulator.stages(tokens)
+        assert n >= 3 and emulator.shared_bytes(tokens, n) <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ["change", "why"],
+    [
+        (dict(dtype=torch.float32), "float32"),
+        (dict(tokens=65), "more than 64 tokens"),
+        (dict(experts=513, top_k=1), "more than 512 experts"),
+        (dict(hidden=96), "a hidden size"),
+        (dict(inner=48), "an intermediate size"),
+        (dict(shared=16), "an intermediate size"),
+    ],
+)
+def test_refuses_what_it_does_not_cover(emulator, change, why):
+    tensors = layer(**{**dict(tokens=2, hidden=64, inner=32, experts=4, top_k=2, shared=32), **change})
+    args = arguments(emulator, *tensors)
+    assert emulator.refuses_experts(ctypes.byref(args)).decode().startswith(why)

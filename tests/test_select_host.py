@@ -1,0 +1,287 @@
+"""The CUDA router's own code, run thread by thread on the CPU (tests/cpp/emulate.h), against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dmoe_ops import BlockRouting, _library, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of dmoe::cuda::Dtype
+SELECTIONS = [
+    *itertools.product(("topk_sum", "sum", "max", "union"), ("top_p", "top_n", "nonzero")),
+    ("topk_sum", "all"),
+]
+PALETTES = {
+    "normal": None,
+    "ties": [-1.0, 0.0, -0.0, 0.5, 2.0],
+    "equal": [0.25],
+    "extreme": [-90.0, 90.0, -200.0, 200.0, 0.0, float("inf"), float("-inf")],
+    "nan": [float("nan"), 0.0, 1.0, -1.0, 0.3, float("inf"), float("-inf")],
+    "holes": [float("nan"), float("nan"), float("nan"), 0.5],
+}
+BIASES = {"normal": None, "negative": [-0.9, -0.8, -2.0], "cancel": [-0.5, 0.5], "banned": [float("-inf"), 0.0, 0.1]}
+
+
+class Router(ctypes.Structure):
+    """dmoe::cuda::Router"""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "experts", "n_blocks", "coreset_width", "seq_len")),
+        ("x", ctypes.c_void_p),
+        ("gate_weight", ctypes.c_void_p),
+        ("x_dtype", ctypes.c_int32),
+        ("gate_dtype", ctypes.c_int32),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "logits",
+                "expert_bias",
+                "block_offsets",
+                "topk_ids",
+                "topk_weights",
+                "coreset_ids",
+                "coreset_sizes",
+                "schedule",
+            )
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("the host build of csrc/select.h needs a C++ compiler")
+    root = Path(__file__).resolve().parents[1]
+    library = tmp_path_factory.mktemp("emulator") / "router.so"
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
+    include = [f"-I{root / 'csrc'}", f"-I{root / 'tests/cpp'}"]
+    source = root / "tests/cpp/router_host.cpp"
+    subprocess.run([compiler, *flags, *include, source, "-o", library], check=True)
+    result = ctypes.CDLL(str(library))
+    for name in ("emulate_route", "emulate_schedule"):
+        getattr(result, name).restype = ctypes.c_char_p
+    for name in ("schedule_words", "router_shared_bytes"):
+        getattr(result, name).restype = ctypes.c_int64
+    result.schedule_words.argtypes = [ctypes.c_int64]
+    result.cluster_size.argtypes = [ctypes.c_int64, ctypes.c_int]
+    result.emulate_schedule.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_uint32,
+    ]
+    return result
+
+
+def pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def route(emulator, logits, bias, routing, offsets=None, *, x=None, gate=None, cluster=4, two_launches=False, seed=0):
+    """(RoutingResult, used experts) of the emulated kernels. `logits` [bsz, seq, E] is written where x is given."""
+    rows = logits.view(-1, logits.shape[-1])
+    tokens, experts = rows.shape
+    width, seq_len = routing.coreset_width, logits.shape[1]
+    n_blocks = len(offsets) - 1 if offsets is not None else logits.shape[0] * -(-seq_len // routing.block_size)
+    out = (
+        torch.full((tokens, routing.top_k), -77, dtype=torch.int32),
+        torch.full((tokens, routing.top_k), torch.nan),
+        torch.full((n_blocks, width), -77, dtype=torch.int32),
+        torch.full((n_blocks,), -77, dtype=torch.int32),
+    )
+    schedule = torch.full((emulator.schedule_words(experts),), 999, dtype=torch.int32)
+    used_at = emulator.used_at()
+    schedule[used_at + experts :] = 0  # what the launcher clears
+    offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    args = Router(
+        tokens, 0 if x is None else x.shape[-1], experts, n_blocks, width, seq_len, pointer(x), pointer(gate),
+        0 if x is None else DTYPES.index(x.dtype), 0 if x is None else DTYPES.index(gate.dtype),
+        pointer(rows), pointer(bias), pointer(offsets), *map(pointer, out), pointer(schedule),
+    )  # fmt: skip
+    ints, floats = _library.packed_routing(routing)
+    problem = emulator.emulate_route(
+        ctypes.byref(args),
+        (ctypes.c_int64 * len(ints))(*ints),
+        (ctypes.c_double * 2)(*floats),
+        cluster,
+        two_launches,
+        seed,
+    )
+    assert problem is None, problem.decode()
+    assert not schedule[: used_at - 1].any()  # the counters of the expert kernel start from zero
+    return reference.RoutingResult(*out), schedule[used_at : used_at + int(schedule[used_at - 1])]
+
+
+def check(result, used, expected):
+    for name in ("topk_ids", "coreset_ids", "coreset_sizes"):
+        assert torch.equal(getattr(result, name), getattr(expected, name)), name
+    torch.testing.assert_close(result.topk_weights, expected.topk_weights, rtol=1e-6, atol=1e-9)
+    ids = expected.topk_ids.unique()
+    assert torch.equal(used, ids[ids >= 0])
+
+
+@st.composite
+def cases(draw):
+    group_size, n_group = draw(
+        st.sampled_from(
+            [(1, 1), (8, 1), (17, 1), (2, 2), (1, 6), (2, 6), (4, 4), (16, 4), (8, 8), (3, 5), (33, 1), (2, 40)]
+        )
+    )
+    experts = group_size * n_group
+    aggregate, select = draw(st.sampled_from(SELECTIONS))
+    upto = st.integers(1, experts)
+    routing = BlockRouting(
+        num_experts=experts,
+        top_k=draw(st.integers(1, min(32, experts))),
+        block_size=draw(st.integers(4, 40)),
+        n_group=n_group,
+        topk_group=draw(st.integers(1, n_group)),
+        score=draw(st.sampled_from(["sigmoid", "softmax"])),
+        aggregate=aggregate,
+        select=select,
+        top_p=draw(st.sampled_from([1e-6, 0.3, 0.5, 0.6, 0.95, 1.0])),
+        min_experts=draw(st.integers(0, experts + 2)),
+        max_experts=draw(st.none() | st.integers(1, experts + 2)),
+        capacity=draw(st.integers(1, experts + 2)),
+        union_k=draw(upto),
+        norm_topk_prob=draw(st.booleans()),
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def fill(shape, palette):
+        values = rng.normal(size=shape) if palette is None else rng.choice(palette, size=shape)
+        return torch.from_numpy(values.astype(np.float32))
+
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 40)), experts)
+    logits = fill(shape, PALETTES[draw(st.sampled_from(list(PALETTES)))])
+    kind = draw(st.sampled_from(["none", *BIASES]))
+    bias = None if kind == "none" else fill((experts,), BIASES[kind])
+    offsets = None
+    if draw(st.booleans()):
+        offsets, tokens = [0], shape[0] * shape[1]
+        while offsets[-1] < tokens:
+            offsets.append(min(tokens, offsets[-1] + int(rng.integers(1, routing.block_size + 1))))
+    n_blocks = len(offsets) - 1 if offsets else shape[0] * -(-shape[1] // routing.block_size)
+    cluster = draw(st.sampled_from([c for c in (1, 2, 4, 8) if c == 1 or c * n_blocks <= 16]))
+    return logits, bias, routing, offsets, cluster, draw(st.integers(0, 2**31))
+
+
+@given(cases())
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_ready_made_logits(emulator, case):
+    logits, bias, routing, offsets, cluster, seed = case
+    block_offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    expected = reference.block_route(logits, bias, routing=routing, block_offsets=block_offsets)
+    check(*route(emulator, logits, bias, routing, offsets, cluster=cluster, seed=seed), expected)
+
+
+@pytest.mark.parametrize(
+    ["experts", "settings"],
+    [
+        (256, dict()),
+        (256, dict(select="all")),
+        (256, dict(aggregate="max", select="top_n", capacity=48, n_group=1, topk_group=1)),
+        (512, dict(n_group=8, topk_group=4, top_k=32, min_experts=0)),
+        (500, dict(n_group=125, topk_group=9, score="softmax", aggregate="sum")),
+        (64, dict(n_group=1, topk_group=1, score="softmax", norm_topk_prob=False)),
+    ],
+)
+@pytest.mark.parametrize("cluster", [4, 8])
+def test_real_geometries(emulator, experts, settings, cluster):
+    torch.manual_seed(experts + cluster)
+    routing = BlockRouting(num_experts=experts, **settings)
+    logits = -1 + 1.2 * torch.randn(1, 1, experts) + torch.randn(1, 32, experts)
+    bias = 0.02 * torch.randn(experts)
+    check(
+        *route(emulator, logits, bias, routing, cluster=cluster), reference.block_route(logits, bias, routing=routing)
+    )
+
+
+def test_largest_block(emulator):
+    torch.manual_seed(1)
+    routing = BlockRouting(num_experts=128, block_size=128)
+    logits = torch.randn(1, 200, 128)
+    check(*route(emulator, logits, None, routing, cluster=8), reference.block_route(logits, routing=routing))
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("gate_dtype", DTYPES)
+@pytest.mark.parametrize("two_launches", [False, True])
+def test_gate(emulator, x_dtype, gate_dtype, two_launches):
+    """The logits are those of fp32 arithmetic, and the routing is that of the logits."""
+    torch.manual_seed(0)
+    experts, hidden, seq = 72, 136, 37  # partial tiles of experts, tokens and k
+    routing = BlockRouting(num_experts=experts, block_size=34, top_k=4, min_experts=6)
+    x = torch.randn(1, seq, hidden, dtype=torch.float64).to(x_dtype)
+    gate = (torch.randn(experts, hidden, dtype=torch.float64) / 8).to(gate_dtype)
+    logits = torch.full((1, seq, experts), torch.nan)
+    cluster = 1 if two_launches else 4
+    result = route(emulator, logits, None, routing, x=x, gate=gate, cluster=cluster, two_launches=two_launches)
+    exact = x.double() @ gate.double().T
+    size = x.double().abs() @ gate.double().abs().T
+    assert ((logits - exact).abs() <= 2e-7 * 8 * size).all()  # 8 roundings of the running sum are plenty on average
+    check(*result, reference.block_route(logits, routing=routing))
+
+
+def test_both_forms_of_the_gate_agree_to_the_bit(emulator):
+    torch.manual_seed(3)
+    routing = BlockRouting(num_experts=64, block_size=16, top_k=4)
+    x, gate = torch.randn(1, 20, 96).bfloat16(), torch.randn(64, 96).bfloat16()
+    logits = [torch.full((1, 20, 64), torch.nan) for _ in range(3)]
+    route(emulator, logits[0], None, routing, x=x, gate=gate, cluster=1, two_launches=True)
+    route(emulator, logits[1], None, routing, x=x, gate=gate, cluster=2, seed=1)
+    route(emulator, logits[2], None, routing, x=x, gate=gate, cluster=8, seed=2)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_a_nan_in_x_stays_in_its_block(emulator):
+    torch.manual_seed(4)
+    routing = BlockRouting(num_experts=32, block_size=4, top_k=2, n_group=1, topk_group=1)
+    x, gate = torch.randn(1, 8, 64), torch.randn(32, 64)
+    x[0, 1, 3] = torch.nan
+    logits = torch.empty(1, 8, 32)
+    result, _ = route(emulator, logits, None, routing, x=x, gate=gate, cluster=2)
+    assert logits[0, 1].isnan().all() and logits[0, [0, *range(2, 8)]].isfinite().all()
+    assert (result.topk_ids[1] == -1).all() and (result.topk_weights[1] == 0).all()
+
+
+def test_schedule_of_bare_ids(emulator):
+    torch.manual_seed(5)
+    ids = torch.randint(-1, 70, (300,), dtype=torch.int32)
+    ids[7] = 1 << 20  # as a careless caller could send it
+    out = torch.full((emulator.schedule_words(70),), 999, dtype=torch.int32)
+    assert emulator.emulate_schedule(ids.data_ptr(), 300, 70, out.data_ptr(), 0) is None
+    at = emulator.used_at()
+    expected = ids[(ids >= 0) & (ids < 70)].unique()
+    assert torch.equal(out[at : at + int(out[at - 1])], expected) and not out[: at - 1].any()
+
+
+def test_host_rules(emulator):
+    """Cluster sizes, and shared memory within the 227 KB of Hopper (and the 163 KB of Ampere, without clusters)."""
+    assert [emulator.cluster_size(n, 132) for n in (1, 4, 32, 33, 34, 1000)] == [8, 8, 8, 8, 4, 4]
+    for experts, block_size in itertools.product((1, 33, 256, 512), (1, 32, 128)):
+        assert emulator.router_shared_bytes(experts, block_size, 1, 0) <= 163 * 1024
+        for cluster in (4, 8):
+            assert emulator.router_shared_bytes(experts, block_size, cluster, 1) <= 227 * 1024
+
+
+@pytest.mark.parametrize("fields", [dict(num_experts=520), dict(top_k=33), dict(block_size=129)])
+def test_refuses_what_it_does_not_cover(emulator, fields):
+    routing = BlockRouting(**fields)
+    with pytest.raises(AssertionError, match=r"more than|above"):
+        route(emulator, torch.zeros(1, 4, routing.num_experts), None, routing)
