@@ -63,8 +63,10 @@ def reduced(config: LLaDA2Config, layers: int, vocab: int) -> LLaDA2Config:
 
 
 def weight_bytes(config: LLaDA2Config, layers: int, dtype: torch.dtype) -> int:
+    """Bytes of embedding, head and experts; the rest is small."""
     experts = 3 * config.hidden_size * config.moe_intermediate_size * (config.num_experts + 1)
-    return (2 * config.vocab_size * config.hidden_size + layers * experts) * dtype.itemsize
+    moe_layers = layers - config.first_k_dense_replace
+    return (2 * config.vocab_size * config.hidden_size + moe_layers * experts) * dtype.itemsize
 
 
 def random_model(config: LLaDA2Config, dtype, device: str, seed: int) -> LLaDA2ForDiffusion:
@@ -216,7 +218,7 @@ def print_rows(out: dict) -> None:
         )
     print("\n" + results.table(header, lines))
     print(
-        "\nms per forward: prefill, denoising and commit forwards alike. unique: experts per block over denoising "
-        "forwards. MB/step: their weights, all layers.\nfaster than token: tokens/s over those of token routing, with "
-        "p10–p90 of the rounds."
+        "\nms per forward: prefill, denoising and commit forwards alike; rest: embedding, norms, the dense first layer, "
+        "the head, sampling.\nunique: experts per block over denoising forwards. MB/step: their weights, all layers."
+        "\nfaster than token: tokens/s over those of token routing, with p10–p90 of the rounds."
     )

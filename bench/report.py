@@ -85,10 +85,10 @@ def roofline(plt, out: dict):
     for i, (name, colour) in enumerate(colours(rows).items()):
         mine = sorted((row for row in rows if row["impl"] == name), key=lambda row: row["bytes"])
         x, y = [row["bytes"] / 1e6 for row in mine], [100 * row["roofline"] for row in mine]
-        low = [100 * row["floor_us"] / row["p90_us"] for row in mine]
-        high = [100 * row["floor_us"] / row["p10_us"] for row in mine]
-        error = [[b - a for a, b in zip(low, y)], [b - a for a, b in zip(y, high)]]
-        axes.errorbar(x, y, error, fmt=MARKERS[i % len(MARKERS)], color=colour, capsize=3, label=name, markersize=7)
+        ends = [(100 * row["floor_us"] / row["p90_us"], 100 * row["floor_us"] / row["p10_us"]) for row in mine]
+        axes.errorbar(
+            x, y, _whiskers(y, ends), fmt=MARKERS[i % len(MARKERS)], color=colour, capsize=3, label=name, markersize=7
+        )
     axes.axhline(100, color=GREY, linestyle="--", linewidth=1)
     axes.set(xlabel="weights to read, MB", ylabel="% of roofline", ylim=(0, None), xscale="log")
     axes.set_title(title(out, "fraction of the roofline"))
@@ -107,6 +107,7 @@ def plain_ticks(plt, axes, values: list[float]) -> None:
 def unique(plt, out: dict):
     """A straight line per contender: its slope is the cost of one expert, its intercept the fixed cost."""
     rows = [row for row in timed(out, "layer", "experts") if row["error"] <= row["allowed_error"]]
+    rows += swept(out)
     tokens = most_counts(rows)
     rows = [row for row in rows if row["tokens"] == tokens]
     if len({row["unique"] for row in rows}) < 2:
@@ -118,14 +119,12 @@ def unique(plt, out: dict):
         label = name
         if len(set(x)) > 1:
             slope, intercept = statistics.linear_regression(x, y)
-            fixed = f"{'+' if intercept >= 0 else '−'} {results.number(abs(intercept))} ms"
-            label = f"{name}: {results.number(1e3 * slope)} µs per expert {fixed}"
+            fixed = f"{'+' if intercept >= 0 else '−'} {abs(intercept):.3g} ms"
+            slope_text = f"{1e3 * slope:,.0f} µs per expert"
+            label = f"{name}: {slope_text} {fixed}"
             ends = [min(x), max(x)]
             axes.plot(ends, [intercept + slope * end for end in ends], color=colour, linewidth=1)
-        error = [
-            [value - milliseconds(row, "p10") for row, value in zip(mine, y)],
-            [milliseconds(row, "p90") - value for row, value in zip(mine, y)],
-        ]
+        error = _whiskers(y, [(milliseconds(row, "p10"), milliseconds(row, "p90")) for row in mine])
         axes.errorbar(x, y, error, fmt=MARKERS[i % len(MARKERS)], color=colour, capsize=3, label=label)
     floors = sorted({(row["unique"], row["floor_us"] / 1e3) for row in rows})
     axes.plot(*zip(*floors), color=GREY, linestyle="--", linewidth=1, label="roofline")
@@ -133,6 +132,12 @@ def unique(plt, out: dict):
     axes.set_title(title(out, f"{tokens} tokens"))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def swept(out: dict) -> list[dict]:
+    """The rows of a sweep over p, as the layer's."""
+    found = [row for row in timed(out, "sweep") if row["vary"] == "p"]
+    return [dict(row, impl=measure.OURS, tokens=row["block_size"], unique=row["timed_unique"]) for row in found]
 
 
 def most_counts(rows: list[dict]) -> int | None:
@@ -173,34 +178,48 @@ def sweep(plt, out: dict):
     rows = [row for row in out["rows"] if row["op"] == "sweep"]
     if not rows:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axes, vary, x_of, label in (
-        (left, "p", lambda row: row["p"], "threshold p (block 32)"),
-        (right, "block", lambda row: row["block_size"], "block size"),
+    timed_rows = [row for row in rows if "median_us" in row]
+    figure, grid = plt.subplots(1 + bool(timed_rows), 2, figsize=(10, 7 if timed_rows else 4), squeeze=False)
+    for column, (vary, x_of, label) in enumerate(
+        [("p", lambda row: row["p"], "threshold p (block 32)"), ("block", lambda row: row["block_size"], "block size")]
     ):
-        lines = [("dMoE" if vary == "p" else "dMoE, p = 0.6", OURS_COLOUR, False)]
-        lines += [("token routing", PEER_COLOURS[0], True)] if vary == "block" else []
-        for name, colour, token in lines:
+        for token in (False, True):
             mine = [row for row in rows if row["vary"] == vary and (row["p"] is None) == token]
-            axes.plot([x_of(row) for row in mine], [row["unique"] for row in mine], "o-", color=colour, label=name)
+            style = dict(color=PEER_COLOURS[0] if token else OURS_COLOUR, label="token routing" if token else "dMoE")
+            if vary == "p" and token:
+                grid[0, column].axhline(mine[0]["unique"], linestyle="--", **style)
+                if "median_us" in mine[0]:
+                    grid[1, column].axhline(milliseconds(mine[0]), linestyle="--", **style)
+                continue
+            x = [x_of(row) for row in mine]
+            grid[0, column].plot(x, [row["unique"] for row in mine], "o-", **style)
             printed = [row for row in mine if row["paper"]]
             middle = [statistics.mean(row["paper"]) for row in printed]
-            error = [
-                [value - min(row["paper"]) for value, row in zip(middle, printed)],
-                [max(row["paper"]) - value for value, row in zip(middle, printed)],
-            ]
+            error = _whiskers(middle, [(min(row["paper"]), max(row["paper"])) for row in printed])
+            places = [x_of(row) for row in printed]
             if printed:
-                x = [x_of(row) for row in printed]
-                axes.errorbar(x, middle, error, fmt="x", color="black", capsize=4, label=f"{name}, paper")
-        axes.set(xlabel=label, ylim=(0, None))
-        axes.legend(frameon=False, loc="upper left")
-    base = next(row for row in rows if row["vary"] == "p" and row["p"] is None)
-    left.axhline(base["unique"], color=PEER_COLOURS[0], linestyle="--", linewidth=1)
-    left.annotate("token routing", (left.get_xlim()[1], base["unique"]), ha="right", va="bottom", color=PEER_COLOURS[0])
-    left.set_ylabel("unique experts per block")
-    figure.suptitle(f"{rows[0]['model']}, calibrated workload; paper: {rows[0]['paper_source']}", fontsize=11)
-    figure.tight_layout()
+                grid[0, column].errorbar(places, middle, error, fmt="x", color="black", capsize=4, label="the paper's")
+            if all("median_us" in row for row in mine):
+                y = [milliseconds(row) for row in mine]
+                error = _whiskers(y, [(milliseconds(row, "p10"), milliseconds(row, "p90")) for row in mine])
+                grid[1, column].errorbar(x, y, error, fmt="o-", capsize=3, **style)
+        for axes in grid[:, column]:
+            axes.set(xlabel=label, ylim=(0, None))
+    grid[0, 0].set_ylabel("unique experts per block")
+    if timed_rows:
+        grid[1, 0].set_ylabel("ms per layer, one block")
+    handles = {text: handle for handle, text in zip(*grid[0, 1].get_legend_handles_labels())}
+    figure.suptitle(
+        f"{rows[0]['model']}, dMoE at p = 0.6 where p does not vary; paper: {rows[0]['paper_source']}", fontsize=11
+    )
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=3, frameon=False)
     return figure
+
+
+def _whiskers(middle: list[float], ends: list[tuple[float, float]]) -> list[list[float]]:
+    """Distances below and above, as errorbar wants them."""
+    return [[m - low for m, (low, _) in zip(middle, ends)], [high - m for m, (_, high) in zip(middle, ends)]]
 
 
 def decode(plt, out: dict):
@@ -219,10 +238,10 @@ def decode(plt, out: dict):
         axes.text(begin[i], i, text, va="center")
     axes.set_yticks(range(len(rows)), [row["key"] for row in rows])
     axes.invert_yaxis()
-    axes.set(xlabel="ms per forward, medians", xlim=(0, 1.45 * max(begin)))
+    axes.set(xlabel="ms per forward, medians", xlim=(0, 1.55 * max(begin)))
     axes.grid(axis="y", visible=False)
     axes.set_title(title(out, "decode"))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28 - 0.02 * (6 - len(rows))), ncol=3, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / (1.5 + 0.5 * len(rows))), ncol=3, frameon=False)
     return figure
 
 
@@ -272,7 +291,7 @@ def rows_table(out: dict) -> str:
     rows = [row for row in out["rows"] if "median_us" in row]
     if not rows:
         return ""
-    header = ["contender", "tokens", "unique", "µs", "p10–p90", "MB", "roofline", "× dmoe_ops"]
+    header = ["", "tokens", "unique", "µs", "p10–p90", "MB", "roofline", "× dmoe_ops"]
     lines = []
     for row in rows:
         ratio = row.get("ratios", {}).get(f"{measure.OURS} @ {row.get('case')}")
@@ -288,6 +307,8 @@ def rows_table(out: dict) -> str:
                 results.ratio(ratio) if ratio else "",
             ]
         )
+    kept = [i for i in range(len(header)) if i == 0 or any(line[i] for line in lines)]
+    header, lines = [header[i] for i in kept], [[line[i] for i in kept] for line in lines]
     cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines]
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{line}</tr>" for line in cells)

@@ -124,7 +124,7 @@ def run(
             for row in rows:
                 if row["vary"] == vary and row["key"] in by_case:
                     found = by_case[row["key"]]
-                    for name in ("median_us", "p10_us", "p90_us", "roofline", "error", "allowed_error"):
+                    for name in ("median_us", "p10_us", "p90_us", "floor_us", "roofline", "error", "allowed_error"):
                         row[name] = found[name]
                     row["timed_unique"] = found["unique"]
 

@@ -262,10 +262,10 @@ def test_report_is_one_page_that_needs_nothing_else(layer_json, tmp_path, capsys
     page = tmp_path / "out" / "page.html"
     assert run("report", layer_json, sweep_json, decode_json, "--html", page) == 0
     text = page.read_text()
-    assert text.count("src='data:image/png;base64,") == text.count("<img") == 5
+    assert text.count("src='data:image/png;base64,") == text.count("<img") == 6
     assert "http" not in text.replace("git+https", "")
     pngs = sorted(page.parent.glob("*.png"))
-    assert len(pngs) == 5
+    assert len(pngs) == 6
     assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
 
 
