@@ -211,6 +211,7 @@ FAULTS = [
     (edit_config(hidden_act="gelu"), "hidden_act must be silu"),
     (edit_config(use_sliding_window=True), "use_sliding_window must be false"),
     (edit_config(rope_scaling=dict(type="yarn", factor=4)), "rope_scaling must be null"),
+    (edit_config(rope_scaling="yarn"), "rope_scaling must be an object"),
     (edit_config(num_key_value_heads=3), "num_key_value_heads must divide"),
     (edit_config(rotary_dim=8), "rotary_dim must be partial_rotary_factor"),
     (edit_config(partial_rotary_factor=0.4, rotary_dim="absent"), "rotary_dim must be even"),
@@ -229,11 +230,13 @@ def test_a_broken_folder_is_refused_in_one_line(fault, says, folder):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_bad_policy_is_refused_before_anything_is_read(tmp_path, folder):
+def test_a_bad_argument_is_refused_before_anything_is_read(folder):
     with pytest.raises(ValueError, match="policy must be one of"):
         LLaDA2ForDiffusion.from_pretrained(folder, policy="best")
     with pytest.raises(ValueError, match="top_p must be in"):
         LLaDA2ForDiffusion.from_pretrained(folder, top_p=0)
+    with pytest.raises(ValueError, match="dtype must be None or"):
+        LLaDA2ForDiffusion.from_pretrained(folder, dtype=torch.int8)
 
 
 def test_the_released_config_json():

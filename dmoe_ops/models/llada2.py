@@ -95,6 +95,9 @@ class LLaDA2Config:
                 check(fits, field.name, "be a positive number")
             elif kind == "bool":
                 check(isinstance(value, bool), field.name, "be true or false")
+            else:
+                what = {"str": "a string", "dict": "an object"}[kind]
+                check(isinstance(value, str if kind == "str" else dict), field.name, f"be {what}")
 
         check(self.model_type.startswith("llada2"), "model_type", "be llada2_moe")
         check(self.hidden_act in ("silu", "swish"), "hidden_act", "be silu")
@@ -132,21 +135,22 @@ class LLaDA2Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> LLaDA2Config:
-        """From the contents of a config.json; keys that are not fields are ignored."""
+        """From the contents of a config.json; keys that are not fields are ignored, null stands for the default."""
         fields = dataclasses.fields(cls)
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and values.get(f.name) is None]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given, got nothing")
-        return cls(**{f.name: values[f.name] for f in fields if f.name in values})
+        return cls(**{f.name: values[f.name] for f in fields if values.get(f.name) is not None})
 
     @classmethod
     def from_pretrained(cls, folder) -> LLaDA2Config:
         """From FOLDER/config.json. Raises ValueError that names the file and the key."""
         path = Path(folder) / "config.json"
+        values = checkpoint.read_json(path)
         try:
-            return cls.from_dict(checkpoint.read_json(path))
+            return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(str(error) if "config.json" in str(error) else f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}") from None
 
     def routing(self, policy: str = "dmoe", **overrides) -> BlockRouting:
         """The policy with this model's experts, top-k, groups and scaling; `overrides` are fields of `BlockRouting`."""
@@ -424,13 +428,14 @@ class LLaDA2ForDiffusion(nn.Module):
 
         Raises ValueError, one line that names the file, the key or the tensor, before any weight is read.
         """
+        if dtype not in (None, *checkpoint.DTYPES.values()):
+            raise ValueError(f"dtype must be None or a floating-point type of torch, got {dtype!r}")
         folder = Path(folder)
         config = LLaDA2Config.from_pretrained(folder)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
         stored = checkpoint.Checkpoint(folder)
-        with torch.device("meta"):
-            # Shapes first: nothing is allocated for a checkpoint that does not fit.
-            targets = cls(config, device="meta").checkpoint_tensors()
+        # Shapes first: nothing is allocated for a checkpoint that does not fit.
+        targets = cls(config, device="meta").checkpoint_tensors()
         stored.check(targets, ignore=("rotary_emb.inv_freq", *(["lm_head.weight"] * config.tie_word_embeddings)))
         dtype = dtype or checkpoint.DTYPES[stored.dtypes["model.word_embeddings.weight"]]
         model = cls(config, dtype=dtype, device=device)
