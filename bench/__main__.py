@@ -278,6 +278,10 @@ def prepare_machine(args) -> None:
         args.parser.error("--device cuda: torch sees no CUDA GPU")
     if args.backend:
         os.environ["DMOE_BACKEND"] = args.backend
+    try:
+        results.backend(args.device)
+    except ValueError as error:
+        args.parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.seconds <= 0:

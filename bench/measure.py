@@ -41,7 +41,7 @@ def run(out: dict, op: str, groups: list[list[Case]], weights: list[Weights], na
         entries = []
         for case in cases:
             route = routed(op, case, weights)
-            of_case = entries_of(op, case, route, weights, names, device, out["absent"])
+            of_case = entries_of(op, case, route, weights, names, out)
             check(op, case, route, weights, of_case)
             entries += of_case
         label = f"{op}, {cases[0].x.shape[0]} tokens"
@@ -71,10 +71,10 @@ def routed(op: str, case: Case, weights: list[Weights]) -> RoutingResult:
     return reference.block_route(logits, case.expert_bias, routing=case.routing)
 
 
-def entries_of(
-    op: str, case: Case, route, weights: list[Weights], names: list[str], device: str, absent
-) -> list[Entry]:
-    entries = [Entry(OURS, case, route, calls(op, dmoe_ops, case, route, weights), device, True)]
+def entries_of(op: str, case: Case, route, weights: list[Weights], names: list[str], out: dict) -> list[Entry]:
+    """dmoe_ops and the named peers; those that can't run are added to out["absent"]."""
+    device, kernels = out["machine"]["device"], out["machine"]["backend"] != "reference"
+    entries = [Entry(OURS, case, route, calls(op, dmoe_ops, case, route, weights), device, kernels)]
     if "reference" in names:
         entries.append(Entry("reference", case, route, calls(op, reference, case, route, weights), device, False))
     for peer in (peers.ROUTE_PEERS if op == "route" else peers.PEERS).values():
@@ -90,7 +90,7 @@ def entries_of(
                 first_line = (str(error).strip() or repr(error)).splitlines()[0]
                 why = f"failed at {case.label}: {type(error).__name__}: {first_line}"
         if why is not None:
-            absent.setdefault(peer.name, why)
+            out["absent"].setdefault(peer.name, why)
     return entries
 
 

@@ -56,9 +56,13 @@ def machine(device: str) -> dict:
         torch=torch.__version__,
         dmoe_ops=__version__,
         commit=_commit(),
-        extension=_library._C is not None,
-        backend=os.environ.get("DMOE_BACKEND", "auto"),
+        backend=backend(device),
     )
+
+
+def backend(device: str) -> str:
+    """The one of dmoe_ops that serves the device. ValueError when DMOE_BACKEND asks for one that can't."""
+    return _library.backend(torch.empty(0, device=device)).__name__.lower()
 
 
 def _cpu_model() -> str:
@@ -102,8 +106,8 @@ def print_header(results: dict) -> None:
     machine, settings, ceilings = results["machine"], results["settings"], results["ceilings"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     print(f"machine    {where}; torch {machine['torch']}; dmoe_ops at {machine['commit'] or machine['dmoe_ops']}")
-    if machine["device"] == "cpu" and not machine["extension"]:
-        print("backend    the torch reference: the C++ extension is not built, so these are not its times")
+    slow = ": plain torch, the times of dmoe_ops are not those of a kernel" if machine["backend"] == "reference" else ""
+    print(f"backend    {machine['backend']}{slow}")
     if machine["load"] > 0.5 * machine["cores"]:
         print(f"busy       {machine['load']:.1f} processes on {machine['cores']} cores before the start: expect noise")
     if settings.get("weights"):

@@ -120,6 +120,7 @@ def run(
         try:
             measure.run(timed, "layer", [[case(p) for p in points() if p.vary == vary]], weights, [], seconds / 2)
         finally:
+            out["ceilings"] = timed["ceilings"]
             by_case = {row["case"]: row for row in timed["rows"]}
             for row in rows:
                 if row["vary"] == vary and row["key"] in by_case:

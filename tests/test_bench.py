@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from dmoe_ops.bench import cases, compare, measure, peers, roofline, sweep, timing
+from dmoe_ops.bench import cases, compare, measure, peers, results, roofline, sweep, timing
 from dmoe_ops.bench.__main__ import main
 
 import dmoe_ops
@@ -28,7 +28,7 @@ def run(words: str, *more) -> int:
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
-    monkeypatch.setattr(roofline, "READ_BYTES", 1 << 22)
+    monkeypatch.setitem(roofline.READ_BYTES, "cpu", 1 << 22)
     monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 128)
 
 
@@ -87,6 +87,14 @@ def test_cuda_without_a_gpu_is_one_line(capsys):
     assert "no CUDA GPU" in capsys.readouterr().err
 
 
+def test_an_unknown_backend_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("DMOE_BACKEND", "auto")  # restored behind the test
+    with pytest.raises(SystemExit) as exit:
+        run("layer --device cpu --model tiny --backend metal")
+    assert exit.value.code == 2
+    assert "metal" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("tokens", "unique"), [(32, 8), (32, 15), (32, 70), (32, 256), (20, 33), (100, 15), (2, 16)])
 def test_forced_unique_count_is_what_the_router_gives(tokens, unique):
     case = cases.forced_case("", MINI, MINI.routing("dmoe"), tokens, unique, torch.bfloat16, "cpu", seed=1)
@@ -120,11 +128,11 @@ def test_peers_are_within_tolerance(name, op):
     model = cases.MODELS["tiny"]
     case = cases.forced_case("", model, model.routing("dmoe"), 32, 12, torch.bfloat16, "cpu", seed=0)
     weights = [cases.random_weights(model, torch.bfloat16, "cpu", seed=0)]
-    route, absent = measure.routed(op, case, weights), {}
+    route, out = measure.routed(op, case, weights), results.new("", "cpu")
     with torch.no_grad():
-        entries = measure.entries_of(op, case, route, weights, [name], "cpu", absent)
+        entries = measure.entries_of(op, case, route, weights, [name], out)
         measure.check(op, case, route, weights, entries)
-    assert absent == {}
+    assert out["absent"] == {}
     assert [entry.name for entry in entries] == [measure.OURS, name]
     assert all(0 <= entry.error <= entry.allowed for entry in entries)
 
