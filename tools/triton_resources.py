@@ -119,12 +119,13 @@ def source(call: Call) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(call.fn.params):
         value = call.args[param.name]
-        if param.is_constexpr or value is None or (value == 1 if isinstance(value, int) else False):
+        free = isinstance(value, int) and not param.do_not_specialize
+        if param.is_constexpr or value is None or (free and value == 1):
             signature[param.name] = "constexpr"
             constants[(i,)] = value
             continue
         signature[param.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else _scalar_type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (free and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(call.fn, signature, constants, attributes)
 

@@ -30,7 +30,6 @@ def up_product(
     token_mask,
     w13_ptr,
     first_row,
-    weight,
     H: tl.constexpr,
     I: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -38,9 +37,9 @@ def up_product(
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """weight * silu(gate) * up for rows first_row .. first_row + BLOCK_I of one expert: float32 [BLOCK_I, BLOCK_N].
+    """silu(gate) * up for rows first_row .. first_row + BLOCK_I of one expert: float32 [BLOCK_I, BLOCK_N].
 
-    x_cols: pointers [1, BLOCK_N] to the tokens' rows of x; w13_ptr: the expert's [2I, H]; weight: float32 [BLOCK_N].
+    x_cols: pointers [1, BLOCK_N] to the tokens' rows of x; w13_ptr: the expert's [2I, H].
     """
     r = tl.arange(0, 2 * BLOCK_I)
     i = first_row + r // (2 * HALF_GROUP) * HALF_GROUP + r % HALF_GROUP
@@ -60,9 +59,7 @@ def up_product(
     gate, up = tl.split(tl.permute(halves, [0, 2, 3, 1]))
     gate = tl.reshape(gate, [BLOCK_I, BLOCK_N])
     up = tl.reshape(up, [BLOCK_I, BLOCK_N])
-    # A weight of 0 means that the token did not choose this expert: an overflow there must not reach it.
-    hidden = gate / (1.0 + tl.exp(-gate)) * up
-    return tl.where(weight[None, :] != 0, hidden * weight[None, :], 0.0)
+    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit
@@ -74,17 +71,23 @@ def local_expert(expert, map_ptr, HAS_MAP: tl.constexpr):
 
 
 @triton.jit
-def slot_weight(token, token_mask, expert, ids_ptr, weights_ptr, K: tl.constexpr, KP: tl.constexpr):
-    """The weight [tokens] that each token gives an expert, 0 if none."""
+def load_slots(token, token_mask, ids_ptr, weights_ptr, K: tl.constexpr, KP: tl.constexpr):
+    """Each token's ids and weights, [tokens, KP]. Apart from `slot_weight`, so that the product need not wait for them."""
     slot = tl.arange(0, KP)
     at = token.to(tl.int64)[:, None] * K + slot[None, :]
     there = token_mask[:, None] & (slot < K)[None, :]
-    ids = tl.load(ids_ptr + at, mask=there, other=-1)
-    weights = tl.load(weights_ptr + at, mask=there, other=0.0)
-    return tl.sum(tl.where(ids == expert, weights, 0.0), 1)
+    return tl.load(ids_ptr + at, mask=there, other=-1), tl.load(weights_ptr + at, mask=there, other=0.0)
 
 
 @triton.jit
+def weighted(hidden, expert, ids, weights):
+    """hidden [rows, tokens] times the weight that each token gives the expert. Where a token did not choose it the result is
+    0, whatever stands in hidden: an overflow there must not reach the token."""
+    weight = tl.sum(tl.where(ids == expert, weights, 0.0), 1)[None, :]
+    return tl.where(weight != 0, hidden * weight, 0.0)
+
+
+@triton.jit(do_not_specialize=["seq_len"])
 def dense_up_kernel(
     x_ptr,
     w13_ptr,
@@ -113,8 +116,9 @@ def dense_up_kernel(
     HAS_MAP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h [n_blocks, WIDTH, BLOCK_N, I] of every used expert, shared_h [n_blocks, BLOCK_N, SHARED_I] of the shared one.
-    Programs [p, n_blocks] take the block's tiles in turn: the shared expert's first, which need no schedule."""
+    """h [n_blocks, slots, BLOCK_N, I] of every used expert. The shared expert's is the first slot where it is as wide as
+    the others, else shared_h [n_blocks, BLOCK_N, SHARED_I]. Programs [p, n_blocks] take the block's tiles in turn: the
+    shared expert's first, which need no schedule."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(1)
@@ -127,36 +131,45 @@ def dense_up_kernel(
     tile = tl.program_id(0)
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     SHARED_TILES: tl.constexpr = (SHARED_I + BLOCK_I - 1) // BLOCK_I
+    FIRST: tl.constexpr = 1 if SHARED_I == I else 0
+    slots = block.to(tl.int64) * (WIDTH + FIRST) + FIRST
 
     if SHARED_I > 0:
+        if FIRST == 1:
+            shared_h = h_ptr + (slots - 1) * (BLOCK_N * I)
+        else:
+            shared_h = shared_h_ptr + block.to(tl.int64) * (BLOCK_N * SHARED_I)
         while tile < SHARED_TILES:
-            one = tl.full([BLOCK_N], 1.0, tl.float32)
             out = up_product(
-                x_cols, there, shared_w13_ptr, tile * BLOCK_I, one, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES
+                x_cols, there, shared_w13_ptr, tile * BLOCK_I, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES
             )
             i = tile * BLOCK_I + row
-            at = (block.to(tl.int64) * BLOCK_N + n)[None, :] * SHARED_I + i[:, None]
-            tl.store(shared_h_ptr + at, out.to(shared_h_ptr.dtype.element_ty), mask=(i < SHARED_I)[:, None])
+            at = n.to(tl.int64)[None, :] * SHARED_I + i[:, None]
+            tl.store(shared_h + at, out.to(h_ptr.dtype.element_ty), mask=(i < SHARED_I)[:, None])
             tile += step
 
     if PDL:
         tl.extra.cuda.gdc_wait()
-    n_tiles = tl.load(counts_ptr + block) * TILES
     tile -= SHARED_TILES
+    used = used_ptr + block.to(tl.int64) * WIDTH
+    # Loaded before it is known whether there is such a member: one wait less. What lies behind the last one is not used.
+    expert = tl.load(used + tl.minimum(tile // TILES, WIDTH - 1))
+    n_tiles = tl.load(counts_ptr + block) * TILES
+    ids, weights = load_slots(start + n, there, ids_ptr, weights_ptr, K, KP)
     while tile < n_tiles:
         member = tile // TILES
-        expert = tl.load(used_ptr + block.to(tl.int64) * WIDTH + member)
-        weight = slot_weight(start + n, there, expert, ids_ptr, weights_ptr, K, KP)
-        w13 = w13_ptr + local_expert(expert, map_ptr, HAS_MAP) * (2 * I * H)
         first_row = tile % TILES * BLOCK_I
-        out = up_product(x_cols, there, w13, first_row, weight, H, I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
+        w13 = w13_ptr + local_expert(expert, map_ptr, HAS_MAP) * (2 * I * H)
+        out = up_product(x_cols, there, w13, first_row, H, I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
+        out = weighted(out, expert, ids, weights)
         i = first_row + row
-        at = ((block.to(tl.int64) * WIDTH + member) * BLOCK_N + n)[None, :] * I + i[:, None]
+        at = ((slots + member) * BLOCK_N + n)[None, :] * I + i[:, None]
         tl.store(h_ptr + at, out.to(h_ptr.dtype.element_ty), mask=(i < I)[:, None])
         tile += step
+        expert = tl.load(used + tl.minimum(tile // TILES, WIDTH - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq_len"])
 def dense_down_kernel(
     h_ptr,
     shared_h_ptr,
@@ -192,7 +205,11 @@ def dense_down_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    if SHARED_I > 0:
+    TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
+    FIRST: tl.constexpr = 1 if SHARED_I == I else 0
+    n_steps = (tl.load(counts_ptr + block) + FIRST) * TILES
+
+    if SHARED_I > 0 and FIRST == 0:
         shared_rows = shared_w2_ptr + row.to(tl.int64)[:, None] * SHARED_I
         shared_cols = shared_h_ptr + (block.to(tl.int64) * BLOCK_N + n)[None, :] * SHARED_I
         for i0 in tl.range(0, SHARED_I, BLOCK_I, num_stages=STAGES):
@@ -201,16 +218,20 @@ def dense_down_kernel(
             h = tl.load(shared_cols + i[:, None], mask=(i < SHARED_I)[:, None], other=0.0)
             acc = multiply(w, h, acc)
 
-    TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     used = used_ptr + block.to(tl.int64) * WIDTH
-    w_rows = w2_ptr + row.to(tl.int64)[:, None] * I
-    h_cols = h_ptr + (block.to(tl.int64) * WIDTH * BLOCK_N + n)[None, :] * I
+    rows = row.to(tl.int64)[:, None] * I
+    h_cols = h_ptr + (block.to(tl.int64) * ((WIDTH + FIRST) * BLOCK_N) + n)[None, :] * I
     # The expert's id is loaded in the loop, one more level of its pipeline: 2 * STAGES - 1 keeps STAGES buffers.
-    for step in tl.range(0, tl.load(counts_ptr + block) * TILES, num_stages=2 * STAGES - 1):
+    for step in tl.range(0, n_steps, num_stages=2 * STAGES - 1):
         member = step // TILES
         i = step % TILES * BLOCK_I + k
-        expert = local_expert(tl.load(used + member), map_ptr, HAS_MAP)
-        w = tl.load(w_rows + expert * (H * I) + i[None, :], mask=row_mask & (i < I)[None, :], other=0.0)
+        expert = tl.load(used + tl.maximum(member - FIRST, 0))
+        if HAS_MAP:
+            expert = tl.load(map_ptr + expert, mask=member >= FIRST, other=0)
+        w2 = w2_ptr + expert.to(tl.int64) * (H * I)
+        if FIRST == 1:
+            w2 = tl.where(member == 0, shared_w2_ptr, w2)
+        w = tl.load(w2 + rows + i[None, :], mask=row_mask & (i < I)[None, :], other=0.0)
         h = tl.load(h_cols + member.to(tl.int64) * (BLOCK_N * I) + i[:, None], mask=(i < I)[:, None], other=0.0)
         acc = multiply(w, h, acc)
 
@@ -218,7 +239,7 @@ def dense_down_kernel(
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=row_mask & (n < length)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_arrived"])
 def gathered_up_kernel(
     x_ptr,
     w13_ptr,
@@ -268,11 +289,8 @@ def gathered_up_kernel(
             token = program // SHARED_TILES * BLOCK_N + n
             there = token < n_tokens
             first_row = program % SHARED_TILES * BLOCK_I
-            one = tl.full([BLOCK_N], 1.0, tl.float32)
             x_cols = x_ptr + token.to(tl.int64)[None, :] * H
-            out = up_product(
-                x_cols, there, shared_w13_ptr, first_row, one, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES
-            )
+            out = up_product(x_cols, there, shared_w13_ptr, first_row, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
             i = first_row + row
             at = token.to(tl.int64)[None, :] * SHARED_I + i[:, None]
             tl.store(shared_h_ptr + at, out.to(h_ptr.dtype.element_ty), mask=there[None, :] & (i < SHARED_I)[:, None])
@@ -298,11 +316,12 @@ def gathered_up_kernel(
         position = tl.load(tile + 1) + n
         there = position < tl.load(tile + 2)
         token = tl.load(token_at_ptr + position, mask=there, other=0)
-        weight = slot_weight(token, there, expert, ids_ptr, weights_ptr, K, KP)
+        ids, weights = load_slots(token, there, ids_ptr, weights_ptr, K, KP)
         first_row = program % TILES * BLOCK_I
         x_cols = x_ptr + token.to(tl.int64)[None, :] * H
         w13 = w13_ptr + local_expert(expert, map_ptr, HAS_MAP) * (2 * I * H)
-        out = up_product(x_cols, there, w13, first_row, weight, H, I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
+        out = up_product(x_cols, there, w13, first_row, H, I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
+        out = weighted(out, expert, ids, weights)
         i = first_row + row
         at = position.to(tl.int64)[None, :] * I + i[:, None]
         tl.store(h_ptr + at, out.to(h_ptr.dtype.element_ty), mask=there[None, :] & (i < I)[:, None])
@@ -375,7 +394,7 @@ def down_rows(
         tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=hidden_mask & last[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def gathered_down_kernel(
     h_ptr,
     shared_h_ptr,
@@ -570,9 +589,12 @@ def shared_intermediate(shared_w2) -> int:
 def dense_h(x, w2, shared_w2, schedule, block_size: int) -> tuple:
     """(h, shared_h or None) of `dense`."""
     n_blocks, width = schedule.used.shape
-    tokens = max(16, triton.next_power_of_2(block_size))
-    shared = None if shared_w2 is None else x.new_empty(n_blocks, tokens, shared_w2.shape[1])
-    return x.new_empty(n_blocks, width, tokens, w2.shape[2]), shared
+    tokens, intermediate = max(16, triton.next_power_of_2(block_size)), w2.shape[2]
+    shared = shared_intermediate(shared_w2)
+    if shared == intermediate:
+        return x.new_empty(n_blocks, width + 1, tokens, intermediate), None
+    shared_h = x.new_empty(n_blocks, tokens, shared) if shared else None
+    return x.new_empty(n_blocks, width, tokens, intermediate), shared_h
 
 
 def gathered_buffers(x, w2, shared_w2, top_k: int) -> tuple:

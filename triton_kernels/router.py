@@ -190,7 +190,7 @@ def take_best(keys, column, best, slot, first_slot, K: tl.constexpr):
     return keys, best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def gate_kernel(
     x_ptr,
     gate_ptr,
@@ -232,7 +232,7 @@ def gate_kernel(
         tl.store(score_ptr + at, sigmoid(acc), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_blocks", "seq_len"])
 def route_kernel(
     logits_ptr,
     score_ptr,

@@ -145,7 +145,7 @@ def order(
         tl.store(token_at_ptr + position, token, mask=chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def mark_kernel(
     ids_ptr,
     map_ptr,
@@ -187,7 +187,7 @@ def mark_kernel(
         store_used(used > 0, e, chunk, used_ptr, counts_ptr, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_words", "n_tokens"])
 def order_kernel(
     ids_ptr,
     words_ptr,
