@@ -286,6 +286,8 @@ def missing() -> dict[str, str]:
         reasons["cpp"] = f"the extension module {WHY_NO_C}"
     if _why_no_cuda():
         reasons["cuda"] = _why_no_cuda()
+    if _why_no_triton():
+        reasons["triton"] = _why_no_triton()
     return reasons
 
 
