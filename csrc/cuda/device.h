@@ -88,9 +88,14 @@ DMOE_DEVICE T* remote(T* shared, int rank) {
 }
 
 // --- memory
-DMOE_DEVICE void fence() { __threadfence(); }
 DMOE_DEVICE void atomic_or(uint32_t* at, uint32_t value) { atomicOr(at, value); }
 DMOE_DEVICE uint32_t atomic_add(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
+// Of one thread, behind a barrier: what its thread block wrote before is seen by whoever sees the sum, and the other way round.
+DMOE_DEVICE uint32_t atomic_add_ordered(uint32_t* at, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
+  return before;
+}
 DMOE_DEVICE uint32_t load_acquire(const uint32_t* at) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
@@ -174,20 +179,15 @@ DMOE_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
         : "memory");
   }
 }
-// Both addresses and the size are multiples of 16 bytes. Weights are read once: they should not push h and x out of the L2.
-DMOE_DEVICE void bulk_copy_once(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
-  constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // the policy createpolicy.fractional.L2::evict_first makes
+// Both addresses and the size are multiples of 16 bytes. The hints keep what is read once (weights) from pushing what every
+// thread block reads (x and h) out of the L2; they are the policies that createpolicy makes.
+DMOE_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier, bool once) {
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000;
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(kEvictFirst)
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(once ? kEvictFirst : kEvictLast)
       : "memory");
-}
-DMOE_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
 }
 DMOE_DEVICE void bulk_prefetch(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");

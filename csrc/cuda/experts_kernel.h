@@ -1,7 +1,7 @@
 // The kernel of experts.cu, as one function per thread block.
 //
-// Persistent thread blocks draw tiles, up tiles before down tiles. One warp fills a ring of stages in shared memory by bulk
-// copies, four warps multiply. A down tile needs every up tile; its weights do not, so the ring holds them by the time the
+// Persistent thread blocks draw tiles, up tiles before down tiles. Four warps fill a ring of stages in shared memory by bulk
+// copies, four multiply. A down tile needs every up tile; its weights do not, so the ring holds them by the time the
 // last up tile is done and memory never idles. Tiles are drawn, not given out by block index: whoever waits for a tile
 // waits for a thread block that already runs, however many fit on the chip. Who computes a tile does not change its bits.
 #pragma once
@@ -112,6 +112,7 @@ DMOE_DEVICE Chunk chunk(const Experts& a, const Plan& p, const ExpertsWorkspace&
 struct Ring {
   dev::Barrier full[kMaxStages], empty[kMaxStages];
   int tile[kMaxStages];  // -1: no more
+  int drawn[2];          // by the producers, in turn
   int last;
   float weight[kMaxTokens];
 };
@@ -128,71 +129,65 @@ struct Place {
   }
 };
 
-// The warp that fills the ring.
+// The warps that fill the ring. Warp i copies rows 16 i .. 16 i + 15 of the weights and of the tokens, one row per lane.
 DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared, int n_stages) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
-  const int lane = dev::lane(), tokens = static_cast<int>(p.tokens);
-  const int64_t bytes = stage_bytes(p.tokens);
+  const int lane = dev::lane(), warp = dev::warp() - kConsumers / 32, tokens = static_cast<int>(p.tokens);
+  const bool weights = lane < 16, first = warp == 0 && lane == 0;
+  const int row = warp * 16 + lane % 16;
+  const bool copies = weights || row < tokens;
+  const int own_tokens = tokens - warp * 16 < 0 ? 0 : tokens - warp * 16 < 16 ? tokens - warp * 16 : 16;
+  const int64_t bytes = stage_bytes(p.tokens), to = kExpertsHeader + (weights ? row : kTileRows + row) * kPitch;
   uint32_t* counters = a.schedule;
   bool h_is_there = false;
   Place at;
 
-  const auto open = [&](const Place& place, int tile, const Chunk& c, bool any) {
+  const auto open = [&](const Place& place, int tile, int k) {
     dev::barrier_wait(&ring.empty[place.stage], place.phase ^ 1);
-    if (lane == 0) {
-      ring.tile[place.stage] = tile;
-      dev::barrier_expect(&ring.full[place.stage], any ? 2u * c.k * (kTileRows + tokens) : 0u);
-    }
+    if (first) ring.tile[place.stage] = tile;
+    if (lane == 0) dev::barrier_expect(&ring.full[place.stage], 2u * k * (16 + own_tokens));
     dev::sync_warp();
   };
-  const auto copy_weights = [&](const Place& place, const Tile& tile, const Chunk& c) {
-    char* to = shared + kExpertsHeader + place.stage * bytes;
-    for (int r = lane; r < kTileRows; r += 32) {
-      dev::bulk_copy_once(to + r * kPitch, c.weight_row(tile.down, r), 2 * c.k, &ring.full[place.stage]);
-    }
-  };
-  const auto copy_tokens = [&](const Place& place, const Chunk& c) {
-    char* to = shared + kExpertsHeader + place.stage * bytes + kTileRows * kPitch;
-    for (int t = lane; t < tokens; t += 32) {
-      dev::bulk_copy(to + t * kPitch, c.tokens + t * c.tokens_step, 2 * c.k, &ring.full[place.stage]);
-    }
+  const auto copy = [&](const Place& place, const Tile& tile, const Chunk& c) {
+    const char* from = weights ? c.weight_row(tile.down, row) : c.tokens + row * c.tokens_step;
+    dev::bulk_copy(shared + place.stage * bytes + to, from, 2 * c.k, &ring.full[place.stage], weights);
   };
 
-  for (;;) {
-    uint32_t drawn = 0;
-    if (lane == 0) drawn = dev::atomic_add(&counters[0], 1);
-    const int i = static_cast<int>(dev::shuffle(drawn, 0));
+  for (int turn = 0;; turn ^= 1) {
+    if (first) ring.drawn[turn] = static_cast<int>(dev::atomic_add(&counters[0], 1));
+    dev::sync_some(2, kProducers);
+    const int i = ring.drawn[turn];
     if (i >= p.tiles) break;
     const Tile tile(p, i);
     int done = 0;
     if (tile.down && !h_is_there) {
-      // Weights as far as the ring reaches, then h, which the other thread blocks may still be computing.
+      // Weights as far as the ring reaches, then h, which other thread blocks may still be computing.
       Place ahead = at;
       const int n = tile.chunks < n_stages ? tile.chunks : n_stages;
       for (int c = 0; c < n; ++c, ahead.next(n_stages)) {
         const Chunk part = chunk(a, p, w, tile, c);
-        open(ahead, i, part, true);
-        copy_weights(ahead, tile, part);
+        open(ahead, i, part.k);
+        if (weights) copy(ahead, tile, part);
       }
       while (dev::load_acquire(&counters[1]) < static_cast<uint32_t>(p.up_tiles)) {
       }
-      dev::sync_warp();
       dev::fence_copies();
       h_is_there = true;
-      for (; done < n; ++done, at.next(n_stages)) copy_tokens(at, chunk(a, p, w, tile, done));
+      for (; done < n; ++done, at.next(n_stages)) {
+        if (!weights && copies) copy(at, tile, chunk(a, p, w, tile, done));
+      }
     }
     for (; done < tile.chunks; ++done, at.next(n_stages)) {
       const Chunk part = chunk(a, p, w, tile, done);
-      open(at, i, part, true);
-      copy_weights(at, tile, part);
-      copy_tokens(at, part);
+      open(at, i, part.k);
+      if (copies) copy(at, tile, part);
     }
     if (tile.chunks == 0) {  // a part of no expert at all: zeros
-      open(at, i, Chunk{}, false);
+      open(at, i, 0);
       at.next(n_stages);
     }
   }
-  open(at, -1, Chunk{}, false);
+  open(at, -1, 0);
 }
 
 template <bool kHalf>
@@ -272,10 +267,9 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
           }
         }
       }
-      dev::fence();
       dev::fence_copies();  // h is read by bulk copies
       dev::sync_some(1, kConsumers);
-      if (thread == 0) dev::atomic_add(&counters[1], 1);
+      if (thread == 0) dev::atomic_add_ordered(&counters[1], 1);
       continue;
     }
 
@@ -297,14 +291,12 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
     }
     if (p.n_splits == 1) continue;
     // The last of a row's parts to arrive adds them up, in their order: which one it is does not change the sum.
-    dev::fence();
     dev::sync_some(1, kConsumers);
     if (thread == 0) {
-      ring.last = dev::atomic_add(&counters[2 + tile.row / kTileRows], 1) + 1 == static_cast<uint32_t>(p.n_splits);
+      ring.last = dev::atomic_add_ordered(&counters[2 + tile.row / kTileRows], 1) + 1 == static_cast<uint32_t>(p.n_splits);
     }
     dev::sync_some(1, kConsumers);
     if (ring.last) {
-      dev::fence();
       for (int j = thread; j < tokens * kTileRows; j += kConsumers) {
         const int64_t from = j / kTileRows * p.hidden + tile.row + j % kTileRows;
         float total = 0;
@@ -320,7 +312,8 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
 DMOE_DEVICE void prefetch_shared(const Experts& a) {
   constexpr int64_t kPiece = 4096;  // not measured
   const int64_t down = 2 * a.hidden * a.shared_intermediate, all = 3 * down;
-  for (int64_t at = (dev::cta() * 32ll + dev::lane()) * kPiece; at < all; at += dev::ctas() * 32ll * kPiece) {
+  for (int64_t at = (static_cast<int64_t>(dev::cta()) * kProducers + dev::thread() - kConsumers) * kPiece; at < all;
+       at += static_cast<int64_t>(dev::ctas()) * kProducers * kPiece) {
     // Both sizes are multiples of 4096 (64 columns by 32 rows), so no piece spans the two.
     const char* from = at < 2 * down ? static_cast<const char*>(a.shared_w13) + at
                                      : static_cast<const char*>(a.shared_w2) + (at - 2 * down);
@@ -331,10 +324,10 @@ DMOE_DEVICE void prefetch_shared(const Experts& a) {
 template <bool kHalf>
 DMOE_DEVICE void experts_kernel(const Experts& a, int n_stages, int n_splits, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
-  const bool producer = dev::warp() == kConsumers / 32;
+  const bool producer = dev::warp() >= kConsumers / 32;
   if (dev::thread() == 0) {
     for (int i = 0; i < n_stages; ++i) {
-      dev::barrier_init(&ring.full[i], 1);
+      dev::barrier_init(&ring.full[i], kProducers / 32);
       dev::barrier_init(&ring.empty[i], kConsumers / 32);
     }
     dev::barrier_init_done();

@@ -473,12 +473,10 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
     uint32_t* last = member;
     dev::sync();
     if (dev::thread() < words && used[dev::thread()]) dev::atomic_or(&all[dev::thread()], used[dev::thread()]);
-    dev::fence();
     dev::sync();
-    if (dev::thread() == 0) *last = dev::atomic_add(arrived, 1) + 1 == static_cast<uint32_t>(a.n_blocks);
+    if (dev::thread() == 0) *last = dev::atomic_add_ordered(arrived, 1) + 1 == static_cast<uint32_t>(a.n_blocks);
     dev::sync();
     if (!*last) return;
-    dev::fence();
     if (dev::thread() < words) used[dev::thread()] = dev::load_acquire(&all[dev::thread()]);
     dev::sync();
   }

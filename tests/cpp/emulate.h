@@ -73,7 +73,7 @@ struct Machine {
   int64_t shared_bytes = 0;
   std::mt19937 random;
   std::vector<Copy> copies;  // asked for, not yet done
-  int64_t copied_once = 0;  // bytes of bulk_copy_once
+  int64_t copied_once = 0;  // bytes of copies with `once`
   const std::function<void(char*)>* kernel = nullptr;
   std::string error;
 };
@@ -306,13 +306,13 @@ T* remote(T* shared, int rank) {
   return reinterpret_cast<T*>(own.peers[rank]->shared + (reinterpret_cast<char*>(shared) - own.shared));
 }
 
-inline void fence() {}
 inline void atomic_or(uint32_t* at, uint32_t value) { *at |= value; }
 inline uint32_t atomic_add(uint32_t* at, uint32_t value) {
   const uint32_t before = *at;
   *at += value;
   return before;
 }
+inline uint32_t atomic_add_ordered(uint32_t* at, uint32_t value) { return atomic_add(at, value); }
 inline uint32_t load_acquire(const uint32_t* at) {
   emulate::yield();  // it may be polled
   return *at;
@@ -399,7 +399,7 @@ inline void barrier_arrive(Barrier* barrier) { barrier_expect(barrier, 0); }
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
   while ((phase_of(barrier).generation & 1) == parity) emulate::yield();
 }
-inline void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
+inline void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier, bool once) {
   emulate::Cta& own = *machine.current->cta;
   const int64_t at = static_cast<char*>(shared) - own.shared;
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || !bytes) {
@@ -407,10 +407,7 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier*
   }
   if (at < 0 || at + bytes > machine.shared_bytes) throw std::runtime_error("a bulk copy past the end of shared memory");
   machine.copies.push_back({shared, global, bytes, barrier});
-}
-inline void bulk_copy_once(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
-  bulk_copy(shared, global, bytes, barrier);
-  machine.copied_once += bytes;
+  if (once) machine.copied_once += bytes;
 }
 inline void bulk_prefetch(const void*, uint32_t) {}
 inline void fence_copies() {}
