@@ -34,7 +34,7 @@ def entry_of(table) -> dict:
     return {name: value for name, value in fields.items() if name not in ("shared_memory", "processors")}
 
 
-def test_every_entry_says_who_measured_it(user_file):
+def test_every_entry_says_who_measured_it(tiles, user_file):
     for name, entry in tiles.TABLE.items():
         assert entry["measured_by"], name
         assert tiles.for_name(f"NVIDIA {name} 80GB", 1, 2).measured_by == entry["measured_by"]
