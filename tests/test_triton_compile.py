@@ -65,6 +65,7 @@ def test_ops(resources):
 
 
 def test_other_routings(resources):
-    """Softmax, no groups, capacity, a block of 256 tokens, fp16 and fp32."""
+    """Softmax, no groups, a block of 256 tokens; 512 experts and 32 of them per token; float32."""
     check(resources("--target", "sm_90", "--model", "llada_moe", "gemma", "--tokens", 256))
+    check(resources("--target", "sm_90", "--model", "wide", "--tokens", 128))
     check(resources("--target", "sm_90", "--dtype", "float32", "--tokens", 32))

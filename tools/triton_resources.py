@@ -55,6 +55,8 @@ MODELS = {
     "llada_moe": (2048, 1024, 0, BlockRouting(num_experts=64, n_group=1, topk_group=1, score="softmax",
                                              norm_topk_prob=False, routed_scaling_factor=1.0)),
     "sdar": (2048, 768, 0, BlockRouting(num_experts=128, block_size=4, n_group=1, topk_group=1, score="softmax")),
+    # No model: the widest rows and blocks that the dense form takes.
+    "wide": (2048, 512, 512, BlockRouting(num_experts=512, top_k=32, block_size=128)),
     "gemma": (2816, 704, 704, BlockRouting(num_experts=128, block_size=256, n_group=1, topk_group=1, score="softmax")),
 }  # fmt: skip
 

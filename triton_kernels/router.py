@@ -466,7 +466,9 @@ def route_constants(routing, tile) -> dict:
     """What the kernel compiles in of a BlockRouting."""
     groups = triton.next_power_of_2(routing.n_group)
     columns = groups * triton.next_power_of_2(routing.num_experts // routing.n_group)
-    tokens = min(tile.tokens, MAX_WORD, triton.next_power_of_2(routing.block_size))
+    # Tiles are meant for 256 columns; more of them leave room for fewer tokens in the registers.
+    tokens = max(1, tile.tokens * 256 // max(columns, 256))
+    tokens = min(tokens, MAX_WORD, triton.next_power_of_2(routing.block_size))
     return dict(
         E=routing.num_experts,
         K=routing.top_k,

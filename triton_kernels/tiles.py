@@ -73,6 +73,8 @@ class Tiles:
         size = dtype.itemsize
         if size > 2:
             product = dataclasses.replace(product, depth=min(product.depth, 32), stages=2)
+        if tokens >= 128:  # the accumulators of 4 warps would not fit into their registers
+            product = dataclasses.replace(product, warps=max(product.warps, 8))
         m = product.rows * (2 if name.endswith("up") else 1)
         stage = (m + tokens) * product.depth * size
         return dataclasses.replace(product, stages=max(1, min(product.stages, self.shared_memory // stage)))
