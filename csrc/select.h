@@ -1,7 +1,7 @@
 // Selection by one warp: scores, the best few of up to 32 * N candidates, and the groups a token may choose from.
 //
-// Written over the lanes of dmoe::dev, so the GPU and the tests' emulator run the same code. Candidate i * 32 + lane lies in
-// element i of that lane's registers. A candidate's key is its selection score as an unsigned integer of the same order, 0
+// Written over the lanes of dmoe::dev, so the GPU and the tests' emulator run the same code. Candidate i * 32 + lane belongs
+// to that lane: its key lies in element i of the lane's registers, its scores in shared memory. A candidate's key is its selection score as an unsigned integer of the same order, 0
 // for what may not be chosen; ties go to the lower position. `dmoe_ops/reference.py` is the contract, its rounding included.
 #pragma once
 
@@ -40,19 +40,17 @@ DMOE_DEVICE double share(float logit, double top) {
   return top - top != 0.0 ? 0.0 : exp(wide - top);
 }
 
-template <int N>
-DMOE_DEVICE Row softmax_row(const float (&logits)[N]) {
+DMOE_DEVICE Row softmax_row(const float* logits, int experts) {
   uint32_t best = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const uint32_t key = is_nan(logits[i]) ? 0 : order_key(logits[i]);
+  for (int e = dev::lane(); e < experts; e += 32) {
+    const uint32_t key = is_nan(logits[e]) ? 0 : order_key(logits[e]);
     best = key > best ? key : best;
   }
   const double top = key_value(dev::warp_max(best));
   double sum = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (!is_nan(logits[i])) sum += share(logits[i], top);
+#pragma unroll 1
+  for (int e = dev::lane(); e < experts; e += 32) {
+    if (!is_nan(logits[e])) sum += share(logits[e], top);
   }
   return {top, warp_sum(sum)};
 }
@@ -68,6 +66,29 @@ DMOE_DEVICE float score(float logit, Score kind, const Row& row) {
 DMOE_DEVICE float selection_score(float logit, float score, float bias) {
   const float r = score + bias;
   return is_nan(logit) || is_nan(r) ? kNever : r;
+}
+
+// s and r of candidates 0 .. n - 1, each by its lane; candidate m is expert_of(m). Up to `padded` there is nothing to choose.
+// The loop stays a loop: exp and a division in double are some hundred instructions, which have to be fetched.
+template <class ExpertOf>
+DMOE_DEVICE void score_all(const float* logits, const float* bias, Score kind, const Row& row, int n, int padded,
+                           const ExpertOf& expert_of, float* s, float* r) {
+#pragma unroll 2
+  for (int m = dev::lane(); m < padded; m += 32) {
+    const int e = m < n ? expert_of(m) : -1;
+    const float logit = e < 0 ? NAN : logits[e];
+    s[m] = score(logit, kind, row);
+    r[m] = selection_score(logit, s[m], bias && e >= 0 ? bias[e] : 0.0f);
+  }
+}
+
+template <int N>
+DMOE_DEVICE void load_keys(const float* r, int padded, uint32_t (&keys)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int m = i * 32 + dev::lane();
+    keys[i] = m < padded ? candidate_key(r[m]) : 0;
+  }
 }
 
 // The best candidate that is left, which is then taken out: its position, or -1. Called by all lanes, the same answer in all.
@@ -92,42 +113,37 @@ DMOE_DEVICE int pop(uint32_t (&keys)[N]) {
   return position;
 }
 
-// Value `position` of an array that lies across the lanes.
+// Adds one token's votes, stage 1, to the sums (or maxima) of expert i * 32 + lane. s and r [padded] in shared memory.
 template <int N>
-DMOE_DEVICE float pick(const float (&values)[N], int position) {
-  // Added up as bits, not chosen by a chain of conditions: the compiler would turn that into an array in local memory.
-  uint32_t mine = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) mine |= position == i * 32 + dev::lane() ? dev::bits(values[i]) : 0;
-  return dev::from_bits(dev::shuffle(mine, position & 31));
-}
-
-// Adds one token's votes, stage 1, to the sums (or maxima) of expert i * 32 + lane.
-template <int N>
-DMOE_DEVICE void vote(const Routing& routing, const float (&s)[N], const float (&r)[N], double (&votes)[N]) {
+DMOE_DEVICE void vote(const Routing& routing, const float* s, const float* r, int padded, double (&votes)[N]) {
+  const int lane = dev::lane();
   if (routing.aggregate == Aggregate::sum) {
     double total = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) total += s[i];
+    for (int e = lane; e < padded; e += 32) total += s[e];
     const float norm = static_cast<float>(warp_sum(total)) + kEps;
 #pragma unroll
-    for (int i = 0; i < N; ++i) votes[i] += s[i] / norm;
+    for (int i = 0; i < N; ++i) {
+      if (i * 32 + lane < padded) votes[i] += s[i * 32 + lane] / norm;
+    }
   } else if (routing.aggregate == Aggregate::max) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) votes[i] = r[i] > votes[i] ? r[i] : votes[i];
+    for (int i = 0; i < N; ++i) {
+      const double value = i * 32 + lane < padded ? r[i * 32 + lane] : kNever;
+      votes[i] = value > votes[i] ? value : votes[i];
+    }
   } else {
     const bool count = routing.aggregate == Aggregate::union_;
-    uint32_t keys[N];
+    uint32_t keys[N], left[N];
+    load_keys(r, padded, keys);
 #pragma unroll
-    for (int i = 0; i < N; ++i) keys[i] = candidate_key(r[i]);
+    for (int i = 0; i < N; ++i) left[i] = keys[i];
     const int k = static_cast<int>(count ? routing.union_k : routing.top_k);
     for (int j = 0; j < k; ++j) {
-      if (pop(keys) < 0) break;
+      if (pop(left) < 0) break;
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const bool taken = keys[i] == 0 && r[i] > kNever;
-      if (taken) votes[i] += count ? 1.0 : r[i];
+      if (keys[i] != left[i]) votes[i] += count ? 1.0 : r[i * 32 + lane];
     }
   }
 }

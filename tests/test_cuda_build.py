@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda, without a GPU: registers, spills, stack and shared memory (ptxas), instructions (cuobjdump)."""
+"""What nvcc makes of csrc/cuda, without a GPU: registers, spills, stack, shared memory (ptxas) and instructions (SASS)."""
 
 from __future__ import annotations
 

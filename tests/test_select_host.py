@@ -182,7 +182,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_ready_made_logits(emulator, case):
     logits, bias, routing, offsets, cluster, seed = case
     block_offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
@@ -273,7 +273,7 @@ def test_schedule_of_bare_ids(emulator):
 
 def test_host_rules(emulator):
     """Cluster sizes, and shared memory within the 227 KB of Hopper (and the 163 KB of Ampere, without clusters)."""
-    assert [emulator.cluster_size(n, 132) for n in (1, 4, 32, 33, 34, 1000)] == [8, 8, 8, 8, 4, 4]
+    assert [emulator.cluster_size(n, 132) for n in (1, 4, 16, 17, 32, 1000)] == [8, 8, 8, 4, 4, 4]
     for experts, block_size in itertools.product((1, 33, 256, 512), (1, 32, 128)):
         assert emulator.router_shared_bytes(experts, block_size, 1, 0) <= 163 * 1024
         for cluster in (4, 8):

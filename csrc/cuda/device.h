@@ -67,12 +67,12 @@ DMOE_DEVICE int cluster_size() {
 }
 DMOE_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 DMOE_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();
 #endif
@@ -165,6 +165,7 @@ DMOE_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+// Of a whole warp: lanes may leave the loop at different times, and meet again behind it.
 DMOE_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
@@ -178,15 +179,16 @@ DMOE_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
   }
+  __syncwarp();
 }
-// Both addresses and the size are multiples of 16 bytes. The hints keep what is read once (weights) from pushing what every
-// thread block reads (x and h) out of the L2; they are the policies that createpolicy makes.
+// Both addresses and the size are multiples of 16 bytes. The hint keeps what is read once (weights) from pushing what every
+// thread block reads (x and h) out of the L2; these are the policies that createpolicy makes.
 DMOE_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier, bool once) {
-  constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000;
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(once ? kEvictFirst : kEvictLast)
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(once ? kEvictFirst : kEvictNormal)
       : "memory");
 }
 DMOE_DEVICE void bulk_prefetch(const void* global, uint32_t bytes) {

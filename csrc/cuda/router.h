@@ -52,11 +52,9 @@ inline const char* refuses(const Router& a, const Routing& r) {
   return nullptr;
 }
 
-// Thread blocks per block of tokens. 8 is the largest portable cluster; with many blocks of tokens the chip is full with
-// fewer, and each reads the gate's weights once. Not measured.
-inline int cluster_size(int64_t n_blocks, int multiprocessors) {
-  return n_blocks * 8 <= 2 * multiprocessors ? 8 : 4;
-}
+// Thread blocks per block of tokens: 8, the largest portable cluster, while all of them run at once (registers allow one per
+// multiprocessor), else 4, as each cluster reads the gate's weights. Not measured.
+inline int cluster_size(int64_t n_blocks, int multiprocessors) { return n_blocks * 8 <= multiprocessors ? 8 : 4; }
 
 // Shared memory of the route kernel. The arrays stand in the order in which they are laid out.
 struct RouterShared {

@@ -238,6 +238,8 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
   int32_t* before = reinterpret_cast<int32_t*>(member + 32);             // [17] members before each word
   float* logits = reinterpret_cast<float*>(shared + at.logits);
   char* scratch = shared + at.scratch;
+  float* s = reinterpret_cast<float*>(scratch) + 2 * warp * padded;  // this warp's scores of one token
+  float* r = s + padded;
 
   dev::launch_dependents();
   dev::cluster_arrive();
@@ -279,25 +281,16 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
     for (int i = 0; i < N; ++i) mine[i] = routing.aggregate == Aggregate::max ? kNever : 0;
     for (int token = rank + warp * size; token < rows.count; token += kRouterWarps * size) {
       const float* row = logit_row(token);
-      float l[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) l[i] = i * 32 + lane < experts ? row[i * 32 + lane] : NAN;
       Row norm{};
       if (routing.score == Score::softmax) {
-        norm = softmax_row(l);
+        norm = softmax_row(row, experts);
         if (lane == 0) rows_of[token / size] = norm;
       }
       if (routing.select == Select::all) continue;
-      float r[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const int e = i * 32 + lane;
-        const float s = score(l[i], routing.score, norm);
-        r[i] = selection_score(l[i], s, a.expert_bias && e < experts ? a.expert_bias[e] : 0.0f);
-        l[i] = s;
-      }
-      vote(routing, l, r, mine);
+      score_all(row, a.expert_bias, routing.score, norm, experts, padded, [](int e) { return e; }, s, r);
+      vote(routing, s, r, padded, mine);
     }
+    dev::sync();  // `parts` takes the place of all warps' s and r
     double* parts = reinterpret_cast<double*>(scratch);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -412,48 +405,30 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
   dev::sync();
 
   // Stage 3. Only the members' scores are needed, and computed again.
-  float* own = reinterpret_cast<float*>(scratch) + warp * padded;
-  const int group_size = experts / static_cast<int>(routing.n_group);
+  const int group_size = experts / static_cast<int>(routing.n_group), padded_members = (n_members + 31) / 32 * 32;
   for (int token = rank + warp * size; token < rows.count; token += kRouterWarps * size) {
-    const float* row = logit_row(token);
-    float s[N];
-    uint32_t inside[N], outside[N];
     const Row norm = routing.score == Score::softmax ? rows_of[token / size] : Row{};
+    score_all(logit_row(token), a.expert_bias, routing.score, norm, n_members, padded_members,
+              [&](int m) { return coreset[m]; }, s, r);
+    dev::sync_warp();
+    uint32_t inside[N], outside[N];
+    load_keys(r, padded_members, inside);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      s[i] = 0;
-      inside[i] = outside[i] = 0;
-      const int m = i * 32 + lane;
-      if (m >= n_members) continue;
-      const int e = coreset[m];
-      s[i] = score(row[e], routing.score, norm);
-      const float r = selection_score(row[e], s[i], a.expert_bias ? a.expert_bias[e] : 0.0f);
-      inside[i] = candidate_key(r);
-      own[m] = r;
-    }
+    for (int i = 0; i < N; ++i) outside[i] = 0;
     if (routing.n_group > 1) {
-      dev::sync_warp();
-      const uint32_t kept = keep_groups<N>(routing, own, [&](int group) { return position(group * group_size); });
+      const uint32_t kept = keep_groups<N>(routing, r, [&](int group) { return position(group * group_size); });
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const int m = i * 32 + lane, group = m < n_members ? coreset[m] / group_size : 0;
-        const bool keep = dev::shuffle(kept, group & 31) >> (group >> 5) & 1;
-        if (!keep) {
+        if (!(dev::shuffle(kept, group & 31) >> (group >> 5) & 1)) {
           outside[i] = inside[i];
           inside[i] = 0;
         }
       }
-      dev::sync_warp();
     }
     const int chosen = choose(top_k, inside, outside);
-    float weight = 0;
-    for (int slot = 0; slot < top_k; ++slot) {
-      const int m = dev::shuffle(chosen, slot);
-      if (m < 0) break;
-      const float picked = pick(s, m);
-      if (slot == lane) weight = picked;
-    }
-    weight = weigh(routing, weight);
+    const float weight = weigh(routing, chosen < 0 ? 0.0f : s[chosen]);
+    dev::sync_warp();  // s and r are free for the next token
     if (lane < top_k) {
       const int64_t slot = (rows.begin + token) * top_k + lane;
       const int e = chosen < 0 ? -1 : coreset[chosen];

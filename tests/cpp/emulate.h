@@ -184,11 +184,15 @@ inline std::string launch(int ctas, int threads, int cluster, int64_t shared_byt
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   size_t left = n;
   int idle = 0;
-  while (left && machine.error.empty()) {
+  size_t starved = 0;
+  for (int round = 0; left && machine.error.empty(); ++round) {
+    // Some warp gets nothing for a while: it is late wherever the kernel does not wait for it.
+    if (round % 64 == 0) starved = machine.random() % (2 * order.size());
     std::shuffle(order.begin(), order.end(), machine.random);
     const size_t turn = machine.random();
     bool moved = false;
     for (size_t group : order) {
+      if (group == starved) continue;
       for (size_t j = 0; j < 32; ++j) {
         const size_t i = group * 32 + (j + turn) % 32;
         if (i >= n || fibers[i].done) continue;

@@ -1,0 +1,281 @@
+"""The CUDA backend on a real GPU: golden files, real shapes, graphs, determinism, races, memory. Skipped without Hopper."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dmoe_ops import BlockRouting, _library, block_moe, block_route, moe_experts, reference, router
+
+
+def why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a GPU; there is none here"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return f"needs compute capability 9.0, got {torch.cuda.get_device_capability()}"
+    return _library._why_no_cuda(torch.device("cuda", torch.cuda.current_device()))
+
+
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.usefixtures("cuda_backend"),
+]
+
+H, I, E = 2048, 512, 256  # LLaDA2.0-mini
+POLICIES = ("dmoe", "token", "top4", "des_seq", "des_vote", "capacity")
+
+
+@pytest.fixture
+def cuda_backend(monkeypatch):
+    monkeypatch.setenv("DMOE_BACKEND", "cuda")
+
+
+def filled(*shape, dtype=torch.bfloat16):
+    return (torch.randn(shape, device="cuda") * shape[-1] ** -0.5).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """gate, bias, w13, w2, shared_w13, shared_w2 in bf16."""
+    torch.manual_seed(0)
+    bias = torch.randn(E, device="cuda") * 0.05
+    return filled(E, H), bias, filled(E, 2 * I, H), filled(E, H, I), filled(2 * I, H), filled(H, I)
+
+
+def calibrated(tokens, block=32, experts=E, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-tokens // block)
+    common = torch.randn(blocks, 1, experts, generator=generator)
+    return (-1 + 1.2 * common + torch.randn(blocks, block, experts, generator=generator)).flatten(0, 1)[:tokens]
+
+
+def activations(tokens, hidden=H, seed=0, dtype=torch.bfloat16):
+    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def same_routing(got, want):
+    """ids and coresets to the bit. The GPU's exp in float64 may differ from the CPU's in its last bit, which moves a
+    float32 score once in about 2^29."""
+    for name in ("coreset_sizes", "coreset_ids", "topk_ids"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(want, name).cpu()), name
+    torch.testing.assert_close(got.topk_weights.cpu(), want.topk_weights.cpu(), rtol=1e-6, atol=1e-9)
+
+
+def distance(got, want):
+    assert got.isfinite().all()
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize(
+    "name", ["mini_p60", "mini_p60_diffuse", "mini_p80", "nogroup_p70", "scarce_groups_e128", "small_p50"]
+)
+def test_golden_routing(golden_folder, name):
+    name = f"routing_llada2_{name}" if name.startswith("mini") else f"routing_{name}"
+    with safe_open(golden_folder / f"{name}.safetensors", "pt") as file:
+        data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        routing = BlockRouting(**json.loads(file.metadata()["config"]))
+    got = block_route(data["logits"].cuda(), data["expert_bias"].cuda(), routing=routing)
+    same_routing(got, reference.block_route(data["logits"], data["expert_bias"], routing=routing))
+    for members, size, mask in zip(
+        got.coreset_ids.tolist(), got.coreset_sizes.tolist(), data["coreset_mask"].flatten(0, 1)
+    ):
+        assert members[:size] == mask.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_routing_of_the_models_size(name, seed):
+    routing = BlockRouting.policy(name)
+    for tokens in (1, 32, 45, 512, 2048):
+        logits = calibrated(tokens, seed=seed)
+        bias = torch.randn(E, generator=torch.Generator().manual_seed(seed)) * 0.1
+        if seed == 2:  # ties, NaN and the infinite
+            logits = (logits * 2).round() / 2
+            logits[::7, ::5], logits[::3, 1], logits[::4, 2] = float("nan"), float("inf"), float("-inf")
+        got = block_route(logits.cuda(), bias.cuda(), routing=routing)
+        same_routing(got, reference.block_route(logits, bias, routing=routing))
+
+
+@pytest.mark.parametrize("aggregate", ["topk_sum", "sum", "max", "union"])
+@pytest.mark.parametrize("select", ["top_p", "top_n", "nonzero", "all"])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize(
+    ["experts", "fields"],
+    [
+        (512, dict(n_group=8, topk_group=4, top_k=32, block_size=128)),
+        (96, dict(n_group=32, topk_group=7, top_k=5, block_size=7)),
+        (33, dict(n_group=1, topk_group=1, top_k=2, block_size=16)),
+    ],
+)
+def test_routing_settings(aggregate, select, score, experts, fields):
+    routing = BlockRouting(
+        num_experts=experts, aggregate=aggregate, select=select, score=score, union_k=3, capacity=20, **fields
+    )
+    offsets = torch.tensor([0, 1, 6, 13, 14, 20], dtype=torch.int32)
+    logits = calibrated(20, experts=experts)
+    got = block_route(logits.cuda(), routing=routing, block_offsets=offsets.cuda())
+    same_routing(got, reference.block_route(logits, routing=routing, block_offsets=offsets))
+
+
+@pytest.mark.parametrize("tokens", [1, 19, 32, 45, 64, 128, 1024])
+@pytest.mark.parametrize("name", ["dmoe", "token"])
+def test_layer(weights, tokens, name):
+    """Against float32, at most twice as far as torch in bf16; the routing is that of the logits that came out. Above 64
+    tokens another backend serves."""
+    x, routing = activations(tokens), BlockRouting.policy(name)
+    y, routed, logits = block_moe(x, *weights, routing=routing)
+    torch.testing.assert_close(logits, x.float() @ weights[0].float().T, rtol=1e-4, atol=1e-4)
+    same_routing(routed, reference.block_route(logits.cpu(), weights[1].cpu(), routing=routing))
+    ids, scale = routed.topk_ids, routed.topk_weights
+    want = expert_sum(x, weights, ids, scale, torch.float32)
+    torch_bf16 = expert_sum(x, weights, ids, scale, torch.bfloat16)
+    assert distance(y, want) <= 2 * distance(torch_bf16, want)
+    alone = moe_experts(x, weights[2], weights[3], ids, scale)
+    assert distance(alone, expert_sum(x, (*weights[:4], None, None), ids, scale, torch.float32)) <= 0.01
+
+
+def expert_sum(x, weights, ids, scale, dtype):
+    """The experts by plain torch in a dtype."""
+    x = x.to(dtype)
+    y = torch.zeros_like(x)
+    for e in ids.unique().tolist():
+        if e >= 0:
+            rows, slots = (ids == e).nonzero(as_tuple=True)
+            out = reference.mlp(x[rows], weights[2][e], weights[3][e])
+            y.index_add_(0, rows, out * scale[rows, slots, None].to(dtype))
+    return y if weights[4] is None else y + reference.mlp(x, weights[4], weights[5])
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("gate_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(["hidden", "experts", "tokens"], [(2048, 256, 32), (72, 40, 70), (512, 500, 300)])
+def test_gate(x_dtype, gate_dtype, hidden, experts, tokens):
+    """fp32 arithmetic for every pair of dtypes, whole tiles or not, and the routing of these logits."""
+    routing = BlockRouting(num_experts=experts, n_group=4, topk_group=2, block_size=48)
+    x, gate = activations(tokens, hidden, dtype=x_dtype), filled(experts, hidden, dtype=gate_dtype)
+    out = router.allocate(tokens, tokens, None, routing, x)
+    logits = torch.full((tokens, experts), torch.nan, device="cuda")
+    torch.ops.dmoe._gate_route_out(x, gate, None, None, tokens, *_library.packed_routing(routing), logits, *out, None)
+    exact, size = x.double() @ gate.double().T, x.double().abs() @ gate.double().abs().T
+    assert ((logits - exact).abs() <= 2e-6 * size).all()
+    same_routing(out, reference.block_route(logits.cpu(), routing=routing))
+
+
+def test_same_routing_as_triton(weights, monkeypatch):
+    x, routing = activations(64), BlockRouting()
+    y, routed, logits = block_moe(x, *weights, routing=routing)
+    monkeypatch.setenv("DMOE_BACKEND", "triton")
+    same_routing(routed, block_route(logits, weights[1], routing=routing))
+    other, *_ = block_moe(x, *weights, routing=routing)
+    assert distance(y, other) <= 0.02
+
+
+@pytest.mark.parametrize("tokens", [32, 64])
+def test_graph_replays_with_changing_inputs(weights, tokens):
+    """A captured layer follows its input; replays are the same bits as plain calls. Two layers in a row in one graph, so
+    that a launch which starts before its predecessor is done would show."""
+    routing = BlockRouting()
+
+    def two_layers(x):
+        y = block_moe(x, *weights, routing=routing)[0]
+        return block_moe(y, *weights, routing=routing)[0]
+
+    x = activations(tokens)
+    two_layers(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = two_layers(x)
+    for seed in range(1, 11):
+        x.copy_(activations(tokens, seed=seed))
+        graph.replay()
+        got = y.clone()
+        assert torch.equal(got, two_layers(x.clone())), seed
+
+
+@pytest.mark.parametrize("tokens", [32, 64])
+def test_same_bits_over_100_runs(weights, tokens):
+    x, routing = activations(tokens), BlockRouting()
+    y, routed, _ = block_moe(x, *weights, routing=routing)
+    junk = torch.empty(64 << 20, dtype=torch.int8, device="cuda")
+    for run in range(100):
+        junk.fill_(run - 50)  # other memory gets reused, and the cache is cold
+        again, routed_again, _ = block_moe(x, *weights, routing=routing)
+        assert torch.equal(y, again) and all(torch.equal(a, b) for a, b in zip(routed, routed_again)), run
+
+
+def test_two_streams_at_once(weights):
+    """Thread blocks of two calls share the chip; each must end, and with its own result."""
+    x, routing = activations(32), BlockRouting()
+    want = block_moe(x, *weights, routing=routing)[0]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in range(2)], []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(block_moe(x, *weights, routing=routing)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, want) for y in results)
+
+
+def test_compile_without_graph_breaks(weights):
+    routing, x = BlockRouting(), activations(32)
+
+    def layer(x):
+        return block_moe(x, *weights, routing=routing)[0] * 2
+
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_two_launches(weights):
+    """The profiler sees the router and the experts, and nothing else."""
+    x, routing = activations(32), BlockRouting()
+    block_moe(x, *weights, routing=routing)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        block_moe(x, *weights, routing=routing)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names = [name for name in names if not name.startswith("Activity")]
+    assert len(names) == 2 and "route_entry" in names[0] and "experts_entry" in names[1], names
+
+
+def test_a_view_that_starts_anywhere_is_refused(weights):
+    x = activations(33).flatten()[1 : 1 + 32 * H].view(32, H)
+    with pytest.raises(RuntimeError, match="x must start at a multiple of 16 bytes"):
+        block_moe(x, *weights, routing=BlockRouting())
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tmp_path, tool):
+    """No access outside of an allocation, no hazard in shared memory."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    script = tmp_path / "small.py"
+    script.write_text(SMALL)
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor is an allocation of its own
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+SMALL = """
+import torch
+from dmoe_ops import BlockRouting, block_moe, moe_experts
+r = BlockRouting(48, 4, 8, 4, 2, min_experts=6)
+def t(*shape): return torch.randn(shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** .5
+w = t(48, 128), torch.zeros(48, device="cuda"), t(48, 128, 128), t(48, 128, 64), t(64, 128), t(128, 32)
+for tokens in (7, 29):
+    y, routed, _ = block_moe(t(tokens, 128), *w, routing=r)
+    moe_experts(t(tokens, 128), w[2], w[3], routed.topk_ids, routed.topk_weights)
+torch.cuda.synchronize()
+"""
