@@ -58,7 +58,7 @@ def run(args) -> int:
 
 def plan():
     """(tokens, field of `Tiles`, changes to try), the costliest kernels first."""
-    up = product(rows=(16, 32, 64), depth=(64, 128), stages=(3, 4, 5), warps=(4, 8), per_processor=(1, 2, 3))
+    up = product(rows=(16, 32, 64), depth=(64, 128), stages=(3, 5), warps=(4, 8), per_processor=(1, 2))
     down = product(rows=(16, 32), depth=(128, 256, 512), stages=(4, 6, 8), warps=(4, 8))
     yield LATENCY_TOKENS, "dense_up", up
     yield LATENCY_TOKENS, "dense_down", down

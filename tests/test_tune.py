@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from dmoe_ops import gpu_check
+from dmoe_ops import gpu_check, tune
 from dmoe_ops.__main__ import main
 
 
@@ -63,6 +63,14 @@ def test_stages_fit_into_the_shared_memory(tiles):
     wide = h100.fit("dense_down", 128, torch.bfloat16)
     assert 1 <= wide.stages < h100.dense_down.stages
     assert (wide.rows + 128) * wide.depth * 2 * wide.stages <= h100.shared_memory
+
+
+def test_every_candidate_is_a_tile(tiles):
+    table = tiles.for_name("H100", 227 << 10, 132)
+    for tokens, field, candidates in tune.plan():
+        assert tokens > 0 and candidates
+        for changes in candidates:
+            dataclasses.replace(getattr(table, field), **changes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

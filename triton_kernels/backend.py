@@ -86,7 +86,8 @@ class Triton:
                 words = n_blocks * router.route_constants(routing, table.route)["N_WORDS"]
                 plan = _gathered_plan(x, w2, routing.top_k, routing.num_experts, words, table)
             score = torch.empty_like(router_logits) if routing.score == "sigmoid" else None
-            router.gate(x, gate_weight, router_logits, score, plan.done, table.gate, pdl)
+            gate_tile = table.gate_for(x.dtype, gate_weight.dtype)
+            router.gate(x, gate_weight, router_logits, score, plan.done, gate_tile, pdl)
             router.route(
                 router_logits,
                 score,

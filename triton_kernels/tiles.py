@@ -65,6 +65,12 @@ class Tiles:
     shared_memory: int
     processors: int
 
+    def gate_for(self, *dtypes: torch.dtype) -> Gate:
+        """The tile of the gate. With a float32 operand the product runs in float32, without matrix units: a shallow tile."""
+        if max(dtype.itemsize for dtype in dtypes) <= 2:
+            return self.gate
+        return dataclasses.replace(self.gate, hidden=min(self.gate.hidden, 64), stages=2)
+
     def fit(self, name: str, tokens: int, dtype: torch.dtype) -> Product:
         """The tile of a product with `tokens` tokens per tile, its pipeline cut down to the shared memory at hand.
 

@@ -179,7 +179,7 @@ def test_memory(tmp_path):
     script.write_text(SMALL)
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor is an allocation of its own
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
