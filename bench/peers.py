@@ -64,10 +64,11 @@ def torch_route(logits, expert_bias, routing: BlockRouting) -> RoutingResult:
         select = select.masked_fill(~coreset[block_of], -torch.inf)
     if routing.n_group > 1:
         grouped = select.view(tokens, routing.n_group, -1)
-        kept = grouped.topk(2, dim=2).values.sum(2).topk(routing.topk_group, dim=1).indices
-        open_groups = torch.zeros(tokens, routing.n_group, dtype=torch.bool, device=logits.device)
-        open_groups.scatter_(1, kept, True)
-        select = grouped.masked_fill(~open_groups[:, :, None], -torch.inf).view(tokens, num_experts)
+        group_score = grouped.topk(2, dim=2).values.sum(2)
+        kept = group_score.sort(dim=1, descending=True, stable=True).indices[:, : routing.topk_group]
+        # Members of the coreset outside the kept groups come last; they fill the slots that would stay empty.
+        penalty = torch.full((tokens, routing.n_group), 100.0, device=logits.device).scatter_(1, kept, 0.0)
+        select = (grouped - penalty[:, :, None]).view(tokens, num_experts)
     ids = select.topk(routing.top_k, dim=1).indices
     weights = score.gather(1, ids)
     if routing.norm_topk_prob:
@@ -88,7 +89,8 @@ def _torch_coreset(score, select, block_of, n_blocks: int, routing: BlockRouting
         value = value.index_add(0, block_of, torch.zeros_like(score).scatter(1, best.indices, votes))
     if routing.select == "nonzero":
         return value > 0
-    ordered, order = value.sort(dim=1, descending=True)
+    # Stable: a block of few tokens has fewer votes than min_experts, and the lower ids fill its coreset.
+    ordered, order = value.sort(dim=1, descending=True, stable=True)
     if routing.select == "top_n":
         first = torch.arange(value.shape[1], device=value.device).expand_as(value) < routing.capacity
     else:

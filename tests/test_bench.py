@@ -113,9 +113,10 @@ def test_the_gate_reads_the_logits_of_a_case():
 
 
 @pytest.mark.parametrize("policy", ["token", "top4", "des_seq", "des_vote", "capacity", "dmoe"])
-def test_routing_of_the_peers_is_the_reference(policy):
+@pytest.mark.parametrize("tokens", [1, 80])
+def test_routing_of_the_peers_is_the_reference(tokens, policy):
     routing = MINI.routing(policy)
-    logits = cases.calibrated_logits(3, 32, 256, torch.Generator().manual_seed(0)).flatten(0, 1)[:80]
+    logits = cases.calibrated_logits(3, 32, 256, torch.Generator().manual_seed(0)).flatten(0, 1)[:tokens]
     bias = torch.zeros(256)
     found = peers.torch_route(logits, bias, routing)
     wanted = reference.block_route(logits, bias, routing=routing)
