@@ -16,6 +16,7 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE == "cpu":  # read when triton and the kernels are imported
         patch.setenv("TRITON_INTERPRET", "1")
     triton = pytest.importorskip("triton")
+    from dmoe_ops.triton_kernels import backend  # noqa: F401 - no other test may import it first
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
 
