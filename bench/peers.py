@@ -69,8 +69,8 @@ def torch_route(logits, expert_bias, routing: BlockRouting) -> RoutingResult:
         # Members of the coreset outside the kept groups come last; they fill the slots that would stay empty.
         penalty = torch.full((tokens, routing.n_group), 100.0, device=logits.device).scatter_(1, kept, 0.0)
         select = (grouped - penalty[:, :, None]).view(tokens, num_experts)
-    ids = select.topk(routing.top_k, dim=1).indices
-    weights = score.gather(1, ids)
+    best, ids = select.topk(routing.top_k, dim=1)
+    weights = score.gather(1, ids).masked_fill(best == -torch.inf, 0)  # a coreset may have fewer than k
     if routing.norm_topk_prob:
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
     return RoutingResult(ids.int(), weights * routing.routed_scaling_factor, coreset, coreset.sum(1))
