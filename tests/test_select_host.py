@@ -55,8 +55,10 @@ class Router(ctypes.Structure):
                 "coreset_ids",
                 "coreset_sizes",
                 "schedule",
+                "w13",
             )
         ),
+        ("w13_bytes", ctypes.c_int64),
     ]
 
 
@@ -92,7 +94,9 @@ def pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def route(emulator, logits, bias, routing, offsets=None, *, x=None, gate=None, cluster=4, two_launches=False, seed=0):
+def route(
+    emulator, logits, bias, routing, offsets=None, *, x=None, gate=None, cluster=4, two_launches=False, seed=0, w13=None
+):
     """(RoutingResult, used experts) of the emulated kernels. `logits` [bsz, seq, E] is written where x is given."""
     rows = logits.view(-1, logits.shape[-1])
     tokens, experts = rows.shape
@@ -112,6 +116,7 @@ def route(emulator, logits, bias, routing, offsets=None, *, x=None, gate=None, c
         tokens, 0 if x is None else x.shape[-1], experts, n_blocks, width, seq_len, pointer(x), pointer(gate),
         0 if x is None else DTYPES.index(x.dtype), 0 if x is None else DTYPES.index(gate.dtype),
         pointer(rows), pointer(bias), pointer(offsets), *map(pointer, out), pointer(schedule),
+        pointer(w13), 0 if w13 is None else w13[0].nbytes,
     )  # fmt: skip
     ints, floats = _library.packed_routing(routing)
     problem = emulator.emulate_route(
@@ -269,6 +274,21 @@ def test_schedule_of_bare_ids(emulator):
     at = emulator.used_at()
     expected = ids[(ids >= 0) & (ids < 70)].unique()
     assert torch.equal(out[at : at + int(out[at - 1])], expected) and not out[: at - 1].any()
+
+
+@pytest.mark.parametrize("expert_bytes", [3 << 20, 100 << 10])
+def test_fetches_the_first_members(emulator, expert_bytes):
+    """Of two blocks with two members each, up to 4 MB: all of a small expert, or the first and a third of the next."""
+    routing = BlockRouting(num_experts=8, top_k=2, block_size=2, n_group=1, topk_group=1, min_experts=2, max_experts=2)
+    logits = torch.tensor([[0.0, 9, 0, 8, 0, 0, 0, 0]] * 2 + [[0.0, 0, 9, 0, 0, 0, 8, 0]] * 2)[None]
+    w13 = torch.empty(8, expert_bytes, dtype=torch.uint8)
+    route(emulator, logits, None, routing, cluster=2, w13=w13)
+    out = (ctypes.c_int64 * 3)()
+    emulator.fetched(ctypes.c_uint64(w13.data_ptr()), out)
+    if expert_bytes > 1 << 20:
+        assert list(out) == [2 * (4 << 20), expert_bytes, 6 * expert_bytes + (1 << 20)]
+    else:
+        assert list(out) == [4 * expert_bytes, expert_bytes, 7 * expert_bytes]
 
 
 def test_host_rules(emulator):

@@ -116,6 +116,13 @@ DMOE_DEVICE void wait_for_primary() {
 #endif
 }
 
+// A multiple of 16 bytes, from such an address, into the L2.
+DMOE_DEVICE void bulk_prefetch(const void* global, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 // --- numbers
 DMOE_DEVICE uint32_t bits(float value) { return __float_as_uint(value); }
 DMOE_DEVICE float from_bits(uint32_t value) { return __uint_as_float(value); }
@@ -190,9 +197,6 @@ DMOE_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, Bar
           shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(once ? kEvictFirst : kEvictNormal)
       : "memory");
-}
-DMOE_DEVICE void bulk_prefetch(const void* global, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 // Between ordinary accesses of global memory and copies of the same bytes by the copy engine.
 DMOE_DEVICE void fence_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -30,8 +30,11 @@ struct Experts {
 // columns of y. Weights and tokens come in chunks of 256 along k; a row in shared memory is padded by 16 bytes, so that the
 // eight rows of a matrix lie in different banks. None of these is measured.
 constexpr int kTileRows = 64, kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8, kMaxTokens = 64;
-// Four warps multiply; four fill the ring, because a warp hands its copies to the copy engine one lane at a time.
-constexpr int kConsumers = 128, kProducers = 128, kExpertsThreads = kConsumers + kProducers;
+// Four warps multiply; eight fill the ring, because a warp hands its copies to the copy engine one lane at a time.
+constexpr int kConsumers = 128, kProducers = 256, kExpertsThreads = kConsumers + kProducers;
+
+constexpr int kRowsOfWarp = kTileRows / (kProducers / 32);  // rows of weights, and of tokens, that a producer copies
+static_assert(kTileRows == kMaxTokens && 2 * kRowsOfWarp <= 32);
 
 constexpr int64_t kExpertsHeader = 1024;  // barriers, tile of each stage, weights of the tokens
 

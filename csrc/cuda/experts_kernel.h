@@ -1,6 +1,6 @@
 // The kernel of experts.cu, as one function per thread block.
 //
-// Persistent thread blocks draw tiles, up tiles before down tiles. Four warps fill a ring of stages in shared memory by bulk
+// Persistent thread blocks draw tiles, up tiles before down tiles. Eight warps fill a ring of stages in shared memory by bulk
 // copies, four multiply. A down tile needs every up tile; its weights do not, so the ring holds them by the time the
 // last up tile is done and memory never idles. Tiles are drawn, not given out by block index: whoever waits for a tile
 // waits for a thread block that already runs, however many fit on the chip. Who computes a tile does not change its bits.
@@ -129,14 +129,15 @@ struct Place {
   }
 };
 
-// The warps that fill the ring. Warp i copies rows 16 i .. 16 i + 15 of the weights and of the tokens, one row per lane.
+// The warps that fill the ring. Warp i copies rows 8 i .. 8 i + 7 of the weights and of the tokens, one row per lane.
 DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared, int n_stages) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const int lane = dev::lane(), warp = dev::warp() - kConsumers / 32, tokens = static_cast<int>(p.tokens);
-  const bool weights = lane < 16, first = warp == 0 && lane == 0;
-  const int row = warp * 16 + lane % 16;
-  const bool copies = weights || row < tokens;
-  const int own_tokens = tokens - warp * 16 < 0 ? 0 : tokens - warp * 16 < 16 ? tokens - warp * 16 : 16;
+  const bool weights = lane < kRowsOfWarp, first = warp == 0 && lane == 0;
+  const int row = warp * kRowsOfWarp + lane % kRowsOfWarp;
+  const bool copies_tokens = !weights && lane < 2 * kRowsOfWarp && row < tokens;
+  const int left = tokens - warp * kRowsOfWarp;
+  const int rows = kRowsOfWarp + (left < 0 ? 0 : left < kRowsOfWarp ? left : kRowsOfWarp);
   const int64_t bytes = stage_bytes(p.tokens), to = kExpertsHeader + (weights ? row : kTileRows + row) * kPitch;
   uint32_t* counters = a.schedule;
   bool h_is_there = false;
@@ -145,7 +146,7 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
   const auto open = [&](const Place& place, int tile, int k) {
     dev::barrier_wait(&ring.empty[place.stage], place.phase ^ 1);
     if (first) ring.tile[place.stage] = tile;
-    if (lane == 0) dev::barrier_expect(&ring.full[place.stage], 2u * k * (16 + own_tokens));
+    if (lane == 0) dev::barrier_expect(&ring.full[place.stage], 2u * k * rows);
     dev::sync_warp();
   };
   const auto copy = [&](const Place& place, const Tile& tile, const Chunk& c) {
@@ -174,13 +175,13 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
       dev::fence_copies();
       h_is_there = true;
       for (; done < n; ++done, at.next(n_stages)) {
-        if (!weights && copies) copy(at, tile, chunk(a, p, w, tile, done));
+        if (copies_tokens) copy(at, tile, chunk(a, p, w, tile, done));
       }
     }
     for (; done < tile.chunks; ++done, at.next(n_stages)) {
       const Chunk part = chunk(a, p, w, tile, done);
       open(at, i, part.k);
-      if (copies) copy(at, tile, part);
+      if (weights || copies_tokens) copy(at, tile, part);
     }
     if (tile.chunks == 0) {  // a part of no expert at all: zeros
       open(at, i, 0);
@@ -304,7 +305,6 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
         y[from] = round16<kHalf>(total);
       }
     }
-    dev::sync_some(1, kConsumers);  // `last` is read by all before the next tile writes it
   }
 }
 

@@ -404,6 +404,17 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
   }
   dev::sync();
 
+  if (dev::kClusters && a.w13 && warp == kRouterWarps - 1) {
+    // Memory would idle until the expert kernel starts. It takes the members in this order.
+    const int64_t pieces = (a.w13_bytes + kFetchPiece - 1) / kFetchPiece, budget = kFetchBytes / kFetchPiece / a.n_blocks;
+    const int64_t all = n_members * pieces < budget ? n_members * pieces : budget;
+    for (int64_t i = rank * 32 + lane; i < all; i += size * 32) {
+      const int64_t from = i % pieces * kFetchPiece, left = a.w13_bytes - from;
+      dev::bulk_prefetch(static_cast<const char*>(a.w13) + coreset[i / pieces] * a.w13_bytes + from,
+                         static_cast<uint32_t>(left < kFetchPiece ? left : kFetchPiece));
+    }
+  }
+
   // Stage 3. Only the members' scores are needed, and computed again.
   const int group_size = experts / static_cast<int>(routing.n_group), padded_members = (n_members + 31) / 32 * 32;
   for (int token = rank + warp * size; token < rows.count; token += kRouterWarps * size) {

@@ -73,6 +73,8 @@ struct Machine {
   int64_t shared_bytes = 0;
   std::mt19937 random;
   std::vector<Copy> copies;  // asked for, not yet done
+  uintptr_t fetched_from = ~uintptr_t{0}, fetched_to = 0;  // the range of all prefetches
+  int64_t fetched = 0;
   int64_t copied_once = 0;  // bytes of copies with `once`
   const std::function<void(char*)>* kernel = nullptr;
   std::string error;
@@ -146,7 +148,9 @@ inline std::string launch(int ctas, int threads, int cluster, int64_t shared_byt
   machine.kernel = &kernel;
   machine.error.clear();
   machine.copies.clear();
-  machine.copied_once = 0;
+  machine.copied_once = machine.fetched = 0;
+  machine.fetched_from = ~uintptr_t{0};
+  machine.fetched_to = 0;
   std::vector<std::unique_ptr<Cta>> all;
   std::vector<std::unique_ptr<Meeting>> clusters;
   for (int c = 0; c < ctas; ++c) {
@@ -184,15 +188,17 @@ inline std::string launch(int ctas, int threads, int cluster, int64_t shared_byt
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   size_t left = n;
   int idle = 0;
-  size_t starved = 0;
+  std::vector<bool> starved(order.size());
   for (int round = 0; left && machine.error.empty(); ++round) {
-    // Some warp gets nothing for a while: it is late wherever the kernel does not wait for it.
-    if (round % 64 == 0) starved = machine.random() % (2 * order.size());
+    // Some warps get nothing for a while: they are late wherever the kernel does not wait for them.
+    if (round % 32 == 0) {
+      for (size_t group = 0; group < order.size(); ++group) starved[group] = machine.random() % 4 == 0;
+    }
     std::shuffle(order.begin(), order.end(), machine.random);
     const size_t turn = machine.random();
     bool moved = false;
     for (size_t group : order) {
-      if (group == starved) continue;
+      if (starved[group]) continue;
       for (size_t j = 0; j < 32; ++j) {
         const size_t i = group * 32 + (j + turn) % 32;
         if (i >= n || fibers[i].done) continue;
@@ -413,7 +419,12 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier*
   machine.copies.push_back({shared, global, bytes, barrier});
   if (once) machine.copied_once += bytes;
 }
-inline void bulk_prefetch(const void*, uint32_t) {}
+inline void bulk_prefetch(const void* global, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || !bytes) throw std::runtime_error("a prefetch is not aligned");
+  machine.fetched_from = std::min(machine.fetched_from, reinterpret_cast<uintptr_t>(global));
+  machine.fetched_to = std::max(machine.fetched_to, reinterpret_cast<uintptr_t>(global) + bytes);
+  machine.fetched += bytes;
+}
 inline void fence_copies() {}
 
 }  // namespace dmoe::dev

@@ -49,6 +49,12 @@ const char* emulate_schedule(const int32_t* topk_ids, int64_t slots, int64_t exp
   }));
 }
 
+// What the last launch would have fetched into the L2: bytes, and the range from `base` on.
+void fetched(uintptr_t base, int64_t* out) {
+  out[0] = dmoe::emulate::machine.fetched;
+  out[1] = static_cast<int64_t>(dmoe::emulate::machine.fetched_from - base);
+  out[2] = static_cast<int64_t>(dmoe::emulate::machine.fetched_to - base);
+}
 int64_t schedule_words(int64_t experts) { return dmoe::cuda::schedule_words(experts); }
 int used_at() { return dmoe::cuda::kUsed; }
 int64_t router_shared_bytes(int experts, int block_size, int cluster, int fused) {
