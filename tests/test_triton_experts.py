@@ -21,7 +21,7 @@ with pytest.MonkeyPatch.context() as patch:
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
 
 SMALL = dict(num_experts=16, top_k=4, block_size=8, n_group=4, topk_group=2, min_experts=5, capacity=6, union_k=2)
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_golden(form, name, golden_folder):
     if name == "f32":
         torch.testing.assert_close(y.cpu(), golden["y"], rtol=0, atol=1e-5)
     else:
-        close(y.flatten(0, 1)[same.to(DEVICE)], golden["y"].flatten(0, 1)[same], 2e-2)
+        close(y.flatten(0, 1)[same.to(DEVICE)], golden["y"].flatten(0, 1)[same], 1e-2)
 
 
 def test_layer_with_an_expert_map(form):

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .products import multiply
+from .products import multiply, rounded
 from .schedule import block_range
 
 HALF_GROUP = tl.constexpr(8)  # rows of gate and of up alternate in groups: both halves of a product sit in one thread
@@ -145,7 +145,7 @@ def dense_up_kernel(
             )
             i = tile * BLOCK_I + row
             at = n.to(tl.int64)[None, :] * SHARED_I + i[:, None]
-            tl.store(shared_h + at, out.to(h_ptr.dtype.element_ty), mask=(i < SHARED_I)[:, None])
+            tl.store(shared_h + at, rounded(out, h_ptr.dtype.element_ty), mask=(i < SHARED_I)[:, None])
             tile += step
 
     if PDL:
@@ -164,7 +164,7 @@ def dense_up_kernel(
         out = weighted(out, expert, ids, weights)
         i = first_row + row
         at = ((slots + member) * BLOCK_N + n)[None, :] * I + i[:, None]
-        tl.store(h_ptr + at, out.to(h_ptr.dtype.element_ty), mask=(i < I)[:, None])
+        tl.store(h_ptr + at, rounded(out, h_ptr.dtype.element_ty), mask=(i < I)[:, None])
         tile += step
         expert = tl.load(used + tl.minimum(tile // TILES, WIDTH - 1))
 
@@ -236,7 +236,7 @@ def dense_down_kernel(
         acc = multiply(w, h, acc)
 
     at = (start + n).to(tl.int64)[None, :] * H + row[:, None]
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=row_mask & (n < length)[None, :])
+    tl.store(y_ptr + at, rounded(acc, y_ptr.dtype.element_ty), mask=row_mask & (n < length)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_arrived"])
@@ -293,7 +293,9 @@ def gathered_up_kernel(
             out = up_product(x_cols, there, shared_w13_ptr, first_row, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
             i = first_row + row
             at = token.to(tl.int64)[None, :] * SHARED_I + i[:, None]
-            tl.store(shared_h_ptr + at, out.to(h_ptr.dtype.element_ty), mask=there[None, :] & (i < SHARED_I)[:, None])
+            tl.store(
+                shared_h_ptr + at, rounded(out, h_ptr.dtype.element_ty), mask=there[None, :] & (i < SHARED_I)[:, None]
+            )
 
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -324,7 +326,7 @@ def gathered_up_kernel(
         out = weighted(out, expert, ids, weights)
         i = first_row + row
         at = position.to(tl.int64)[None, :] * I + i[:, None]
-        tl.store(h_ptr + at, out.to(h_ptr.dtype.element_ty), mask=there[None, :] & (i < I)[:, None])
+        tl.store(h_ptr + at, rounded(out, h_ptr.dtype.element_ty), mask=there[None, :] & (i < I)[:, None])
 
 
 @triton.jit
@@ -367,7 +369,7 @@ def down_rows(
         acc = multiply(w, h, acc)
     mask = hidden_mask & there[None, :]
     at = position.to(tl.int64)[None, :] * H + hidden[:, None]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
     expected = tl.zeros([BLOCK_N], tl.int32) + (1 if HAS_SHARED else 0)
     for j in range(K):
@@ -391,7 +393,7 @@ def down_rows(
             total += tl.load(
                 shared_rows_ptr + at, mask=hidden_mask & last[None, :], other=0.0, cache_modifier=".cg"
             ).to(tl.float32)
-        tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=hidden_mask & last[None, :])
+        tl.store(y_ptr + at, rounded(total, y_ptr.dtype.element_ty), mask=hidden_mask & last[None, :])
 
 
 @triton.jit(do_not_specialize=["n_tokens"])

@@ -1,4 +1,4 @@
-"""The matrix product that all kernels share."""
+"""The matrix product and the rounding that all kernels share."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ def multiply(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """A float32 value in DTYPE, rounded to the nearest."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:  # Triton 3.6's interpreter cuts off the bits instead
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(DTYPE)
