@@ -248,10 +248,15 @@ class Cuda:
 
 
 def _cuda_experts_refuse(x, w13, w2, shared_w2) -> str | None:
-    if torch.cuda.get_device_capability(x.device)[0] != 9:
+    if not _is_hopper(x.device):
         return "a GPU that is not Hopper"
     shared = 0 if shared_w2 is None else shared_w2.shape[1]
     return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], x.element_size())
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _cuda_schedule(x, w13) -> torch.Tensor:

@@ -261,9 +261,7 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
         const int n_experts = last - expert0 < kGateTile ? last - expert0 : kGateTile;
         gate(a, rows.begin + token0, n_tokens, expert0, n_experts, reinterpret_cast<float*>(scratch),
              [&](int t, int e, float logit) {
-               const int token = token0 + t, expert = expert0 + e;
-               dev::remote(logits, token % size)[token / size * padded + expert] = logit;
-               a.logits[(rows.begin + token) * a.experts + expert] = logit;
+               dev::remote(logits, (token0 + t) % size)[(token0 + t) / size * padded + expert0 + e] = logit;
              });
       }
     }
@@ -281,6 +279,9 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
     for (int i = 0; i < N; ++i) mine[i] = routing.aggregate == Aggregate::max ? kNever : 0;
     for (int token = rank + warp * size; token < rows.count; token += kRouterWarps * size) {
       const float* row = logit_row(token);
+      if (fused) {  // not earlier: the barrier above would wait until these are written
+        for (int e = lane; e < experts; e += 32) a.logits[(rows.begin + token) * a.experts + e] = row[e];
+      }
       Row norm{};
       if (routing.score == Score::softmax) {
         norm = softmax_row(row, experts);
