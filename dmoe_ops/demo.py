@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-ids", metavar="ID", type=int, nargs="+", help="token ids, instead of a text")
-    parser.add_argument("--gen-length", metavar="N", type=int, default=122, help="new tokens at most (default: 122)")
+    parser.add_argument("--gen-length", metavar="N", type=int, default=160, help="new tokens at most (default: 160)")
     parser.add_argument("--block-length", metavar="N", type=int, default=32)
     parser.add_argument("--threshold", metavar="P", type=float, default=0.95, help="confidence that unmasks a token")
     parser.add_argument("--policy", choices=POLICIES, default="dmoe", help="block routing to show (default: dmoe)")
@@ -63,8 +63,8 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
         f"{str(weight.dtype).removeprefix('torch.')}; {torch.get_num_threads()} CPU threads"
     )
     codec = Codec(folder, config.vocab_size)
-    text = args.prompt or ("08+13=" if args.model is None else "Question: What is 12 + 30? Answer:")
-    ids = args.prompt_ids or codec.encode(text)
+    text = args.prompt or "What is a coreset?"
+    ids = args.prompt_ids or codec.encode(f"{text}\n")
     input_ids = torch.tensor([ids], device=device)
     print(f"prompt, {len(ids)} tokens: {codec.decode(ids)!r}")
 
