@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, _library, reference
 
@@ -215,6 +217,20 @@ def test_real_geometries(emulator, experts, settings, cluster):
     check(
         *route(emulator, logits, bias, routing, cluster=cluster), reference.block_route(logits, bias, routing=routing)
     )
+
+
+@pytest.mark.parametrize("name", ["llada2_mini_p60", "scarce_groups_e128", "nogroup_p70"])
+def test_golden(emulator, golden_folder, name):
+    """The coresets of the authors' code, and in them the experts of the reference. The first two sequences' first blocks."""
+    with safe_open(golden_folder / f"routing_{name}.safetensors", "pt") as file:
+        routing = BlockRouting(**json.loads(file.metadata()["config"]))
+        logits, bias, mask = (file.get_tensor(key) for key in ("logits", "expert_bias", "coreset_mask"))
+    logits = logits[:2, : 2 * routing.block_size].contiguous()
+    mask = mask[:2, : -(-logits.shape[1] // routing.block_size)].flatten(0, 1)
+    result, used = route(emulator, logits, bias, routing, cluster=4)
+    check(result, used, reference.block_route(logits, bias, routing=routing))
+    for members, size, want in zip(result.coreset_ids.tolist(), result.coreset_sizes.tolist(), mask):
+        assert members[:size] == want.nonzero().flatten().tolist()
 
 
 def test_largest_block(emulator):
