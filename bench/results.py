@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import __version__, _library
+from .. import __version__, _backends
 
 SCHEMA = 1
 
@@ -62,7 +62,7 @@ def machine(device: str) -> dict:
 
 def backend(device: str) -> str:
     """The one of dmoe_ops that serves the device. ValueError when DMOE_BACKEND asks for one that can't."""
-    return _library.backend(torch.empty(0, device=device)).__name__.lower()
+    return _backends.name_for(device)
 
 
 def _cpu_model() -> str:

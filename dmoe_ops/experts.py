@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import _checks, _library
+from . import _backends, _checks, _library
 
 
 def moe_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
@@ -23,7 +23,7 @@ def impl(x, w13, w2, topk_ids, topk_weights):
     y = fake(x, w13, w2, topk_ids, topk_weights)
     if y.shape[0]:
         x, topk_ids, topk_weights = _library.contiguous(x, topk_ids, topk_weights)
-        _library.backend(x).moe_experts(x, w13, w2, topk_ids, topk_weights, y)
+        _backends.backend(x).moe_experts(x, w13, w2, topk_ids, topk_weights, y)
     return y
 
 

@@ -9,35 +9,31 @@ import sys
 
 import torch
 
-from . import __version__, _library
+from . import __version__, _backends, _library
 
 
 def report() -> str:
-    missing = _library.missing()
-    chosen = {device: _library.backend(torch.empty(0, device=device)).__name__.lower() for device in _devices()}
+    missing = _backends.missing()
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    chosen = [f"{device} tensors use {_backends.name_for(device)}" for device in devices]
     lines = [
         f"dmoe-ops {__version__}, python {platform.python_version()} on {sys.platform} {platform.machine()}",
         f"torch {torch.__version__}, triton {_version('triton')}, {torch.get_num_threads()} CPU threads",
         f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
-        f"DMOE_BACKEND={os.environ.get('DMOE_BACKEND', 'auto')}: "
-        + ", ".join(f"{device} tensors use {name}" for device, name in chosen.items()),
+        f"DMOE_BACKEND={os.environ.get('DMOE_BACKEND', 'auto')}: {', '.join(chosen)}",
         "backends:",
     ]
-    for name, backend in _library.BACKENDS.items():
-        state = f"not here: {missing[name]}" if name in missing else "ready"
-        lines.append(f"  {name:10} {state:10} {backend.__doc__.strip().splitlines()[0]}")
+    for name, backend in _backends.BACKENDS.items():
+        what = backend.__doc__.splitlines()[0]
+        lines.append(f"  {name:10} {what}: " + (f"not here, {missing[name]}" if name in missing else "ready"))
     if _library._C is not None:
-        extension = _library._C
+        built = _library._C
+        cuda = f"for sm {built.cuda_architectures}" if built.cuda_architectures else f"not built, {built.why_no_cuda}"
         lines.append(
-            f"extension: {extension.compiler}, built with torch {extension.torch_version}, CPU kernels run as "
-            f"{extension.cpu_isa()}, CUDA kernels "
-            + (f"for sm {extension.cuda_architectures}" if extension.cuda_architectures else "not built")
+            f"extension: {built.compiler}, torch {built.torch_version}; CPU kernels run as {built.cpu_isa()}; "
+            f"CUDA kernels {cuda}"
         )
     return "\n".join(lines)
-
-
-def _devices() -> list[str]:
-    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 def _version(package: str) -> str:

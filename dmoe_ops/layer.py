@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import _checks, _library, router
+from . import _backends, _checks, _library, router
 from .routing import BlockRouting, RoutingResult
 
 
@@ -41,7 +41,7 @@ def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offs
     if x.shape[0]:
         y, *routed, router_logits = out
         x, gate_weight, expert_bias, block_offsets = _library.contiguous(x, gate_weight, expert_bias, block_offsets)
-        _library.backend(x).block_moe(
+        _backends.backend(x).block_moe(
             x,
             gate_weight,
             expert_bias,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _checks, _library, reference
+from . import _backends, _checks, _library, reference
 from .routing import BlockRouting, RoutingResult
 
 
@@ -63,7 +63,7 @@ def impl(logits, expert_bias, block_offsets, seq_len, *routing_args):
     _checks.block_offset_values(block_offsets, logits.shape[0], routing.block_size)
     if logits.shape[0]:
         logits, expert_bias, block_offsets = _library.contiguous(logits, expert_bias, block_offsets)
-        _library.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, result(out))
+        _backends.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, result(out))
     return out
 
 

@@ -39,10 +39,10 @@ def golden_folder() -> Path:
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request, monkeypatch) -> str:
     """Runs a test once per backend of the CPU."""
-    from dmoe_ops import _library
+    from dmoe_ops import _backends
 
-    if request.param == "cpp" and _library._C is None:
-        pytest.skip(f"backend cpp: {_library.missing()['cpp']}")
+    if request.param in _backends.missing():
+        pytest.skip(f"backend cpp: {_backends.missing()['cpp']}")
     monkeypatch.setenv("DMOE_BACKEND", request.param)
     return request.param
 

@@ -1,4 +1,4 @@
-"""The backend "triton": chooses a form, allocates the workspaces, launches. What `_library` describes of a backend."""
+"""The backend "triton": chooses a form, allocates the workspaces, launches. What `_backends` describes of a backend."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dmoe_ops import BlockRouting, _library, block_moe, block_route, moe_experts, reference, router
+from dmoe_ops import BlockRouting, _backends, _library, block_moe, block_route, moe_experts, reference, router
 
 
 def why_not() -> str | None:
@@ -21,7 +21,7 @@ def why_not() -> str | None:
         return "needs a GPU; there is none here"
     if torch.cuda.get_device_capability()[0] != 9:
         return f"needs compute capability 9.0, got {torch.cuda.get_device_capability()}"
-    return _library._why_no_cuda(torch.device("cuda", torch.cuda.current_device()))
+    return _backends.Cuda.why_not(torch.device("cuda", torch.cuda.current_device()))
 
 
 pytestmark = [

@@ -1,0 +1,240 @@
+"""The backends: each fills the outputs of the ops, which an op has validated and allocated, and does nothing else.
+
+`DMOE_BACKEND` = auto | reference | cpp | triton | cuda chooses; auto takes the fastest that can serve the tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from . import reference
+from ._library import _C, WHY_NO_C, packed_routing
+from .routing import RoutingResult
+
+
+class Reference:
+    """plain torch: the contract itself, on any device"""
+
+    @staticmethod
+    def why_not(device) -> str | None:
+        return None
+
+    @staticmethod
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
+        rows = logits.view(-1, seq_len, logits.shape[1]) if seq_len else logits
+        for written, value in zip(
+            out, reference.block_route(rows, expert_bias, routing=routing, block_offsets=block_offsets)
+        ):
+            written.copy_(value)
+
+    @staticmethod
+    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
+        y.copy_(reference.moe_experts(x, w13, w2, topk_ids, topk_weights))
+
+    @staticmethod
+    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+        rows = x.view(-1, seq_len, x.shape[1]) if seq_len else x
+        value, routed, logits = reference.block_moe(
+            rows, gate_weight, expert_bias, *weights, routing=routing, block_offsets=block_offsets
+        )
+        y.copy_(value.view(x.shape))
+        router_logits.copy_(logits)
+        for written, value in zip(out, routed):
+            written.copy_(value)
+
+
+class Cpp:
+    """csrc/cpu, on the CPU"""
+
+    @staticmethod
+    def why_not(device) -> str | None:
+        if _C is None:
+            return f"the extension module {WHY_NO_C}"
+        if device is not None and device.type != "cpu":
+            return f"it serves CPU tensors, got {device}"
+        return None
+
+    @staticmethod
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
+        torch.ops.dmoe._block_route_out(logits, expert_bias, block_offsets, seq_len, *packed_routing(routing), *out)
+
+    @staticmethod
+    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
+        torch.ops.dmoe._moe_experts_out(x, w13, w2, None, None, topk_ids, topk_weights, y)
+
+    @staticmethod
+    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+        torch.ops.dmoe._gate_out(x, gate_weight, router_logits)
+        Cpp.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
+        torch.ops.dmoe._moe_experts_out(x, *weights, out.topk_ids, out.topk_weights, y)
+
+
+class Triton:
+    """triton_kernels, on GPUs"""
+
+    @staticmethod
+    def why_not(device) -> str | None:
+        if not _has_triton():
+            return "the package triton is not installed"
+        if device is None and not torch.cuda.is_available() and not _triton_interprets():
+            return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for checks)"
+        if device is not None and device.type != ("cpu" if _triton_interprets() else "cuda"):
+            return f"it serves GPU tensors, and only the CPU's under TRITON_INTERPRET=1, got {device}"
+        return None
+
+    @staticmethod
+    def block_route(*args) -> None:
+        _triton_backend().block_route(*args)
+
+    @staticmethod
+    def moe_experts(*args) -> None:
+        _triton_backend().moe_experts(*args)
+
+    @staticmethod
+    def block_moe(*args) -> None:
+        _triton_backend().block_moe(*args)
+
+
+@functools.cache
+def _triton_backend():  # imported at the first call: that takes a second, and a CPU has no use for it
+    from .triton_kernels.backend import Triton
+
+    return Triton
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+class Cuda:
+    """csrc/cuda, on NVIDIA GPUs of compute capability 8.x and 9.0
+
+    Two launches: router and experts. What the host rules refuse (csrc/cuda/router.h and experts.h: float32 experts,
+    more than 64 tokens through experts, sizes that do not divide into its tiles) goes to Triton, or to the reference
+    where that is missing.
+    """
+
+    @staticmethod
+    def why_not(device) -> str | None:
+        return _why_no_cuda(device)
+
+    @staticmethod
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
+        if _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, 0):
+            _without_cuda().block_route(logits, expert_bias, block_offsets, seq_len, routing, out)
+        else:
+            Cpp.block_route(logits, expert_bias, block_offsets, seq_len, routing, out)
+
+    @staticmethod
+    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
+        if _cuda_experts_refuse(x, w13, w2, None):
+            _without_cuda().moe_experts(x, w13, w2, topk_ids, topk_weights, y)
+        else:
+            schedule = _cuda_schedule(x, w13)
+            Cuda._experts(x, (w13, w2, None, None), topk_ids, topk_weights, schedule, False, y)
+
+    @staticmethod
+    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+        w13, w2, _, shared_w2 = weights
+        if (
+            _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, x.shape[1])
+            or _cuda_experts_refuse(x, w13, w2, shared_w2)
+            or gate_weight.dtype == torch.float64
+        ):
+            _without_cuda().block_moe(
+                x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits
+            )
+            return
+        schedule = _cuda_schedule(x, w13)
+        torch.ops.dmoe._gate_route_out(
+            x,
+            gate_weight,
+            expert_bias,
+            block_offsets,
+            seq_len,
+            *packed_routing(routing),
+            router_logits,
+            *out,
+            schedule,
+            w13,
+        )
+        Cuda._experts(x, weights, out.topk_ids, out.topk_weights, schedule, True, y)
+
+    @staticmethod
+    def _experts(x, weights, topk_ids, topk_weights, schedule, scheduled: bool, y) -> None:
+        w13, w2, _, shared_w2 = weights
+        shared = 0 if shared_w2 is None else shared_w2.shape[1]
+        size = _C.cuda_workspace_bytes(*x.shape, w2.shape[2], shared, w13.shape[0], topk_ids.shape[1])
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        torch.ops.dmoe._block_dense_out(x, *weights, topk_ids, topk_weights, schedule, workspace, scheduled, y)
+
+
+def _cuda_experts_refuse(x, w13, w2, shared_w2) -> str | None:
+    if not _is_hopper(x.device):
+        return "a GPU that is not Hopper"
+    shared = 0 if shared_w2 is None else shared_w2.shape[1]
+    return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], x.element_size())
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _cuda_schedule(x, w13) -> torch.Tensor:
+    return torch.empty(_C.cuda_schedule_words(w13.shape[0]), dtype=torch.int32, device=x.device)
+
+
+def _without_cuda():
+    return Triton if _has_triton() else Reference
+
+
+@functools.cache
+def _why_no_cuda(device: torch.device | None) -> str | None:
+    if _C is None:
+        return f"the extension module {WHY_NO_C}"
+    if not _C.cuda_architectures:
+        return _C.why_no_cuda
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "there is no NVIDIA GPU"
+    # Machine code of sm_80 runs on every 8.x, that of sm_90a on 9.0 alone.
+    if device is not None and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (8, 9)):
+        return f"it serves tensors of a GPU of compute capability 8.x or 9.0, got {device}"
+    return None
+
+
+BACKENDS = {"reference": Reference, "cpp": Cpp, "triton": Triton, "cuda": Cuda}
+
+
+def missing() -> dict[str, str]:
+    """Why each backend that this installation lacks is missing, by name."""
+    return {name: why for name, backend in BACKENDS.items() if (why := backend.why_not(None))}
+
+
+def backend(x: torch.Tensor):
+    """The backend that serves tensors like x, under DMOE_BACKEND. Raises ValueError when the one that is asked for can't."""
+    wanted = os.environ.get("DMOE_BACKEND", "auto")
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise ValueError(f"DMOE_BACKEND must be auto or one of {', '.join(BACKENDS)}, got {wanted!r}")
+    if x.dtype == torch.float64:  # for gradcheck; no kernel takes it
+        return Reference
+    if wanted == "auto":
+        return next(each for each in (Cpp, Cuda, Triton, Reference) if each.why_not(x.device) is None)
+    if why := BACKENDS[wanted].why_not(x.device):
+        raise ValueError(f"DMOE_BACKEND={wanted}: {why}")
+    return BACKENDS[wanted]
+
+
+def name_for(device: str) -> str:
+    """Name of the backend that serves the tensors of a device."""
+    chosen = backend(torch.empty(0, device=device))
+    return next(name for name, each in BACKENDS.items() if each is chosen)
