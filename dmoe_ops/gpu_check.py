@@ -31,9 +31,10 @@ TEST_SECONDS = 270
 BENCHES = {
     "layer_peers": "layer --tokens 32 --unique 15,70 --peers all --seconds 15",
     "layer_roofline": "layer --tokens 32,128,512,2048 --unique 8,15,32,70,256 --no-baseline --seconds 8",
-    "layer_triton": "layer --backend triton --tokens 32,128,512,2048 --unique 15,70 --no-baseline --seconds 5",
+    "layer_cuda": "layer --backend cuda --tokens 32,64 --unique 8,15,32,70 --no-baseline --seconds 8",
     "experts_peers": "experts --tokens 32 --unique 15,70 --peers all --no-baseline --seconds 10",
     "route_peers": "route --tokens 32 --peers all --seconds 5",
+    "route_cuda": "route --backend cuda --tokens 32,1024 --seconds 5",
 }
 
 
