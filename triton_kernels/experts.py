@@ -2,7 +2,8 @@
 
 Dense, for latency: a block's tokens all go through each of its experts, with weight 0 where a token did not choose one.
 While reading weights is what takes the time, that arithmetic is free, and nothing is permuted. `dense_down_kernel` sums
-over all experts in one long loop, so a program owns its outputs: no atomics, one order of additions.
+over all experts in one long loop, so a program owns its outputs: no atomics, one order of additions. The price: an expert
+whose own weights are not finite reaches the whole block (0 * inf), not only the tokens that chose it.
 
 Gathered, for throughput: grouped products over the positions of `schedule`. `gathered_down_kernel` writes one row per
 position, and the program that brings a token's last row (an integer counter tells) adds the rows up in the order of the

@@ -23,6 +23,6 @@ def rounded(value, DTYPE: tl.constexpr):
     """A float32 value in DTYPE, rounded to the nearest."""
     if INTERPRETED and tl.bfloat16 == DTYPE:  # Triton 3.6's interpreter cuts off the bits instead
         bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(DTYPE)
