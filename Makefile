@@ -21,8 +21,9 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 demo: $(SETUP)
 	$(PY) -m dmoe_ops demo $(DEMO)
 
+# Two at a time where pytest-xdist is there; threads that wait do not spin, as they would take turns with the other half.
 test: $(SETUP)
-	$(PY) -m pytest
+	OMP_WAIT_POLICY=passive $(PY) -m pytest $$($(PY) -c "import importlib.util as u; print('-n 2 --dist loadfile' * bool(u.find_spec('xdist')))")
 
 lint: $(SETUP)
 	$(PY) -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import types
 from pathlib import Path
@@ -25,6 +26,12 @@ else:
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     settings.load_profile("repository")
+
+# Triton and the kernels read TRITON_INTERPRET when they are imported; whoever imports them first decides for all.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import dmoe_ops.triton_kernels.backend  # noqa: F401
 
 
 @pytest.fixture
