@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +67,7 @@ class DecodingStats:
     expert_bytes_per_step: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """tokens: int64 [1, n], the new tokens up to and with the first eos; n is at most gen_length."""
 
     tokens: torch.Tensor
