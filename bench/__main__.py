@@ -133,7 +133,7 @@ def _case_arguments(parser, op: str) -> None:
     parser.add_argument(
         "--peers",
         type=lambda text: _peers(text, known),
-        default=[],
+        default="torch" if op == "route" else "eager,grouped_mm",
         metavar="NAME,…",
         help=f"all (but reference, which is slow), none, or some of {', '.join(known)}",
     )
