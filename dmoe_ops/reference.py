@@ -76,13 +76,7 @@ def moe_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
     to x, w13, w2 and topk_weights. Raises ValueError, naming the argument and its value.
     """
     _checks.experts(x, w13, w2, topk_ids, topk_weights)
-    y = torch.zeros(x.shape, dtype=topk_weights.dtype, device=x.device)
-    for expert in range(w13.shape[0]):
-        rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
-        if len(rows):
-            out = mlp(x[rows].to(y.dtype), w13[expert], w2[expert])
-            y = y.index_add(0, rows, topk_weights[rows, slots, None] * out)
-    return y.to(x.dtype)
+    return routed_experts(x.to(topk_weights.dtype), w13, w2, topk_ids, topk_weights).to(x.dtype)
 
 
 def block_moe(
@@ -106,10 +100,20 @@ def block_moe(
     logits = F.linear(acc, gate_weight.to(acc.dtype))
     routed = block_route(logits.view(*x.shape[:-1], -1), expert_bias, routing=routing, block_offsets=block_offsets)
     # In the accumulator's dtype, so that the routed and the shared part are rounded together.
-    y = moe_experts(acc, w13.to(acc.dtype), w2.to(acc.dtype), routed.topk_ids, routed.topk_weights)
+    y = routed_experts(acc, w13, w2, routed.topk_ids, routed.topk_weights)
     if shared_w13 is not None:
         y = y + mlp(acc, shared_w13, shared_w2)
     return y.to(x.dtype).view(x.shape), routed, logits
+
+
+def routed_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
+    """`moe_experts` in the dtype of x, that of topk_weights; the weights are widened one expert at a time."""
+    y = torch.zeros_like(x)
+    for expert in range(w13.shape[0]):
+        rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
+        if len(rows):
+            y = y.index_add(0, rows, topk_weights[rows, slots, None] * mlp(x[rows], w13[expert], w2[expert]))
+    return y
 
 
 def mlp(x, w13, w2) -> torch.Tensor:
