@@ -83,9 +83,9 @@ class BlockRouting:
         for name, allowed in (("score", SCORES), ("aggregate", AGGREGATES), ("select", SELECTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not _is_number(self.routed_scaling_factor) or not math.isfinite(self.routed_scaling_factor):
+        if not is_number(self.routed_scaling_factor) or not math.isfinite(self.routed_scaling_factor):
             raise ValueError(f"routed_scaling_factor must be a finite number, got {self.routed_scaling_factor!r}")
         if not isinstance(self.norm_topk_prob, bool):
             raise ValueError(f"norm_topk_prob must be True or False, got {self.norm_topk_prob!r}")
@@ -140,10 +140,14 @@ class BlockRouting:
 FIELDS = tuple(field.name for field in dataclasses.fields(BlockRouting))
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value) -> bool:
+    return is_int(value) or isinstance(value, float)
 
 
 def _check_int(name: str, value, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_int(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..routing import is_int, is_number
+
 FROM_CONFIG = object()
 
 
@@ -274,11 +276,3 @@ def check_ids(input_ids, vocab_size: int) -> None:
         raise ValueError(
             f"input_ids must be in [0, vocab_size={vocab_size}), got {int(input_ids.min())} to {int(input_ids.max())}"
         )
-
-
-def is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value) -> bool:
-    return is_int(value) or isinstance(value, float)

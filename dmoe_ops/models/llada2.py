@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layer import BlockMoE
-from ..routing import POLICIES, SCORES, BlockRouting
+from ..routing import POLICIES, SCORES, BlockRouting, is_int, is_number
 from . import checkpoint, decoding
 
 # What LLaDA2.0's generate() falls back to: its config.json names neither token.
@@ -88,10 +88,10 @@ class LLaDA2Config:
                 continue
             if kind == "int":
                 least = 0 if field.name in MAY_BE_ZERO else 1
-                fits = decoding.is_int(value) and value >= least
+                fits = is_int(value) and value >= least
                 check(fits, field.name, f"be an integer of at least {least}")
             elif kind == "float":
-                fits = decoding.is_number(value) and math.isfinite(value) and value > 0
+                fits = is_number(value) and math.isfinite(value) and value > 0
                 check(fits, field.name, "be a positive number")
             elif kind == "bool":
                 check(isinstance(value, bool), field.name, "be true or false")
@@ -340,7 +340,7 @@ class LLaDA2ForDiffusion(nn.Module):
 
     def hidden_states(self, input_ids, *, kv_cache=None, block_length: int = 32):
         """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`."""
-        if not decoding.is_int(block_length) or block_length < 1:
+        if not is_int(block_length) or block_length < 1:
             raise ValueError(f"block_length must be an integer of at least 1, got {block_length!r}")
         if self.block_size_follows and self.routing.block_size != block_length:
             self._use(dataclasses.replace(self.routing, block_size=block_length))
