@@ -8,10 +8,13 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:  # it has an argument parser of its own, and gets everything behind its name
+        from .bench.__main__ import main as bench
+
+        return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="dmoe", description="Block-level expert routing for MoE diffusion LLMs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="which backends are there, and why others are not")
-    # The bench has an argument parser of its own; it gets everything behind its name.
     commands.add_parser("bench", help="the microbenchmark: dmoe bench --help", add_help=False)
     demo_parser = commands.add_parser("demo", help="decode a prompt with token routing and with dMoE, side by side")
     from . import demo, tune
@@ -19,10 +22,6 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_arguments(demo_parser)
     tune.add_arguments(commands.add_parser("tune", help="measure the Triton tile choices on this machine's GPU"))
 
-    if argv[:1] == ["bench"]:
-        from .bench.__main__ import main as bench
-
-        return bench(argv[1:])
     args = parser.parse_args(argv)
     if args.command == "info":
         from .info import report
