@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
+import shutil
+import subprocess
 import types
 from pathlib import Path
 
@@ -236,3 +239,21 @@ def _make_block(hidden=16, intermediate=8, experts=8, top_k=2, n_group=2, topk_g
     block.experts = nn.ModuleList(mlp(intermediate) for _ in range(experts))
     block.shared_experts = mlp(intermediate * shared) if shared else None
     return block
+
+
+@pytest.fixture(scope="session")
+def build_host_library(tmp_path_factory):
+    """Builds a file of tests/cpp, which runs device code on the CPU, and loads it."""
+
+    def build(source: str) -> ctypes.CDLL:
+        compiler = shutil.which("g++") or shutil.which("c++")
+        if compiler is None:
+            pytest.skip(f"tests/cpp/{source} needs a C++ compiler")
+        root = Path(__file__).resolve().parents[1]
+        library = (tmp_path_factory.mktemp("emulator") / source).with_suffix(".so")
+        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
+        include = [f"-I{root / 'csrc'}", f"-I{root / 'tests/cpp'}"]
+        subprocess.run([compiler, *flags, *include, root / "tests/cpp" / source, "-o", library], check=True)
+        return ctypes.CDLL(str(library))
+
+    return build

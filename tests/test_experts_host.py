@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,17 +40,8 @@ class Experts(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("the host build of the expert kernel needs a C++ compiler")
-    root = Path(__file__).resolve().parents[1]
-    library = tmp_path_factory.mktemp("emulator") / "experts.so"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-    include = [f"-I{root / 'csrc'}", f"-I{root / 'tests/cpp'}"]
-    source = root / "tests/cpp/experts_host.cpp"
-    subprocess.run([compiler, *flags, *include, source, "-o", library], check=True)
-    result = ctypes.CDLL(str(library))
+def emulator(build_host_library):
+    result = build_host_library("experts_host.cpp")
     for name in ("emulate_experts", "refuses_experts"):
         getattr(result, name).restype = ctypes.c_char_p
     for name in ("schedule_words", "workspace_bytes", "shared_bytes"):

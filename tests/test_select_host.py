@@ -5,9 +5,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,17 +62,8 @@ class Router(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("the host build of csrc/select.h needs a C++ compiler")
-    root = Path(__file__).resolve().parents[1]
-    library = tmp_path_factory.mktemp("emulator") / "router.so"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-    include = [f"-I{root / 'csrc'}", f"-I{root / 'tests/cpp'}"]
-    source = root / "tests/cpp/router_host.cpp"
-    subprocess.run([compiler, *flags, *include, source, "-o", library], check=True)
-    result = ctypes.CDLL(str(library))
+def emulator(build_host_library):
+    result = build_host_library("router_host.cpp")
     for name in ("emulate_route", "emulate_schedule"):
         getattr(result, name).restype = ctypes.c_char_p
     for name in ("schedule_words", "router_shared_bytes"):
