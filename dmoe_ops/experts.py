@@ -55,36 +55,47 @@ def gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights):
 
 
 def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool):
-    """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights, one expert at a time. Each is
-    accumulated in the dtype of topk_weights and rounded once."""
-    d_x, d_w13, d_w2, d_topk_weights = (
-        torch.zeros_like(t) for t in gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
-    )
-    acc_type = topk_weights.dtype
-    d_x_acc = torch.zeros(x.shape, dtype=acc_type, device=x.device)
-    slots = topk_ids.flatten()
-    order = slots.argsort(stable=True)
-    counts = torch.bincount(slots.clamp(min=-1) + 1, minlength=w13.shape[0] + 1).tolist()
-    for expert, chosen in enumerate(order.split(counts)[1 : w13.shape[0] + 1]):
-        if not len(chosen):
-            continue
-        rows = chosen // topk_ids.shape[1]
-        weight = topk_weights.flatten()[chosen, None]
-        tokens, d_out = x[rows].to(acc_type), d_y[rows].to(acc_type)
-        up_proj, down_proj = w13[expert].to(acc_type), w2[expert].to(acc_type)
-        gate, up = F.linear(tokens, up_proj).chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        hidden = gate * sigmoid * up
-        d_hidden = d_out @ down_proj
-        d_topk_weights.view(-1)[chosen] = (d_hidden * hidden).sum(1)
-        d_hidden = d_hidden * weight
-        d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-        d_gate_up = torch.cat([d_gate, d_hidden * gate * sigmoid], 1)
-        d_x_acc.index_add_(0, rows, d_gate_up @ up_proj)
+    """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights. Each is accumulated in the dtype of
+    topk_weights and rounded once; tokens are gathered by expert, so that each product is one matrix multiplication."""
+    d_x, d_w13, d_w2, d_topk_weights = gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
+    top_k, num_experts, acc_type = topk_ids.shape[1], w13.shape[0], topk_weights.dtype
+    order = topk_ids.flatten().argsort(stable=True)
+    counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1, minlength=num_experts + 1).tolist()
+    unused, order = order.split([counts[0], len(order) - counts[0]])
+    rows, scale = order // top_k, topk_weights.flatten()[order, None]
+    used = [(e, part) for e, part in zip(range(num_experts), _slices(counts[1:])) if part.stop > part.start]
+    tokens, d_out = x[rows].to(acc_type), d_y[rows].to(acc_type)
+
+    gate_up, d_hidden = (tokens.new_empty(len(rows), n) for n in (w13.shape[1], w2.shape[2]))
+    for e, part in used:
+        torch.mm(tokens[part], w13[e].to(acc_type).T, out=gate_up[part])
+        torch.mm(d_out[part], w2[e].to(acc_type), out=d_hidden[part])
+    gate, up = gate_up.chunk(2, dim=1)
+    silu = F.silu(gate)
+    hidden = silu * up
+    flat = d_topk_weights.view(-1)
+    flat[order] = (d_hidden * hidden).sum(1)
+    flat[unused] = 0
+    d_hidden *= scale
+    d_gate_up = torch.cat([torch.ops.aten.silu_backward(d_hidden * up, gate), d_hidden * silu], 1)
+    if of_weights:
+        hidden *= scale
+        d_w13.zero_()
+        d_w2.zero_()
+    d_slots = tokens.new_zeros(topk_ids.numel(), x.shape[1])
+    for e, part in used:
+        d_slots[order[part]] = d_gate_up[part] @ w13[e].to(acc_type)
         if of_weights:
-            d_w13[expert] = d_gate_up.T @ tokens
-            d_w2[expert] = (d_out * weight).T @ hidden
-    return d_x.copy_(d_x_acc), d_w13, d_w2, d_topk_weights
+            d_w13[e] = d_gate_up[part].T @ tokens[part]
+            d_w2[e] = d_out[part].T @ hidden[part]
+    return d_x.copy_(d_slots.view(-1, top_k, x.shape[1]).sum(1)), d_w13, d_w2, d_topk_weights
+
+
+def _slices(counts):
+    begin = 0
+    for count in counts:
+        yield slice(begin, begin + count)
+        begin += count
 
 
 _library.define(

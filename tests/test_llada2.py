@@ -151,6 +151,18 @@ def shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
 
 
+def test_saved_in_another_dtype(tmp_path):
+    model = build()
+    model.moe_layers[0].expert_bias.fill_(1 / 3)
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    for name, saved in load_file(tmp_path / "model.safetensors").items():
+        ours = model.checkpoint_tensors()[name]
+        assert torch.equal(saved, ours if name.endswith("expert_bias") else ours.bfloat16())
+    with pytest.raises(ValueError, match="dtype must be a torch dtype of floating point numbers"):
+        model.save_pretrained(tmp_path, dtype=torch.int8)
+
+
 def test_shards_equal_the_single_file(folder):
     before = LLaDA2ForDiffusion.from_pretrained(folder).state_dict()
     shard(folder)
@@ -419,6 +431,36 @@ def test_eos_ends_the_text():
     assert early.stats.tokens == first + 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["token", "dmoe"])
+@pytest.mark.parametrize("block_length, threshold, eos", [(16, 0.5, True), (32, 0.9, True), (16, 0.2, False)])
+def test_a_batch_of_prompts_decodes_as_each_alone(block_length, threshold, eos, policy):
+    """Prompts that end in different blocks, texts that end at different steps: none sees another."""
+    lengths = [40, 3, 17, 32, 1, 16, 70]
+    model, rows = build(policy=policy), [prompt(length, seed) for seed, length in enumerate(lengths)]
+    options = dict(gen_length=45, block_length=block_length, threshold=threshold, steps=12, eos_id=None)
+    if eos:  # a token that comes early in some texts, late or never in others
+        texts = [model.generate(row, **options).tokens[0].tolist() for row in rows]
+        ends = {t: [text.index(t) if t in text else None for text in texts] for t in range(MASK)}
+        options["eos_id"] = max(ends, key=lambda t: len(set(ends[t])))
+        assert len(set(ends[options["eos_id"]])) > 2
+    batch = torch.full((len(rows), 70), 7)
+    for row, ids in zip(batch, rows):
+        row[: ids.shape[1]] = ids[0]
+    together = model.generate(batch, prompt_lengths=torch.tensor(lengths), **options)
+    alone = [model.generate(row, **options) for row in rows]
+    longest = max(one.tokens.shape[1] for one in alone)
+    assert together.tokens.shape == (len(rows), longest)
+    for row, one in zip(together.tokens, alone):
+        assert row[: one.tokens.shape[1]].tolist() == one.tokens[0].tolist()
+        assert set(row[one.tokens.shape[1] :].tolist()) <= {options["eos_id"]}
+    assert together.stats.tokens == sum(one.stats.tokens for one in alone)
+    steps = [one.stats.denoising_forwards for one in alone]
+    assert together.stats.denoising_forwards == sum(steps)
+    mean = sum(one.stats.unique_experts_denoising * n for one, n in zip(alone, steps)) / sum(steps)
+    assert together.stats.unique_experts_denoising == pytest.approx(mean)
+
+
 def test_drawing_repeats_with_the_generator():
     model, ids = build(), prompt(8)
 
@@ -473,7 +515,12 @@ BAD_ARGUMENTS = [
     (dict(input_ids=prompt(4)[0]), "input_ids must be an int64 tensor [bsz, T], got [4]"),
     (dict(input_ids=prompt(4).int()), "input_ids must be an int64 tensor [bsz, T], got [1, 4] torch.int32"),
     (dict(input_ids=[[1, 2]]), "input_ids must be an int64 tensor"),
-    (dict(input_ids=prompt(4).repeat(2, 1)), "input_ids must hold one prompt, [1, T], got [2, 4]"),
+    (dict(input_ids=prompt(4)[:0]), "input_ids must hold a prompt, [bsz, T], got [0, 4]"),
+    (dict(prompt_lengths=[4]), "prompt_lengths must be an int64 tensor [bsz=1], got [4]"),
+    (dict(prompt_lengths=torch.tensor([4.0])), "prompt_lengths must be an int64 tensor [bsz=1]"),
+    (dict(prompt_lengths=torch.tensor([4, 4])), "prompt_lengths must be an int64 tensor [bsz=1]"),
+    (dict(prompt_lengths=torch.tensor([5])), "prompt_lengths must be in [0, T=4], got [5]"),
+    (dict(prompt_lengths=torch.tensor([-1])), "prompt_lengths must be in [0, T=4], got [-1]"),
     (dict(input_ids=torch.tensor([[64]])), "input_ids must be in [0, vocab_size=64), got 64 to 64"),
     (dict(input_ids=torch.tensor([[1, MASK]])), f"input_ids must not hold mask_id={MASK}"),
 ]

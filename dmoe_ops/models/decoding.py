@@ -43,17 +43,30 @@ class KVCache:
     def commit(self, tokens: int) -> None:
         self.length += tokens
 
+    def of(self, rows) -> KVCache:
+        """A cache of its own with the committed tokens of some sequences, int64 [n] or bool [bsz], and the same capacity."""
+        part = object.__new__(KVCache)
+        part.length = self.length
+        for name in ("keys", "values"):
+            whole = getattr(self, name)
+            kept = whole[:, rows, :, : self.length]
+            copy = whole.new_empty(kept.shape[:3] + whole.shape[3:])
+            copy[:, :, :, : self.length] = kept
+            setattr(part, name, copy)
+        return part
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodingStats:
-    """What a decode cost. A forward is one run of all layers: the prefill of the prompt's full blocks, the denoising
-    steps, and the commit of each finished block (its keys and values have to be those of its final tokens).
+    """What a decode cost, all its sequences together. A forward is one run of all layers for one sequence: the prefill of
+    the prompt's full blocks, the denoising steps, and the commit of each finished block (its keys and values have to be
+    those of its final tokens).
 
     tokens_per_forward: new tokens over all forwards.
     unique_experts: distinct experts that a block's tokens were routed to, averaged over layers and over the blocks of all
     forwards; unique_experts_denoising: the paper's count, over denoising forwards alone. `_by_layer` keeps the layers
     apart (MoE layers, in order).
-    expert_bytes_per_step: routed expert weights that a denoising forward reads, on average, all layers together.
+    expert_bytes_per_step: routed expert weights that a block reads in a denoising forward, on average, all layers together.
     """
 
     tokens: int
@@ -70,7 +83,8 @@ class DecodingStats:
 
 
 class Decoded(NamedTuple):
-    """tokens: int64 [1, n], the new tokens up to and with the first eos; n is at most gen_length."""
+    """tokens: int64 [bsz, n], the new tokens up to and with the first eos; n is at most gen_length. A sequence that ends
+    earlier than another is filled up with eos."""
 
     tokens: torch.Tensor
     stats: DecodingStats
@@ -86,13 +100,14 @@ class _Counter:
         self.unique = dict.fromkeys(self.forwards, 0)  # [layers]: sums over blocks
 
     def add(self, kind: str, routed) -> None:
+        sequences = routed[0][1].shape[0]
         topk_ids = torch.stack([ids for _, ids in routed]).flatten(1, 2)  # [layers, tokens, k]
         layers, tokens, _ = topk_ids.shape
         blocks = tokens // self.block_length
         # Slots without an expert (-1) are counted in a bin of their own.
         used = torch.zeros(layers, blocks, self.num_experts + 1, dtype=torch.bool, device=topk_ids.device)
         used.scatter_(2, topk_ids.reshape(layers, blocks, -1) % (self.num_experts + 1), True)
-        self.forwards[kind] += 1
+        self.forwards[kind] += sequences
         self.blocks[kind] += blocks
         self.unique[kind] = self.unique[kind] + used[:, :, :-1].sum((1, 2))
 
@@ -124,6 +139,7 @@ def generate(
     input_ids,
     *,
     gen_length: int,
+    prompt_lengths=None,
     block_length: int = 32,
     steps: int = 32,
     threshold: float = 0.95,
@@ -138,7 +154,9 @@ def generate(
 ) -> Decoded:
     """Decodes up to `gen_length` new tokens by block diffusion.
 
-    input_ids: int64 [1, T], the prompt; it may end inside a block, and may be empty.
+    input_ids: int64 [bsz, T], the prompts; they may end inside a block, and may be empty.
+    prompt_lengths: int64 [bsz], where they differ: of each row of input_ids the first so many tokens, the rest is padding.
+    Every sequence comes out as if it were alone: it is its own blocks, and leaves the batch when it is done.
     gen_length: new tokens at most. block_length: tokens that are unmasked in parallel; blocks start at position 0.
     steps: denoising steps per block (at most gen_length of them). Each unmasks every token whose confidence is
     above `threshold`, or, where those are fewer than the step's share of the block, that many of the most confident.
@@ -156,47 +174,70 @@ def generate(
     eos_id = config.eos_token_id if eos_id is FROM_CONFIG else eos_id
     mask_id = config.mask_token_id if mask_id is None else mask_id
     _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id)
-    input_ids = input_ids.to(self.device)
+    lengths = _lengths(input_ids, prompt_lengths)
+    _check_prompts(config, input_ids, lengths, gen_length, mask_id)
+    input_ids, lengths = input_ids.to(self.device), lengths.to(self.device)
     steps = min(steps, gen_length)
-    prompt_length = input_ids.shape[1]
-    stop = prompt_length + gen_length
-    n_blocks = -(-stop // block_length)
-    x = input_ids.new_full((1, n_blocks * block_length), mask_id)
-    x[:, :prompt_length] = input_ids
-    new = x[0, prompt_length:stop]
-    cache = self.new_cache(x.shape[1])
+    first, last = int(lengths.min()), int(lengths.max())
+    position = torch.arange(-(-(last + gen_length) // block_length) * block_length, device=self.device)
+    x = input_ids.new_full((len(input_ids), len(position)), mask_id)
+    x[:, :last] = torch.where(position[:last] < lengths[:, None], input_ids[:, :last], mask_id)
+    new = (position >= lengths[:, None]) & (position < lengths[:, None] + gen_length)
+    cache = self.new_cache(x.shape[1], len(x))
     counter = _Counter(config.num_experts, block_length)
+    alive = torch.arange(
+        len(x), device=self.device
+    )  # the sequences that go on; row i of the cache is sequence alive[i]
 
-    def forward(kind: str, tokens):
+    def forward(kind: str, tokens, cache):
         hidden, routed = self.hidden_states(tokens, kv_cache=cache, block_length=block_length)
         counter.add(kind, routed)
         return hidden
 
-    bar = tqdm(total=gen_length, unit="token", disable=not progress)
+    def unmask(block, logits, step):
+        tokens, confidence = sample(logits.flatten(0, 1), temperature, top_k, top_p, generator)
+        share = block_length // steps + (step < block_length % steps)
+        chosen = choose(confidence.view(block.shape), block == mask_id, threshold, share)
+        return torch.where(chosen, tokens.view(block.shape), block)
+
+    bar = tqdm(total=len(x) * gen_length, unit="token", disable=not progress)
     with bar:
-        for begin in range(prompt_length // block_length * block_length, x.shape[1], block_length):
+        for begin in range(first // block_length * block_length, x.shape[1], block_length):
+            end = begin + block_length
             if begin > cache.length:
-                # The prompt's full blocks at first, then the block that has just been finished.
-                forward("commit" if cache.length or begin > prompt_length else "prefill", x[:, cache.length : begin])
+                # The prompts' full blocks at first, then the block that has just been finished.
+                kind = "commit" if cache.length or begin > first else "prefill"
+                forward(kind, x[alive, cache.length : begin], cache)
                 cache.commit(begin - cache.length)
-            block = x[0, begin : begin + block_length]
+            active, prefix = alive, cache
             for step in range(steps):
-                active = block == mask_id
-                if not active.any():
+                done = ~(x[active, begin:end] == mask_id).any(1)
+                if eos_early_stop and eos_id is not None and step:
+                    done |= _ended(x[active], new[active], eos_id, mask_id)
+                if done.any():
+                    active, prefix = active[~done], prefix.of(~done)
+                if not len(active):
                     break
-                logits = self.logits(forward("denoising", block[None]))[0]
-                tokens, confidence = sample(logits, temperature, top_k, top_p, generator)
-                share = block_length // steps + (step < block_length % steps)
-                unmask = choose(confidence, active, threshold, share)
-                block[unmask] = tokens[unmask]
-                bar.update(int((new != mask_id).sum()) - bar.n)
-                if eos_early_stop and eos_id is not None and _ended(new, eos_id, mask_id):
-                    break
-            if eos_id is not None and (new[: begin + block_length - prompt_length] == eos_id).any():
+                block = x[active, begin:end]
+                x[active, begin:end] = unmask(block, self.logits(forward("denoising", block, prefix)), step)
+                bar.update(int((new & (x != mask_id)).sum()) - bar.n)
+            done = position[end - 1] + 1 >= lengths[alive] + gen_length
+            if eos_id is not None:
+                done |= (new[alive, :end] & (x[alive, :end] == eos_id)).any(1)
+            if done.any():
+                alive, cache = alive[~done], cache.of(~done)
+            if not len(alive):
                 break
-    ends = (new == eos_id).nonzero() if eos_id is not None else new[:0]
-    tokens = new[: int(ends[0]) + 1] if len(ends) else new
-    return Decoded(tokens[None].clone(), counter.stats(len(tokens), self.bytes_per_expert))
+    return _decoded(x, lengths, gen_length, eos_id, counter, self.bytes_per_expert)
+
+
+def _decoded(x, lengths, gen_length: int, eos_id: int | None, counter: _Counter, bytes_per_expert: int) -> Decoded:
+    answers = [row[length : length + gen_length] for row, length in zip(x, lengths.tolist())]
+    if eos_id is not None:
+        ends = [(answer == eos_id).nonzero() for answer in answers]
+        answers = [answer[: int(end[0]) + 1] if len(end) else answer for answer, end in zip(answers, ends)]
+    tokens = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=eos_id or 0)
+    return Decoded(tokens, counter.stats(sum(map(len, answers)), bytes_per_expert))
 
 
 def sample(logits, temperature: float = 0.0, top_k=None, top_p=None, generator=None):
@@ -218,20 +259,19 @@ def sample(logits, temperature: float = 0.0, top_k=None, top_p=None, generator=N
 
 
 def choose(confidence, active, threshold: float, share: int) -> torch.Tensor:
-    """Which tokens a step unmasks, bool [B]: the active ones above the threshold, or the `share` most confident ones if
-    those are fewer."""
+    """Which tokens a step unmasks, bool [..., B]: the active ones above the threshold, or, in a block where those are
+    fewer, the `share` most confident ones."""
     confidence = confidence.masked_fill(~active, -torch.inf)
     sure = confidence > threshold
-    if int(sure.sum()) >= share:
-        return sure
-    best = confidence.sort(descending=True, stable=True).indices[:share]
-    return torch.zeros_like(active).index_fill(0, best, True) & active
+    best = confidence.sort(dim=-1, descending=True, stable=True).indices[..., :share]
+    best = torch.zeros_like(active).scatter(-1, best, True) & active
+    return torch.where(sure.sum(-1, keepdim=True) >= share, sure, best)
 
 
-def _ended(new, eos_id: int, mask_id: int) -> bool:
-    """Whether an eos stands in the new tokens with no mask before it."""
-    first_eos = (new == eos_id).int().argmax()
-    return bool((new[first_eos] == eos_id) & ~(new[:first_eos] == mask_id).any())
+def _ended(x, new, eos_id: int, mask_id: int) -> torch.Tensor:
+    """bool [bsz]: whether an eos stands in the new tokens with no mask before it."""
+    eos, masks = new & (x == eos_id), new & (x == mask_id)
+    return eos.any(1) & (masks.cumsum(1).gather(1, eos.int().argmax(1, keepdim=True))[:, 0] == 0)
 
 
 def _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id):
@@ -254,15 +294,34 @@ def _check(config, input_ids, gen_length, block_length, steps, threshold, temper
     if eos_id == mask_id:
         raise ValueError(f"eos_id must differ from mask_id, got {eos_id} for both")
     check_ids(input_ids, config.vocab_size)
-    if input_ids.shape[0] != 1:
-        raise ValueError(f"input_ids must hold one prompt, [1, T], got {list(input_ids.shape)}")
-    if (input_ids == mask_id).any():
+
+
+def _lengths(input_ids, prompt_lengths) -> torch.Tensor:
+    bsz, tokens = input_ids.shape
+    if prompt_lengths is None:
+        return torch.full((bsz,), tokens)
+    if (
+        not isinstance(prompt_lengths, torch.Tensor)
+        or prompt_lengths.shape != (bsz,)
+        or prompt_lengths.is_floating_point()
+    ):
+        raise ValueError(f"prompt_lengths must be an int64 tensor [bsz={bsz}], got {prompt_lengths!r}")
+    if bsz and not 0 <= int(prompt_lengths.min()) <= int(prompt_lengths.max()) <= tokens:
+        raise ValueError(f"prompt_lengths must be in [0, T={tokens}], got {prompt_lengths.tolist()}")
+    return prompt_lengths.long()
+
+
+def _check_prompts(config, input_ids, lengths, gen_length: int, mask_id: int) -> None:
+    if input_ids.shape[0] == 0:
+        raise ValueError(f"input_ids must hold a prompt, [bsz, T], got {list(input_ids.shape)}")
+    padding = torch.arange(input_ids.shape[1], device=input_ids.device) >= lengths.to(input_ids.device)[:, None]
+    if ((input_ids == mask_id) & ~padding).any():
         raise ValueError(f"input_ids must not hold mask_id={mask_id}")
-    length = input_ids.shape[1] + gen_length
+    length = int(lengths.max()) + gen_length
     if length > config.max_position_embeddings:
         raise ValueError(
             f"gen_length must leave prompt and answer within max_position_embeddings="
-            f"{config.max_position_embeddings} tokens, got {input_ids.shape[1]} + {gen_length}"
+            f"{config.max_position_embeddings} tokens, got {int(lengths.max())} + {gen_length}"
         )
 
 

@@ -338,8 +338,12 @@ class LLaDA2ForDiffusion(nn.Module):
         hidden, routed = self.hidden_states(input_ids, kv_cache=kv_cache, block_length=block_length)
         return LLaDA2Output(self.logits(hidden), routed)
 
-    def hidden_states(self, input_ids, *, kv_cache=None, block_length: int = 32):
-        """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`."""
+    def hidden_states(self, input_ids, *, kv_cache=None, block_length: int = 32, layout=None):
+        """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`.
+
+        layout: (position int64 [T], mask bool [T, T]) for sequences that are not one text from position 0, such as the two
+        halves of training; without a cache.
+        """
         if not is_int(block_length) or block_length < 1:
             raise ValueError(f"block_length must be an integer of at least 1, got {block_length!r}")
         if self.block_size_follows and self.routing.block_size != block_length:
@@ -355,10 +359,13 @@ class LLaDA2ForDiffusion(nn.Module):
             past = kv_cache.length
             if past % block_length:
                 raise ValueError(f"kv_cache must end with a block of block_length={block_length}, got {past} tokens")
-        tokens = input_ids.shape[1]
-        mask = block_causal_mask(past, tokens, block_length, input_ids.device)
+        if layout is None:
+            position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+            mask = block_causal_mask(past, input_ids.shape[1], block_length, input_ids.device)
+        else:
+            position, mask = layout
         x = self.model.word_embeddings(input_ids)
-        rotary = self._rotary(past, tokens, x)
+        rotary = self._rotary(position, x)
         routed = []
         for i, layer in enumerate(self.model.layers):
 
@@ -378,12 +385,11 @@ class LLaDA2ForDiffusion(nn.Module):
             weight = (weight.float() / (weight.float().norm(dim=0, keepdim=True) + 1e-7)).to(weight.dtype)
         return F.linear(hidden, weight).float()
 
-    def _rotary(self, past: int, tokens: int, like) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [tokens, rotary_dim]; the angles are fp32 whatever the dtype."""
+    def _rotary(self, position, like) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, rotary_dim] of position int64 [T]; the angles are fp32 whatever the dtype."""
         size = self.config.rotary_dim
         exponent = torch.arange(0, size, 2, device=like.device, dtype=torch.float32) / size
-        position = torch.arange(past, past + tokens, device=like.device, dtype=torch.float32)
-        angle = torch.outer(position, 1.0 / self.config.rope_theta**exponent).repeat(1, 2)
+        angle = torch.outer(position.float(), 1.0 / self.config.rope_theta**exponent).repeat(1, 2)
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
     @torch.no_grad()
@@ -444,12 +450,17 @@ class LLaDA2ForDiffusion(nn.Module):
             stored.read(model.checkpoint_tensors())
         return model.eval()
 
-    def save_pretrained(self, folder) -> None:
-        """Writes config.json and model.safetensors under a checkpoint's names."""
+    def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
+        """Writes config.json and model.safetensors under a checkpoint's names, weights in `dtype` (by default the model's;
+        the selection bias stays float32)."""
+        dtype = self.model.word_embeddings.weight.dtype if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a torch dtype of floating point numbers, got {dtype!r}")
         config = dataclasses.asdict(self.config)
-        dtype = str(self.model.word_embeddings.weight.dtype).removeprefix("torch.")
-        extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=dtype)
-        checkpoint.write(Path(folder), {**extra, **config}, self.checkpoint_tensors())
+        extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=str(dtype).removeprefix("torch."))
+        tensors = self.checkpoint_tensors()
+        tensors = {name: t if name.endswith("expert_bias") else t.to(dtype) for name, t in tensors.items()}
+        checkpoint.write(Path(folder), {**extra, **config}, tensors)
 
 
 def _projections(prefix: str, stacked: str, weight) -> dict[str, torch.Tensor]:
