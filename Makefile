@@ -4,7 +4,7 @@
 
 ifdef PY
 SETUP := given-python
-export PYTHONPATH := $(CURDIR)/build/site
+export PYTHONPATH := $(CURDIR)/build/site:$(CURDIR)
 # Without it, python -m would import dmoe_ops from this folder, where nothing is built.
 export PYTHONSAFEPATH := 1
 else
@@ -15,7 +15,7 @@ MODEL ?=
 DEMO := $(if $(MODEL),--model $(MODEL),)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench gpu-check clean given-python
+.PHONY: demo test lint miniature miniature-train bench gpu-check clean given-python
 .DEFAULT_GOAL := demo
 
 demo: $(SETUP)
@@ -28,6 +28,13 @@ test: $(SETUP)
 lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+miniature: $(SETUP)
+	$(PY) -m examples.miniature.table
+
+miniature-train: $(SETUP)
+	$(PY) -m examples.miniature.train --out build/miniature-retrained
+	$(PY) -m examples.miniature.table --checkpoints build/miniature-retrained --out build/miniature-retrained
 
 bench: $(SETUP)
 	$(PY) -m pytest bench --benchmark-only

@@ -1,4 +1,4 @@
-"""`dmoe demo`: one prompt decoded three times by the same weights, with the stock expert loop and with ours."""
+"""`dmoe demo`: prompts decoded three times by the same weights, with the stock expert loop and with ours."""
 
 from __future__ import annotations
 
@@ -17,20 +17,32 @@ from .layer import BlockMoE
 from .models import Decoded, LLaDA2ForDiffusion
 from .routing import POLICIES
 
-SHIPPED = Path("demo") / "checkpoint"
+# Trained by examples/miniature, which says what it has learned and what each policy costs and keeps.
+SHIPPED = Path("examples") / "miniature" / "checkpoints" / "dmoe"
+SHIPPED_PROMPTS = (
+    "Tom had 376 apples and sold 178. How many are left?",
+    "work 8767+2064:",
+    "sort 39,58,15,21,62:",
+    "close {}[[]<{}>({[:",
+)
+PROMPTS = ("Why do diffusion language models decode several tokens at once?",)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="a LLaDA2 checkpoint (default: the small one that ships)")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt", metavar="TEXT", nargs="+", help="decoded together, as one batch")
     prompt.add_argument("--prompt-ids", metavar="ID", type=int, nargs="+", help="token ids, instead of a text")
     parser.add_argument("--gen-length", metavar="N", type=int, default=160, help="new tokens at most (default: 160)")
     parser.add_argument("--block-length", metavar="N", type=int, default=32)
     parser.add_argument("--threshold", metavar="P", type=float, default=0.95, help="confidence that unmasks a token")
     parser.add_argument("--policy", choices=POLICIES, default="dmoe", help="block routing to show (default: dmoe)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument("--top-p", metavar="P", type=float, default=0.6, help="of dmoe (default: 0.6)")
+    parser.add_argument("--min-experts", metavar="N", type=int, help="of dmoe (default: twice the model's top-k)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: as stored; the shipped ones in float32)"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
 
@@ -51,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
 def decode_three_ways(args: argparse.Namespace) -> dict:
     folder = Path(args.model) if args.model else shipped_checkpoint()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or (None if args.model else "float32")
     print(f"loading {folder} on {device}", flush=True)
     model = LLaDA2ForDiffusion.from_pretrained(
-        folder, policy="token", dtype=DTYPES.get(args.dtype), device=torch.device(device)
+        folder, policy="token", dtype=DTYPES.get(dtype), device=torch.device(device)
     )
     config = model.config
     weight = model.model.word_embeddings.weight
@@ -62,11 +75,14 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
         f"takes {config.num_experts_per_tok}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights in "
         f"{str(weight.dtype).removeprefix('torch.')}; {torch.get_num_threads()} CPU threads"
     )
-    codec = Codec(folder, config.vocab_size)
-    text = args.prompt or "What is a coreset?"
-    ids = args.prompt_ids or codec.encode(f"{text}\n")
-    input_ids = torch.tensor([ids], device=device)
-    print(f"prompt, {len(ids)} tokens: {codec.decode(ids)!r}")
+    codec = Codec(folder)
+    prompts = args.prompt or (PROMPTS if args.model else SHIPPED_PROMPTS)
+    ids = [args.prompt_ids] if args.prompt_ids else [codec.encode(text) for text in prompts]
+    lengths = torch.tensor([len(row) for row in ids])
+    input_ids = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64, device=device)
+    for row, values in zip(input_ids, ids):
+        row[: len(values)] = torch.tensor(values)
+    print(f"{len(ids)} prompts, {int(lengths.sum())} tokens" if len(ids) > 1 else f"prompt, {len(ids[0])} tokens")
 
     ours = model.moe_layers
     stock = [EagerMoE(moe) for moe in ours]
@@ -80,39 +96,44 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
         print(f"decoding up to {args.gen_length} tokens: {what}", flush=True)
         for layer, moe in zip(model.model.layers[config.first_k_dense_replace :], layers):
             layer.mlp = moe
-        model.set_routing(policy)
-        options = dict(block_length=args.block_length, threshold=args.threshold)
-        model.generate(
-            input_ids, gen_length=1, steps=1, block_length=args.block_length
-        )  # warms up what is built lazily
+        settings = {}
+        if policy == "dmoe":
+            least = 2 * config.num_experts_per_tok if args.min_experts is None else args.min_experts
+            settings = dict(top_p=args.top_p, min_experts=least)
+        model.set_routing(policy, **settings)
+        options = dict(prompt_lengths=lengths, block_length=args.block_length)
+        model.generate(input_ids, gen_length=1, steps=1, **options)  # warms up what is built lazily
+        options.update(gen_length=args.gen_length, threshold=args.threshold)
         with Stopwatch(layers) as watch:
             begin = time.perf_counter()
-            decoded = model.generate(input_ids, gen_length=args.gen_length, progress=True, **options)
+            decoded = model.generate(input_ids, progress=True, **options)
             seconds = time.perf_counter() - begin
-        runs.append(figures(name, policy, decoded, seconds, watch.seconds, codec))
+        runs.append(figures(name, policy, decoded, seconds, watch.seconds, codec, config.eos_token_id))
     for entry in runs:
         entry["speedup"] = entry["tokens_per_second"] / runs[0]["tokens_per_second"]
         entry["equal_tokens"] = equal_share(entry["tokens"], runs[0]["tokens"])
-    return dict(model=str(folder), device=device, dtype=str(weight.dtype), prompt_ids=ids, runs=runs)
+    questions = [codec.decode(row) for row in ids]
+    return dict(model=str(folder), device=device, dtype=str(weight.dtype), prompts=questions, prompt_ids=ids, runs=runs)
 
 
-def figures(name: str, policy: str, decoded: Decoded, seconds: float, moe_seconds: float, codec: Codec) -> dict:
-    tokens = decoded.tokens[0].tolist()
+def figures(name: str, policy: str, decoded: Decoded, seconds: float, moe_seconds: float, codec: Codec, eos) -> dict:
+    answers = [row[: row.index(eos)] if eos in row else row for row in decoded.tokens.tolist()]
     return dict(
         name=name,
         policy=policy,
-        tokens=tokens,
-        text=codec.decode(tokens),
+        tokens=answers,
+        texts=[codec.decode(answer) for answer in answers],
         seconds=seconds,
-        tokens_per_second=len(tokens) / seconds,
+        tokens_per_second=decoded.stats.tokens / seconds,
         moe_seconds=moe_seconds,
         stats=dataclasses.asdict(decoded.stats),
     )
 
 
-def equal_share(tokens: list[int], others: list[int]) -> float:
-    equal = sum(a == b for a, b in zip(tokens, others))
-    return equal / max(len(tokens), len(others))
+def equal_share(answers: list[list[int]], others: list[list[int]]) -> float:
+    equal = sum(a == b for row, other in zip(answers, others) for a, b in zip(row, other))
+    longer = sum(max(len(row), len(other)) for row, other in zip(answers, others))
+    return equal / longer if longer else 1.0
 
 
 def table(report: dict) -> str:
@@ -136,8 +157,11 @@ def table(report: dict) -> str:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    texts = [f"{entry['name']}:\n{entry['text']}" for entry in report["runs"]]
-    return "\n".join(["", *texts, "", *lines])
+    texts = []
+    for entry in report["runs"]:
+        texts += ["", f"{entry['name']}:"]
+        texts += [f"  {question} {answer}" for question, answer in zip(report["prompts"], entry["texts"])]
+    return "\n".join([*texts, "", *lines])
 
 
 def shipped_checkpoint() -> Path:
@@ -150,11 +174,10 @@ def shipped_checkpoint() -> Path:
 
 
 class Codec:
-    """Text to tokens and back: by the folder's tokenizer.json, or by bytes where the vocabulary is that small. Without
-    either, tokens are shown as numbers."""
+    """Text to tokens and back by the folder's tokenizer.json; without one, tokens are shown as numbers."""
 
-    def __init__(self, folder: Path, vocab_size: int):
-        self.folder, self.bytes, self.tokenizer = folder, vocab_size <= 512, None
+    def __init__(self, folder: Path):
+        self.folder, self.tokenizer = folder, None
         if (folder / "tokenizer.json").is_file():
             try:
                 from tokenizers import Tokenizer
@@ -164,18 +187,14 @@ class Codec:
                 self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def encode(self, text: str) -> list[int]:
-        if self.tokenizer is not None:
-            return self.tokenizer.encode(text).ids
-        if not self.bytes:
+        if self.tokenizer is None:
             raise ValueError(f"--prompt-ids must be given: no tokenizer for {self.folder}")
-        return list(text.encode())
+        return self.tokenizer.encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
-        if self.tokenizer is not None:
-            return self.tokenizer.decode(ids)
-        if not self.bytes:
+        if self.tokenizer is None:
             return " ".join(map(str, ids))
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+        return self.tokenizer.decode(ids)
 
 
 class EagerMoE(nn.Module):

@@ -1,0 +1,290 @@
+"""The paper's tables 2, 3 and 4 in miniature: what each policy costs in experts, and what it keeps of the accuracy.
+
+    python -m examples.miniature.table
+
+Decodes a held-out test set with the two shipped checkpoints under every policy, prints the tables with the paper's figures
+beside ours, and writes results.json and tradeoff.png to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from . import paper, tasks
+from .model import BASE, BLOCK, BLOCKS, DMOE, HERE, MIN_EXPERTS, answer, load
+
+SEED = 1_000_000  # of the test set; training seeds are small numbers, and its items are other ones anyway
+THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+class Run(NamedTuple):
+    """What one policy did. experts: unique experts of a block, per task (denoising forwards, mean over layers: the paper's
+    count); right: bool [tasks, prompts]; forwards: denoising forwards per prompt."""
+
+    experts: dict[str, float]
+    right: numpy.ndarray
+    forwards: float
+
+    @property
+    def mean_experts(self) -> float:
+        return sum(self.experts.values()) / len(self.experts)
+
+
+class Bench:
+    """The test set, the two checkpoints, and the runs that have been made."""
+
+    def __init__(self, folder: Path, per_task: int):
+        self.tokenizer = Tokenizer.from_file(str(folder / BASE.name / "tokenizer.json"))
+        self.models = {name: load(folder / name) for name in (BASE.name, DMOE.name)}
+        self.examples = {
+            name: tasks.examples(random.Random(SEED), per_task, test=True, tasks=(name,)) for name in tasks.TASKS
+        }
+        self.runs: dict[str, Run] = {}
+        self.bar = tqdm(unit="prompt", disable=not sys.stderr.isatty())
+
+    def run(self, model: str, policy: str, block_length: int = BLOCK, **overrides) -> Run:
+        settings = "".join(f", {key}={value}" for key, value in overrides.items())
+        key = f"{model}: {policy}{settings}, blocks of {block_length}"
+        if key in self.runs:
+            return self.runs[key]
+        self.bar.set_description(key)
+        net = self.models[model]
+        net.set_routing(policy, **overrides)
+        experts, right, forwards = {}, [], 0
+        for name, examples in self.examples.items():
+            prompts = [example.prompt for example in examples]
+            answers, stats = answer(net, self.tokenizer, prompts, BLOCKS[name], block_length=block_length)
+            right.append([text == example.answer for text, example in zip(answers, examples)])
+            steps = [s.denoising_forwards for s in stats]
+            experts[name] = sum(s.unique_experts_denoising * n for s, n in zip(stats, steps)) / sum(steps)
+            forwards += sum(steps)
+            self.bar.update(len(prompts))
+        self.runs[key] = Run(experts, numpy.array(right), forwards / sum(map(len, right)))
+        return self.runs[key]
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson's score interval)."""
+    share, width = right / n, z * z / n
+    middle = (share + width / 2) / (1 + width)
+    half = z * math.sqrt(share * (1 - share) / n + width / n / 4) / (1 + width)
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
+
+
+def kept(run: Run, base: Run, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean accuracy over that of `base`, and its 95 % interval: bootstrap over the prompts, the same ones for both."""
+    generator = numpy.random.default_rng(0)
+    n = run.right.shape[1]
+    ours, theirs = numpy.zeros(draws), numpy.zeros(draws)
+    for mine, other in zip(run.right, base.right):
+        drawn = generator.integers(0, n, (draws, n))
+        ours += mine[drawn].mean(1)
+        theirs += other[drawn].mean(1)
+    low, high = numpy.quantile(ours / numpy.maximum(theirs, 1e-9), (0.025, 0.975))
+    return float(run.right.mean() / base.right.mean()), float(low), float(high)
+
+
+def measure(bench: Bench) -> dict:
+    """The rows of the three tables and of the picture."""
+    base = bench.run("base", "token")
+    dmoe = dict(min_experts=MIN_EXPERTS)
+    trained = {p: bench.run("dmoe", "dmoe", top_p=p, **dmoe) for p in THRESHOLDS}
+    untrained = {p: bench.run("base", "dmoe", top_p=p, **dmoe) for p in THRESHOLDS}
+    # The published points keep the paper's share of the base's experts; the starred ones get no fewer than dMoE takes.
+    published = round(base.mean_experts * paper.summary(paper.TABLE_2["DES-V"])[1])
+    starred = math.ceil(trained[0.6].mean_experts)
+
+    def at_least(policy, least, **overrides):
+        """A policy of fixed capacity at the smallest one that uses no fewer experts than `least`, as some go unused."""
+        capacity = math.ceil(least)
+        while (run := bench.run("base", policy, capacity=capacity, **overrides)).mean_experts < least:
+            capacity += 1
+        return run, capacity
+
+    votes, vote_capacity = at_least("des_vote", trained[0.6].mean_experts)
+    maxima, max_capacity = at_least("capacity", trained[0.6].mean_experts)
+    table_2 = {
+        "base": ("token routing, top 4 of 64", base),
+        "top-k halved": ("token routing, top 2", bench.run("base", "top4", top_k=2)),
+        "DES-S": ("every token's best 2", bench.run("base", "des_seq", union_k=2)),
+        "DES-V": (f"the {published} with most votes", bench.run("base", "des_vote", capacity=published)),
+        "capacity": (f"the {published} with the highest maximum", bench.run("base", "capacity", capacity=published)),
+        "DES-S*": ("every token's best", bench.run("base", "des_seq", union_k=1)),
+        "DES-V*": (f"the {vote_capacity} with most votes", votes),
+        "capacity*": (f"the {max_capacity} with the highest maximum", maxima),
+        "dMoE untrained": ("p = 0.6, base weights", untrained[0.6]),
+        "dMoE": ("p = 0.6, self-distilled", trained[0.6]),
+    }
+    blocks = {
+        size: (bench.run("base", "token", size), bench.run("dmoe", "dmoe", size, top_p=0.6, **dmoe))
+        for size in paper.TABLE_4
+    }
+    curve = {n: bench.run("base", "des_vote", capacity=n) for n in sorted({starred, 8, 12, 16, 20, 24, 32})}
+    return dict(table_2=table_2, trained=trained, untrained=untrained, blocks=blocks, curve=curve)
+
+
+# ---- what is printed
+
+
+def cells(run: Run, base: Run) -> list[str]:
+    found = []
+    for name, right in zip(tasks.TASKS, run.right):
+        low, high = wilson(int(right.sum()), len(right))
+        found += [f"{run.experts[name]:.1f}", f"{right.mean():.1%} ±{(high - low) / 2:.1%}"]
+    share, low, high = kept(run, base)
+    kilobytes = run.mean_experts * expert_bytes() / 1000
+    found += [f"{run.mean_experts:.1f}", f"{kilobytes:.0f}", f"{run.right.mean():.1%}"]
+    return [*found, f"{share:.1%} ({low:.1%}–{high:.1%})"]
+
+
+def expert_bytes() -> int:
+    """Of one expert as the checkpoint stores it, in bfloat16."""
+    config = json.loads((BASE / "config.json").read_text())
+    return 3 * config["hidden_size"] * config["moe_intermediate_size"] * 2
+
+
+def theirs(row, base=paper.BASE) -> list[str]:
+    if row is None:
+        return ["–", "–"]
+    experts, share, accuracy = paper.summary(row, base)
+    return [f"{experts:.1f} ({share:.0%})", f"{accuracy:.1%}"]
+
+
+def layout(title: str, rows: list[tuple[str, Run, Run, list[str]]]) -> str:
+    """A table in the layout of the paper's: experts and accuracy per task; ours, then theirs."""
+    head = ["", *[part for name in tasks.TASKS for part in ("experts", name)], "experts", "kB", "accuracy", "of base"]
+    lines = [[*head, "paper: experts", "of base"]]
+    lines += [[name, *cells(run, base), *beside] for name, run, base, beside in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines
+    ]
+    return "\n".join(["", title, "-" * len(text[0]), *text])
+
+
+def report(found: dict) -> str:
+    table_2, blocks = found["table_2"], found["blocks"]
+    base = table_2["base"][1]
+    parts = [
+        layout(
+            "Table 2. Policies (blocks of 32)",
+            [(f"{name}: {how}", run, base, theirs(paper.TABLE_2.get(name))) for name, (how, run) in table_2.items()],
+        ),
+        layout(
+            "Table 3. The threshold p at test time, trained at p = 0.6",
+            [(f"dMoE p = {p}", run, base, theirs(paper.TABLE_3[p])) for p, run in found["trained"].items()]
+            + [(f"untrained p = {p}", run, base, theirs(None)) for p, run in found["untrained"].items()],
+        ),
+        layout(
+            "Table 4. Block size at test time, trained with blocks of 32 (of base: token routing at the same block size)",
+            [
+                row
+                for size, (token, ours) in blocks.items()
+                for row in (
+                    (f"{size}: token routing", token, token, theirs(paper.TABLE_4[size][0], paper.TABLE_4[size][0])),
+                    (f"{size}: dMoE p = 0.6", ours, token, theirs(paper.TABLE_4[size][1], paper.TABLE_4[size][0])),
+                )
+            ],
+        ),
+        "",
+        verdict(found),
+    ]
+    return "\n".join(parts)
+
+
+def verdict(found: dict) -> str:
+    """Whether the aim is reached: 99 % of the accuracy at 30 % of the experts, and more than any training-free policy."""
+    base, run = found["table_2"]["base"][1], found["trained"][0.6]
+    share, low, high = kept(run, base)
+    experts = run.mean_experts / base.mean_experts
+    free = {name: r for name, (_, r) in found["table_2"].items() if name.endswith(("*", "untrained"))}
+    best = max(free, key=lambda name: free[name].right.mean())
+    lines = (
+        f"Trained dMoE at p = 0.6 keeps {share:.1%} of the base's accuracy (95 %: {low:.1%}–{high:.1%}) with {experts:.1%} "
+        "of its unique experts.",
+        f"Of the training-free policies with at least as many, {best} keeps most: {kept(free[best], base)[0]:.1%} with "
+        f"{free[best].mean_experts / base.mean_experts:.1%}.",
+        "experts: unique experts of a block, mean over layers and denoising steps. kB: their weights in a layer, bfloat16.",
+        "accuracy: answers right to the letter, with 95 % Wilson intervals; of base: paired bootstrap over the prompts.",
+    )
+    return "\n".join(lines)
+
+
+def picture(found: dict, file: Path) -> None:
+    """The trade-off of the paper's figure 6: accuracy against unique experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    base = found["table_2"]["base"][1]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    series = {
+        "dMoE, self-distilled (p = 0.4 … 0.8)": (found["trained"].values(), "o-"),
+        "dMoE, untrained (p = 0.4 … 0.8)": (found["untrained"].values(), "s--"),
+        "DES-Vote, untrained": (found["curve"].values(), "^--"),
+        "DES-Seq, untrained (best 1, best 2)": ([found["table_2"][n][1] for n in ("DES-S*", "DES-S")], "v:"),
+    }
+    for label, (runs, style) in series.items():
+        points = sorted((run.mean_experts, 100 * run.right.mean()) for run in runs)
+        axes.plot(*zip(*points), style, label=label, markersize=5)
+    axes.plot(base.mean_experts, 100 * base.right.mean(), "k*", markersize=11, label="base, token routing")
+    axes.axhline(99 * base.right.mean(), color="gray", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        "99 % of base", (base.mean_experts, 99 * base.right.mean()), ha="right", va="top", fontsize=8, color="gray"
+    )
+    axes.set(xlabel="unique experts per block (of 64)", ylabel="answers right, %", ylim=(0, 102))
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(True, alpha=0.3)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.miniature.table", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoints", type=Path, default=BASE.parent, help="folder with base and dmoe (default: the shipped)"
+    )
+    parser.add_argument("--per-task", type=int, default=400, help="test prompts of each task (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="for results.json and tradeoff.png")
+    args = parser.parse_args(argv)
+    if args.per_task < 1:
+        parser.error(f"--per-task must be at least 1, got {args.per_task}")
+    begin = time.perf_counter()
+    bench = Bench(args.checkpoints, args.per_task)
+    found = measure(bench)
+    bench.bar.close()
+    text = report(found)
+    print(text)
+    seconds = time.perf_counter() - begin
+    print(f"{len(bench.runs)} runs of {args.per_task} prompts per task in {seconds:.0f} s, torch {torch.__version__}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = {
+        key: dict(
+            experts={**run.experts, "mean": run.mean_experts},
+            accuracy={name: float(right.mean()) for name, right in zip(tasks.TASKS, run.right)},
+            interval={name: wilson(int(right.sum()), len(right)) for name, right in zip(tasks.TASKS, run.right)},
+            denoising_forwards_per_prompt=run.forwards,
+        )
+        for key, run in bench.runs.items()
+    }
+    figures = dict(per_task=args.per_task, seconds=round(seconds), runs=rows, text=text.splitlines())
+    (args.out / "results.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    picture(found, args.out / "tradeoff.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The miniature: its tasks, its training and its tables."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import numpy
+import pytest
+import torch
+
+pytest.importorskip("tokenizers")
+
+from examples.miniature import model, paper, table, tasks, train
+
+
+def of(name: str, count: int = 200, test: bool = False, seed: int = 0):
+    return tasks.examples(random.Random(seed), count, test=test, tasks=(name,))
+
+
+def item(example) -> tuple:
+    """What decides an answer: the numbers in order, or the brackets."""
+    if example.task == "close":
+        return (example.prompt.removeprefix("close ").removesuffix(":"),)
+    numbers = tuple(map(int, re.findall(r"\d+", example.prompt)))
+    return numbers if example.task == "sort" else tuple(sorted(numbers))
+
+
+# The tasks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "story"])
+def test_worked_answers_are_right_in_every_column(name):
+    for example in of(name):
+        *columns, result = example.answer.split(";")
+        low, high = item(example)
+        sign = "+" if "+" in columns[0] else "-"
+        assert int(result) == (high + low if sign == "+" else high - low)
+        carry = 0
+        for place, column in enumerate(columns):
+            x, y, before, after, digit = re.fullmatch(r"(\d)[+-](\d)[+-](\d)=(\d)(\d)", column).groups()
+            assert (int(x), int(y)) == (high // 10**place % 10, low // 10**place % 10)
+            assert int(before) == carry
+            carry = int(after)
+            value = int(x) + int(y) + int(before) if sign == "+" else int(x) - int(y) - int(before)
+            assert value == (10 * carry + int(digit) if sign == "+" else int(digit) - 10 * carry)
+
+
+def test_the_words_of_a_story_tell_the_sign():
+    less = ("away", "fewer", "sold")
+    for example in of("story"):
+        assert ("-" in example.answer) == any(word in example.prompt for word in less)
+
+
+def test_sorted_lists_and_closed_brackets():
+    for example in of("sort"):
+        assert list(map(int, example.answer.split(","))) == sorted(item(example))
+    for example in of("close"):
+        text = item(example)[0] + example.answer
+        while (shorter := re.sub(r"\(\)|\[\]|\{\}|<>", "", text)) != text:
+            text = shorter
+        assert text == ""
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_no_test_item_is_trained_on(name):
+    test, trained = ({item(e) for e in of(name, 3000, kind)} for kind in (True, False))
+    assert not test & trained
+    assert of(name, 50) == of(name, 50) != of(name, 50, seed=1)
+
+
+def test_the_tokenizer_writes_every_text_back():
+    tokenizer = tasks.tokenizer()
+    config = model.config(tokenizer)
+    assert (config.eos_token_id, config.mask_token_id) == (0, 1)
+    for name in tasks.TASKS:
+        for example in of(name, 500):
+            ids = tokenizer.encode(example.prompt + example.answer).ids
+            assert tokenizer.decode(ids) == example.prompt + example.answer and not {0, 1} & set(ids)
+            assert len(ids) < model.BLOCKS[name] * model.BLOCK
+    with pytest.raises(ValueError, match="must leave room for eos"):
+        model.encode(tokenizer, [("sort 1,2:", "1" * 40)], 1)
+
+
+# Training --------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_leave_prompts_alone():
+    _, masked = train.mask(torch.zeros(500, 64), torch.arange(500) % 40, 0.3, 0.8, torch.Generator().manual_seed(0))
+    position, start = torch.arange(64), (torch.arange(500) % 40)[:, None]
+    assert not masked[position.expand(500, -1) < start].any()
+    assert masked.gather(1, start).float().mean() == pytest.approx(0.55, abs=0.08)  # the first token like any other
+    share = masked[position.expand(500, -1) >= start].float().mean()
+    assert share == pytest.approx(0.55, abs=0.02)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Training in seconds."""
+    monkeypatch.setattr(train, "BATCH", dict.fromkeys(tasks.TASKS, 1))
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+
+
+def run_training(folder, *extra, steps=3):
+    arguments = ["--steps", str(steps), "--distil-steps", "2", "--prompts", "3", *extra]
+    assert train.main([*arguments, "--out", str(folder / "out"), "--work", str(folder / "work")]) == 0
+    return folder / "out"
+
+
+def test_a_training_that_was_cut_off_goes_on_where_it_was(small, tmp_path, monkeypatch):
+    # With no step taken the models do not answer; their generations are not what is looked at here.
+    monkeypatch.setattr(train, "answer", lambda net, tokenizer, prompts, blocks: (["1;2" for _ in prompts], []))
+    whole = run_training(tmp_path / "whole")
+    real, taken = train.denoising_loss, []
+
+    def cut_off(*args, **kwargs):
+        if len(taken) == 5:  # in the middle of the third step: the state was saved after the second
+            raise KeyboardInterrupt
+        taken.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "denoising_loss", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path / "cut")
+    assert not (tmp_path / "cut" / "out").exists()
+    monkeypatch.setattr(train, "denoising_loss", real)
+    resumed = run_training(tmp_path / "cut")
+    for name in ("base", "dmoe"):
+        files = [folder / name / "model.safetensors" for folder in (whole, resumed)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        log = json.loads((resumed / name / "training.json").read_text())
+        assert log["seed"] == 0 and log["steps"] == (3 if name == "base" else 2)
+        assert (resumed / name / "loss.png").stat().st_size > 1000
+        model.load(resumed / name)
+    assert not (tmp_path / "cut" / "work").exists()
+    again = run_training(tmp_path / "again", "--base", str(whole / "base"))
+    assert not (again / "base").exists()
+    files = [folder / "dmoe" / "model.safetensors" for folder in (whole, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# The tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_figures():
+    """Section 5.2 states 69.5 experts, 14.575 and 99.11 % kept; section 5.3 the reductions by block size."""
+    assert paper.mean(paper.BASE)[0] == pytest.approx(69.5)
+    experts, share, kept = paper.summary(paper.TABLE_2["dMoE"])
+    assert experts == pytest.approx(14.575) and 1 - share == pytest.approx(0.7904, abs=1e-3)
+    assert kept == pytest.approx(0.9911, abs=1e-4)
+    for size, reduction in ((32, 0.7904), (24, 0.7382), (16, 0.6633), (8, 0.5392)):
+        base, ours = paper.TABLE_4[size]
+        assert 1 - paper.summary(ours, base)[1] == pytest.approx(reduction, abs=2e-3)
+
+
+def test_wilson_intervals():
+    """Against the textbook's: 15 of 20, and the ends."""
+    assert table.wilson(15, 20) == pytest.approx((0.5313, 0.8881), abs=1e-3)
+    assert table.wilson(0, 10)[0] == 0 and table.wilson(10, 10)[1] == 1
+    assert table.wilson(10, 10)[0] == pytest.approx(0.7225, abs=1e-3)
+
+
+def test_kept_accuracy():
+    right = numpy.random.default_rng(1).random((4, 400)) < 0.8
+    base = table.Run(dict.fromkeys(tasks.TASKS, 40.0), right, 10.0)
+    assert table.kept(base, base) == pytest.approx((1, 1, 1))  # the same prompts, drawn together
+    half = base._replace(right=right & (numpy.arange(400) % 2 == 0))
+    share, low, high = table.kept(half, base)
+    assert low < share < high and share == pytest.approx(0.5, abs=0.05) and high - low < 0.1
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """The tables of a few prompts, from the checkpoints that ship."""
+    out = tmp_path_factory.mktemp("table")
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert table.main(["--per-task", "6", "--out", str(out)]) == 0
+    return text.getvalue(), json.loads((out / "results.json").read_text()), out
+
+
+def test_the_tables_are_printed_and_drawn(printed):
+    text, results, out = printed
+    for words in (
+        "Table 2",
+        "Table 3",
+        "Table 4",
+        "DES-V*",
+        "capacity*",
+        "untrained p = 0.4",
+        "8: dMoE p = 0.6",
+        "69.5 (100%)",
+    ):
+        assert words in text
+    assert len(results["runs"]) > 20 and (out / "tradeoff.png").stat().st_size > 10_000
+
+
+def test_what_the_tables_count(printed):
+    """Counts that follow from a policy, whatever the weights: a coreset bounds what its block may use."""
+    runs = printed[1]["runs"]
+    base = runs["base: token, blocks of 32"]["experts"]["mean"]
+    assert base > 25
+    for key, run in runs.items():
+        experts = run["experts"]["mean"]
+        assert 4 <= experts <= base or "blocks of 32" not in key, key
+        if "capacity=" in key:
+            assert experts <= int(re.search(r"capacity=(\d+)", key)[1]), key
+        assert all(0 <= value <= 1 for value in run["accuracy"].values())
+        assert all(low <= run["accuracy"][name] <= high for name, (low, high) in run["interval"].items())
+    by_p = [runs[f"dmoe: dmoe, top_p={p}, min_experts=8, blocks of 32"]["experts"]["mean"] for p in table.THRESHOLDS]
+    assert by_p == sorted(by_p)
+
+
+def test_what_ships_says_how_it_was_made():
+    for folder in (model.BASE, model.DMOE):
+        log = json.loads((folder / "training.json").read_text())
+        assert log["command"].startswith("python -m examples.miniature.train") and log["seconds"] > 0
+        config = json.loads((folder / "config.json").read_text())
+        assert config["torch_dtype"] == "bfloat16" and config["num_experts"] == 64
+        shipped = json.loads((folder / "tokenizer.json").read_text())
+        assert shipped == json.loads(tasks.tokenizer().to_str())
