@@ -20,7 +20,7 @@ from .routing import POLICIES
 # Trained by examples/miniature, which says what it has learned and what each policy costs and keeps.
 SHIPPED = Path("examples") / "miniature" / "checkpoints" / "dmoe"
 SHIPPED_PROMPTS = (
-    "Tom had 376 apples and sold 178. How many are left?",
+    "Ben has 774 keys. Ada has 337 fewer. How many has Ada?",
     "work 8767+2064:",
     "sort 39,58,15,21,62:",
     "close {}[[]<{}>({[:",

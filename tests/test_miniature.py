@@ -86,6 +86,18 @@ def test_the_tokenizer_writes_every_text_back():
 # Training --------------------------------------------------------------------------------------------------------------
 
 
+def test_generations_without_an_end_are_dropped(tmp_path, monkeypatch):
+    given = iter([["1", None, ""], ["2"] * 3, [None] * 3])
+    monkeypatch.setattr(train, "answer", lambda *args: (next(given), []))
+    with pytest.raises(ValueError, match="must end some of its answers, got none of 3 in sort"):
+        train.generations(None, None, 3, 0, tmp_path / "file.json")
+    given = iter([["1", None, ""]] * 4)
+    texts = train.generations(None, None, 3, 0, tmp_path / "file.json")
+    prompts = [e.prompt for e in tasks.examples(random.Random("generations 0"), 3, tasks=("arithmetic",))]
+    assert texts["arithmetic"] == [(prompts[0], "1"), (prompts[2], "")]
+    assert json.loads((tmp_path / "file.json").read_text())["story"][0][1] == "1"
+
+
 def test_masks_leave_prompts_alone():
     _, masked = train.mask(torch.zeros(500, 64), torch.arange(500) % 40, 0.3, 0.8, torch.Generator().manual_seed(0))
     position, start = torch.arange(64), (torch.arange(500) % 40)[:, None]
@@ -125,6 +137,9 @@ def test_a_training_that_was_cut_off_goes_on_where_it_was(small, tmp_path, monke
         run_training(tmp_path / "cut")
     assert not (tmp_path / "cut" / "out").exists()
     monkeypatch.setattr(train, "denoising_loss", real)
+    (tmp_path / "cut" / "work" / "notes.txt").write_text("somebody's own")
+    with pytest.raises(SystemExit):  # other settings do not take up its checkpoints
+        run_training(tmp_path / "cut", "--seed", "1")
     resumed = run_training(tmp_path / "cut")
     for name in ("base", "dmoe"):
         files = [folder / name / "model.safetensors" for folder in (whole, resumed)]
@@ -133,7 +148,7 @@ def test_a_training_that_was_cut_off_goes_on_where_it_was(small, tmp_path, monke
         assert log["seed"] == 0 and log["steps"] == (3 if name == "base" else 2)
         assert (resumed / name / "loss.png").stat().st_size > 1000
         model.load(resumed / name)
-    assert not (tmp_path / "cut" / "work").exists()
+    assert [file.name for file in (tmp_path / "cut" / "work").iterdir()] == ["notes.txt"]
     again = run_training(tmp_path / "again", "--base", str(whole / "base"))
     assert not (again / "base").exists()
     files = [folder / "dmoe" / "model.safetensors" for folder in (whole, again)]

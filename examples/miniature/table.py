@@ -126,6 +126,7 @@ def measure(bench: Bench) -> dict:
         "capacity*": (f"the {max_capacity} with the highest maximum", maxima),
         "dMoE untrained": ("p = 0.6, base weights", untrained[0.6]),
         "dMoE": ("p = 0.6, self-distilled", trained[0.6]),
+        "dMoE weights": ("token routing", bench.run("dmoe", "token")),
     }
     blocks = {
         size: (bench.run("base", "token", size), bench.run("dmoe", "dmoe", size, top_p=0.6, **dmoe))

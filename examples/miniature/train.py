@@ -19,7 +19,6 @@ import math
 import platform
 import random
 import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -37,6 +36,7 @@ from .model import BASE, BLOCK, BLOCKS, DMOE, HERE, MIN_EXPERTS, answer, encode,
 BATCH = {"arithmetic": 8, "story": 8, "sort": 24, "close": 8}
 BY_LENGTH = (("arithmetic", "story"), ("sort", "close"))  # each a forward of its own, with half of the loss
 SAVE_EVERY = 500
+WORK_FILES = ("settings.json", "base.pt", "generations.json", "dmoe.pt")
 
 
 def main(argv=None) -> int:
@@ -56,7 +56,7 @@ def main(argv=None) -> int:
     )
     args = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "examples.miniature.train", *(sys.argv[1:] if argv is None else argv)])
-    args.work.mkdir(parents=True, exist_ok=True)
+    claim(args.work, {key: str(value) for key, value in vars(args).items() if key not in ("out", "work")}, parser)
     tokenizer = tasks.tokenizer()
 
     base = args.base
@@ -84,8 +84,19 @@ def main(argv=None) -> int:
     )
     settings = dict(command=command, seed=args.seed, top_p=args.p, min_experts=args.min_experts)
     save(model, tokenizer, args.out / DMOE.name, {**settings, **log})
-    shutil.rmtree(args.work)
+    for name in WORK_FILES:
+        (args.work / name).unlink(missing_ok=True)
     return 0
+
+
+def claim(work: Path, settings: dict, parser: argparse.ArgumentParser) -> None:
+    """Refuses a folder with the unfinished run of other settings, whose checkpoints would be taken up by mistake."""
+    file = work / "settings.json"
+    if file.is_file() and (other := json.loads(file.read_text())) != settings:
+        differ = ", ".join(f"{key}={other.get(key)}" for key in settings if other.get(key) != settings[key])
+        parser.error(f"--work must not hold an unfinished run of other settings, got {work} with {differ}")
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings))
 
 
 def task_batches(tokenizer, seed: int, step: int):
@@ -175,6 +186,8 @@ def generations(model, tokenizer, count: int, seed: int, file: Path) -> dict[str
         prompts = [example.prompt for example in tasks.examples(rng, count, tasks=(name,))]
         answers = answer(model, tokenizer, prompts, BLOCKS[name])[0]
         texts[name] = [(prompt, text) for prompt, text in zip(prompts, answers) if text is not None]
+        if not texts[name]:
+            raise ValueError(f"the base model must end some of its answers, got none of {count} in {name}")
     file.write_text(json.dumps(texts))
     return texts
 
