@@ -60,10 +60,10 @@ def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool):
     d_x, d_w13, d_w2, d_topk_weights = gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
     top_k, num_experts, acc_type = topk_ids.shape[1], w13.shape[0], topk_weights.dtype
     order = topk_ids.flatten().argsort(stable=True)
-    counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1, minlength=num_experts + 1).tolist()
-    unused, order = order.split([counts[0], len(order) - counts[0]])
+    counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1, minlength=num_experts + 1)[: num_experts + 1].tolist()
+    order = order[counts[0] : sum(counts)]  # the slots that have an expert
     rows, scale = order // top_k, topk_weights.flatten()[order, None]
-    used = [(e, part) for e, part in zip(range(num_experts), _slices(counts[1:])) if part.stop > part.start]
+    used = [(e, part) for e, part in enumerate(_slices(counts[1:])) if part.stop > part.start]
     tokens, d_out = x[rows].to(acc_type), d_y[rows].to(acc_type)
 
     gate_up, d_hidden = (tokens.new_empty(len(rows), n) for n in (w13.shape[1], w2.shape[2]))
@@ -73,9 +73,7 @@ def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool):
     gate, up = gate_up.chunk(2, dim=1)
     silu = F.silu(gate)
     hidden = silu * up
-    flat = d_topk_weights.view(-1)
-    flat[order] = (d_hidden * hidden).sum(1)
-    flat[unused] = 0
+    d_topk_weights.zero_().view(-1)[order] = (d_hidden * hidden).sum(1)
     d_hidden *= scale
     d_gate_up = torch.cat([torch.ops.aten.silu_backward(d_hidden * up, gate), d_hidden * silu], 1)
     if of_weights:

@@ -10,12 +10,11 @@ import torch
 from dmoe_ops import __main__, demo
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
 
-pytest.importorskip("tokenizers")
-
 
 @pytest.fixture
 def short_demo(tmp_path, capsys):
     """Runs the demo on the checkpoint that ships; (exit code, figures, what it printed)."""
+    pytest.importorskip("tokenizers")
 
     def run(*extra):
         file = tmp_path / "figures.json"

@@ -178,7 +178,7 @@ def test_wilson_intervals():
 
 def test_kept_accuracy():
     right = numpy.random.default_rng(1).random((4, 400)) < 0.8
-    base = table.Run(dict.fromkeys(tasks.TASKS, 40.0), right, 10.0)
+    base = table.Run(dict.fromkeys(tasks.TASKS, 40.0), right, 10.0, 24576)
     assert table.kept(base, base) == pytest.approx((1, 1, 1))  # the same prompts, drawn together
     half = base._replace(right=right & (numpy.arange(400) % 2 == 0))
     share, low, high = table.kept(half, base)

@@ -31,11 +31,13 @@ THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
 
 class Run(NamedTuple):
     """What one policy did. experts: unique experts of a block, per task (denoising forwards, mean over layers: the paper's
-    count); right: bool [tasks, prompts]; forwards: denoising forwards per prompt."""
+    count); right: bool [tasks, prompts]; forwards: denoising forwards per prompt; expert_bytes: of one expert as the
+    checkpoint stores it."""
 
     experts: dict[str, float]
     right: numpy.ndarray
     forwards: float
+    expert_bytes: int
 
     @property
     def mean_experts(self) -> float:
@@ -71,7 +73,12 @@ class Bench:
             experts[name] = sum(s.unique_experts_denoising * n for s, n in zip(stats, steps)) / sum(steps)
             forwards += sum(steps)
             self.bar.update(len(prompts))
-        self.runs[key] = Run(experts, numpy.array(right), forwards / sum(map(len, right)))
+        self.runs[key] = Run(
+            experts,
+            numpy.array(right),
+            forwards / sum(map(len, right)),
+            net.bytes_per_expert // 2,  # stored in bfloat16
+        )
         return self.runs[key]
 
 
@@ -145,15 +152,9 @@ def cells(run: Run, base: Run) -> list[str]:
         low, high = wilson(int(right.sum()), len(right))
         found += [f"{run.experts[name]:.1f}", f"{right.mean():.1%} ±{(high - low) / 2:.1%}"]
     share, low, high = kept(run, base)
-    kilobytes = run.mean_experts * expert_bytes() / 1000
+    kilobytes = run.mean_experts * run.expert_bytes / 1000
     found += [f"{run.mean_experts:.1f}", f"{kilobytes:.0f}", f"{run.right.mean():.1%}"]
     return [*found, f"{share:.1%} ({low:.1%}–{high:.1%})"]
-
-
-def expert_bytes() -> int:
-    """Of one expert as the checkpoint stores it, in bfloat16."""
-    config = json.loads((BASE / "config.json").read_text())
-    return 3 * config["hidden_size"] * config["moe_intermediate_size"] * 2
 
 
 def theirs(row, base=paper.BASE) -> list[str]:

@@ -147,16 +147,19 @@ def fit(model, batches, steps: int, lr: float, state_file: Path, balance: bool =
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        total, load_of = 0.0, 0
+        total, load = 0.0, 0
         for tokens, masked in batches(step):
             loss, routed = denoising_loss(model, tokens, masked, block_length=BLOCK)
             (loss / len(BY_LENGTH)).backward()
             total += loss.item() / len(BY_LENGTH)
-            load_of += torch.stack([torch.bincount(ids.flatten(), minlength=64) for _, ids in routed])
+            if balance:
+                load += torch.stack(
+                    [torch.bincount(i.flatten(), minlength=model.config.num_experts) for _, i in routed]
+                )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if balance:
-            rebalance(model, load_of.float())
+            rebalance(model, load.float())
         losses.append(total)
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
