@@ -16,7 +16,7 @@ from examples.miniature import model, paper, table, tasks, train
 
 
 def of(name: str, count: int = 200, test: bool = False, seed: int = 0):
-    return tasks.examples(random.Random(seed), count, test=test, tasks=(name,))
+    return tasks.examples(name, random.Random(seed), count, test=test)
 
 
 def item(example) -> tuple:
@@ -93,7 +93,7 @@ def test_generations_without_an_end_are_dropped(tmp_path, monkeypatch):
         train.generations(None, None, 3, 0, tmp_path / "file.json")
     given = iter([["1", None, ""]] * 4)
     texts = train.generations(None, None, 3, 0, tmp_path / "file.json")
-    prompts = [e.prompt for e in tasks.examples(random.Random("generations 0"), 3, tasks=("arithmetic",))]
+    prompts = [e.prompt for e in tasks.examples("arithmetic", random.Random("generations 0"), 3)]
     assert texts["arithmetic"] == [(prompts[0], "1"), (prompts[2], "")]
     assert json.loads((tmp_path / "file.json").read_text())["story"][0][1] == "1"
 

@@ -50,9 +50,7 @@ class Bench:
     def __init__(self, folder: Path, per_task: int):
         self.tokenizer = Tokenizer.from_file(str(folder / BASE.name / "tokenizer.json"))
         self.models = {name: load(folder / name) for name in (BASE.name, DMOE.name)}
-        self.examples = {
-            name: tasks.examples(random.Random(SEED), per_task, test=True, tasks=(name,)) for name in tasks.TASKS
-        }
+        self.examples = {name: tasks.examples(name, random.Random(SEED), per_task, test=True) for name in tasks.TASKS}
         self.runs: dict[str, Run] = {}
         self.bar = tqdm(unit="prompt", disable=not sys.stderr.isatty())
 

@@ -100,14 +100,9 @@ def story(rng: random.Random, test: bool) -> tuple[str, str]:
 TASKS = {task.__name__: task for task in (arithmetic, sort, close, story)}
 
 
-def examples(rng: random.Random, count: int, *, test: bool = False, tasks=tuple(TASKS)) -> list[Example]:
-    """`count` examples, the tasks in turn."""
-    return [Example(name, *TASKS[name](rng, test)) for name, _ in zip(_cycle(tasks), range(count))]
-
-
-def _cycle(names):
-    while True:
-        yield from names
+def examples(task: str, rng: random.Random, count: int, *, test: bool = False) -> list[Example]:
+    """`count` examples of a task."""
+    return [Example(task, *TASKS[task](rng, test)) for _ in range(count)]
 
 
 def tokenizer() -> Tokenizer:

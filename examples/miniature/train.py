@@ -103,7 +103,7 @@ def task_batches(tokenizer, seed: int, step: int):
     """Fresh examples, the answer masked at a ratio that is drawn per sequence from 0.1 to 1."""
     rng, generator = random.Random(f"{seed} {step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
     for names in BY_LENGTH:
-        texts = [e[1:] for name in names for e in tasks.examples(rng, BATCH[name], tasks=(name,))]
+        texts = [e[1:] for name in names for e in tasks.examples(name, rng, BATCH[name])]
         yield mask(*encode(tokenizer, texts, BLOCKS[names[0]]), 0.1, 1.0, generator)
 
 
@@ -186,7 +186,7 @@ def generations(model, tokenizer, count: int, seed: int, file: Path) -> dict[str
     texts = {}
     for name in tqdm(BLOCKS, desc="generations", unit="task"):
         rng = random.Random(f"generations {seed}")
-        prompts = [example.prompt for example in tasks.examples(rng, count, tasks=(name,))]
+        prompts = [example.prompt for example in tasks.examples(name, rng, count)]
         answers = answer(model, tokenizer, prompts, BLOCKS[name])[0]
         texts[name] = [(prompt, text) for prompt, text in zip(prompts, answers) if text is not None]
         if not texts[name]:
