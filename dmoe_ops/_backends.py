@@ -37,6 +37,10 @@ class Reference:
         y.copy_(reference.moe_experts(x, w13, w2, topk_ids, topk_weights))
 
     @staticmethod
+    def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
+        reference.moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out)
+
+    @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
         rows = x.view(-1, seq_len, x.shape[1]) if seq_len else x
         value, routed, logits = reference.block_moe(
@@ -67,6 +71,8 @@ class Cpp:
     def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
         torch.ops.dmoe._moe_experts_out(x, w13, w2, None, None, topk_ids, topk_weights, y)
 
+    moe_experts_backward = Reference.moe_experts_backward  # its products are torch's own, and fast
+
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
         torch.ops.dmoe._gate_out(x, gate_weight, router_logits)
@@ -94,6 +100,10 @@ class Triton:
     @staticmethod
     def moe_experts(*args) -> None:
         _triton_backend().moe_experts(*args)
+
+    @staticmethod
+    def moe_experts_backward(*args) -> None:
+        _triton_backend().moe_experts_backward(*args)
 
     @staticmethod
     def block_moe(*args) -> None:
@@ -142,6 +152,10 @@ class Cuda:
         else:
             schedule = _cuda_schedule(x, w13)
             Cuda._experts(x, (w13, w2, None, None), topk_ids, topk_weights, schedule, False, y)
+
+    @staticmethod
+    def moe_experts_backward(*args) -> None:
+        _without_cuda().moe_experts_backward(*args)
 
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:

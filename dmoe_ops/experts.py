@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from . import _backends, _checks, _library
 
@@ -55,45 +54,14 @@ def gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights):
 
 
 def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool):
-    """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights. Each is accumulated in the dtype of
-    topk_weights and rounded once; tokens are gathered by expert, so that each product is one matrix multiplication."""
-    d_x, d_w13, d_w2, d_topk_weights = gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
-    top_k, num_experts, acc_type = topk_ids.shape[1], w13.shape[0], topk_weights.dtype
-    order = topk_ids.flatten().argsort(stable=True)
-    counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1, minlength=num_experts + 1)[: num_experts + 1].tolist()
-    order = order[counts[0] : sum(counts)]  # the slots that have an expert
-    rows, scale = order // top_k, topk_weights.flatten()[order, None]
-    used = [(e, part) for e, part in enumerate(_slices(counts[1:])) if part.stop > part.start]
-    tokens, d_out = x[rows].to(acc_type), d_y[rows].to(acc_type)
-
-    gate_up, d_hidden = (tokens.new_empty(len(rows), n) for n in (w13.shape[1], w2.shape[2]))
-    for e, part in used:
-        torch.mm(tokens[part], w13[e].to(acc_type).T, out=gate_up[part])
-        torch.mm(d_out[part], w2[e].to(acc_type), out=d_hidden[part])
-    gate, up = gate_up.chunk(2, dim=1)
-    silu = F.silu(gate)
-    hidden = silu * up
-    d_topk_weights.zero_().view(-1)[order] = (d_hidden * hidden).sum(1)
-    d_hidden *= scale
-    d_gate_up = torch.cat([torch.ops.aten.silu_backward(d_hidden * up, gate), d_hidden * silu], 1)
-    if of_weights:
-        hidden *= scale
-        d_w13.zero_()
-        d_w2.zero_()
-    d_slots = tokens.new_zeros(topk_ids.numel(), x.shape[1])
-    for e, part in used:
-        d_slots[order[part]] = d_gate_up[part] @ w13[e].to(acc_type)
-        if of_weights:
-            d_w13[e] = d_gate_up[part].T @ tokens[part]
-            d_w2[e] = d_out[part].T @ hidden[part]
-    return d_x.copy_(d_slots.view(-1, top_k, x.shape[1]).sum(1)), d_w13, d_w2, d_topk_weights
-
-
-def _slices(counts):
-    begin = 0
-    for count in counts:
-        yield slice(begin, begin + count)
-        begin += count
+    """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights."""
+    d_x, d_w13, d_w2, d_topk_weights = out = gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
+    if not x.shape[0]:
+        return tuple(grad.zero_() for grad in out)
+    d_y, x, topk_ids, topk_weights = _library.contiguous(d_y, x, topk_ids, topk_weights)
+    wanted = (d_x, d_w13, d_w2, d_topk_weights) if of_weights else (d_x, None, None, d_topk_weights)
+    _backends.backend(x).moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, wanted)
+    return out
 
 
 _library.define(

@@ -10,6 +10,8 @@ then gives the same bits, equal logits give equal scores, and a backend can repr
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -77,6 +79,45 @@ def moe_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
     """
     _checks.experts(x, w13, w2, topk_ids, topk_weights)
     return routed_experts(x.to(topk_weights.dtype), w13, w2, topk_ids, topk_weights).to(x.dtype)
+
+
+def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
+    """The gradient of `moe_experts`: fills out = (d_x, d_w13, d_w2, d_topk_weights); d_w13 and d_w2 may both be None.
+
+    d_y: [T, H], the dtype of x; else as `moe_experts`. Each sum is accumulated in the dtype of topk_weights and rounded
+    once; tokens are gathered by expert, so that each product is one matrix multiplication.
+    """
+    d_x, d_w13, d_w2, d_topk_weights = out
+    top_k, num_experts, acc_type = topk_ids.shape[1], w13.shape[0], topk_weights.dtype
+    order = topk_ids.flatten().argsort(stable=True)
+    counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1, minlength=num_experts + 1)[: num_experts + 1].tolist()
+    order = order[counts[0] : sum(counts)]  # the slots that have an expert
+    ends = list(itertools.accumulate(counts[1:]))
+    used = [(e, slice(end - count, end)) for e, (end, count) in enumerate(zip(ends, counts[1:])) if count]
+    rows, scale = order // top_k, topk_weights.flatten()[order, None]
+    tokens, d_out = x[rows].to(acc_type), d_y[rows].to(acc_type)
+
+    gate_up, d_hidden = (tokens.new_empty(len(rows), n) for n in (w13.shape[1], w2.shape[2]))
+    for e, part in used:
+        torch.mm(tokens[part], w13[e].to(acc_type).T, out=gate_up[part])
+        torch.mm(d_out[part], w2[e].to(acc_type), out=d_hidden[part])
+    gate, up = gate_up.chunk(2, dim=1)
+    silu = F.silu(gate)
+    hidden = silu * up
+    d_topk_weights.zero_().view(-1)[order] = (d_hidden * hidden).sum(1)
+    d_hidden *= scale
+    d_gate_up = torch.cat([torch.ops.aten.silu_backward(d_hidden * up, gate), d_hidden * silu], 1)
+    if d_w13 is not None:
+        hidden *= scale
+        d_w13.zero_()
+        d_w2.zero_()
+    d_slots = tokens.new_zeros(topk_ids.numel(), x.shape[1])
+    for e, part in used:
+        d_slots[order[part]] = d_gate_up[part] @ w13[e].to(acc_type)
+        if d_w13 is not None:
+            d_w13[e] = d_gate_up[part].T @ tokens[part]
+            d_w2[e] = d_out[part].T @ hidden[part]
+    d_x.copy_(d_slots.view(-1, top_k, x.shape[1]).sum(1))
 
 
 def block_moe(

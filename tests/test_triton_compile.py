@@ -57,11 +57,20 @@ def test_layer(resources, chip, model):
         assert all("wgmma" in row["mma"] for row in products if row["kernel"] != "dense_down_kernel")
 
 
+GRADIENT = {"hidden_gradient_kernel", "token_gradient_kernel", "combine_gradient_kernel", "weight_gradient_kernel"}
+
+
 def test_ops(resources):
-    """block_route and moe_experts by themselves."""
+    """block_route, and moe_experts with its gradient, by themselves."""
     rows = resources("--target", "sm_90", "--ops", "--tokens", 32, 2048)
-    assert {"mark_kernel", "order_kernel", "route_kernel"} <= {row["kernel"] for row in rows}
+    assert {"mark_kernel", "order_kernel", "route_kernel"} | GRADIENT <= {row["kernel"] for row in rows}
+    assert all(row["mma"] for row in rows if row["kernel"] in GRADIENT - {"combine_gradient_kernel"})
     check(rows)
+
+
+@pytest.mark.parametrize("chip, dtype", [("sm_80", "float16"), ("gfx942", "bfloat16"), ("sm_90", "float32")])
+def test_gradient(resources, chip, dtype):
+    check(resources("--target", chip, "--ops", "--tokens", 2048, "--dtype", dtype))
 
 
 def test_other_routings(resources):

@@ -13,7 +13,7 @@ from dmoe_ops.router import allocate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
-from dmoe_ops.triton_kernels import backend, experts, router, schedule  # noqa: E402 - needs triton
+from dmoe_ops.triton_kernels import backend, experts, gradient, router, schedule  # noqa: E402 - needs triton
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
 
@@ -39,7 +39,7 @@ def form(request, monkeypatch):
 def launches(monkeypatch):
     """The names of the kernels that were launched."""
     names = []
-    for module in (router, experts, schedule):
+    for module in (router, experts, schedule, gradient):
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 run = kernel.run
@@ -293,3 +293,72 @@ def test_which_form_serves():
     ):
         assert backend.form_of(blocks, routing, 4) == form
     assert [backend.tile_tokens(t, 8, 256) for t in (32, 512, 1024, 2048, 4096)] == [32, 32, 64, 128, 128]
+
+
+# ---- gradients ----
+
+
+def gradients(function, x, w13, w2, ids, weights, d_y):
+    """d_x, d_w13, d_w2 and d_topk_weights by autograd through `function`."""
+    leaves = [t.clone().requires_grad_() for t in (x, w13, w2, weights)]
+    function(*leaves[:3], ids, leaves[3]).backward(d_y)
+    return [leaf.grad for leaf in leaves]
+
+
+def check_gradients(x, w13, w2, ids, weights):
+    d_y = values(*x.shape, dtype=x.dtype, seed=9)
+    want = gradients(reference.moe_experts, x.float(), w13.float(), w2.float(), ids, weights, d_y.float())
+    got = gradients(moe_experts, *on_device(x, w13, w2, ids, weights, d_y))
+    for mine, theirs, dtype in zip(got, want, (x.dtype, x.dtype, x.dtype, torch.float32)):
+        assert mine.dtype == dtype
+        close(mine, theirs, TOLERANCE[x.dtype])
+    return got
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients(dtype):
+    check_gradients(values(19, 32, dtype=dtype), *weights_of(dtype=dtype), some_ids(19, 16, 3), values(19, 3, seed=5))
+
+
+@pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16)])
+def test_gradients_of_other_sizes(hidden, intermediate):
+    check_gradients(values(9, hidden), *weights_of(5, hidden, intermediate), some_ids(9, 5, 2), values(9, 2, seed=5))
+
+
+def test_gradients_of_several_tiles_per_expert_and_of_unused_experts():
+    ids = some_ids(140, 3, 2)  # of 16 experts
+    _, d_w13, d_w2, _ = check_gradients(values(140, 32), *weights_of(), ids, values(140, 2, seed=5))
+    assert (d_w13[3:] == 0).all() and (d_w2[3:] == 0).all()
+
+
+def test_gradients_of_ids_of_minus_one_and_of_an_expert_named_twice():
+    ids, weights = some_ids(40, 16, 3), values(40, 3, seed=5)
+    ids[::3, 1] = -1
+    ids[[0, 7, 39]] = -1
+    ids[5:20, 2] = ids[5:20, 0]
+    d_x, *_, d_weights = check_gradients(values(40, 32), *weights_of(), ids, weights)
+    assert (d_x[[0, 7, 39]] == 0).all() and (d_weights[ids.to(DEVICE) < 0] == 0).all()
+    check_gradients(values(4, 32), *weights_of(), torch.full((4, 3), 11, dtype=torch.int32), weights[:4])
+    d_y, everywhere = values(4, 32), torch.full((4, 3), -1, dtype=torch.int32)
+    for grad in gradients(moe_experts, *on_device(values(4, 32), *weights_of(), everywhere, weights[:4], d_y)):
+        assert (grad == 0).all()
+
+
+def test_gradients_of_the_weights_are_left_out_where_nobody_wants_them(launches):
+    x, w13, w2, ids, weights = on_device(values(9, 32), *weights_of(), some_ids(9, 16, 3), values(9, 3, seed=5))
+    x.requires_grad_()
+    moe_experts(x, w13, w2, ids, weights).sum().backward()
+    assert "token_gradient_kernel" in launches and "weight_gradient_kernel" not in launches
+
+
+def test_gradients_of_the_layer():
+    args, routing = layer((2, 13))
+    args = [*args, values(2, 13, 32, seed=9)]
+    grads = []
+    for function, (*parts, d_y) in ((block_moe, on_device(*args)), (reference.block_moe, args)):
+        leaves = [part.clone().requires_grad_() for part in parts]
+        y = function(*leaves, routing=routing)[0]
+        (y * d_y).sum().backward()
+        grads.append([leaf.grad for leaf, name in zip(leaves, "xgbwwss") if name != "b"])
+    for mine, theirs in zip(*grads):
+        close(mine, theirs, 2e-6)

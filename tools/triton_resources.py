@@ -90,7 +90,7 @@ def recorded():
 def launches(
     chip: Chip, model: str, n_tokens: int, form: str | None = None, dtype=torch.bfloat16, ops: bool = False
 ) -> list[Call]:
-    """What `block_moe` launches for that many tokens; with `ops`, what `block_route` and `moe_experts` launch."""
+    """What `block_moe` launches for that many tokens; with `ops`, `block_route`, `moe_experts` and its gradient."""
     hidden, intermediate, shared, routing = MODELS[model]
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, n_experts = empty(n_tokens, hidden), routing.num_experts
@@ -113,6 +113,8 @@ def launches(
         else:
             serve.block_route(logits, bias, None, n_tokens, routing, out)
             serve.moe_experts(x, *weights[:2], out.topk_ids, out.topk_weights, x)
+            grads = (x, *weights[:2], out.topk_weights)
+            serve.moe_experts_backward(x, x, *weights[:2], out.topk_ids, out.topk_weights, grads)
     return calls
 
 
@@ -215,7 +217,9 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[32])
     parser.add_argument("--form", choices=["dense", "gathered"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--ops", action="store_true", help="block_route and moe_experts in place of block_moe")
+    parser.add_argument(
+        "--ops", action="store_true", help="block_route, moe_experts and its gradient in place of block_moe"
+    )
     parser.add_argument("--json", action="store_true", help="one row per line, as JSON")
     parser.add_argument("--asm", help="folder for the assembly of each kernel")
     args = parser.parse_args()

@@ -8,7 +8,7 @@ import functools
 import torch
 import triton
 
-from . import experts, router, schedule, tiles
+from . import experts, gradient, router, schedule, tiles
 
 DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
 MAX_DENSE_BLOCK = 128
@@ -69,6 +69,18 @@ class Triton:
                 schedule.order_all(topk_ids, n_experts, plan, pdl)
                 h, rows = experts.gathered_buffers(x, w2, None, top_k)
                 experts.gathered(x, weights, topk_ids, topk_weights, plan, h, rows, y, table, expert_map, pdl)
+
+    @staticmethod
+    def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
+        n_tokens, top_k = topk_ids.shape
+        n_experts = w13.shape[0]
+        tile = gradient.tile_positions(n_tokens, top_k, n_experts, x.dtype)
+        words = -(-n_tokens // schedule.MAX_WORD)
+        with _on(x.device):
+            plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, 0, tile, x.device)
+            schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, None)
+            schedule.order_all(topk_ids, n_experts, plan, has_pdl(x.device))
+            gradient.experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, plan, out)
 
     @staticmethod
     def block_moe(

@@ -113,6 +113,28 @@ def expert_sum(x, weights, ids, scale, dtype):
     return y if weights[4] is None else y + reference.mlp(x, weights[4], weights[5])
 
 
+@pytest.mark.parametrize("tokens", [1, 45, 512])
+def test_gradients(weights, tokens):
+    """Against autograd in float32, at most twice as far as autograd in bf16."""
+    x = activations(tokens)
+    routed = reference.block_route(calibrated(tokens), routing=BlockRouting())
+    ids, scale, d_y = routed.topk_ids.cuda(), routed.topk_weights.cuda(), activations(tokens, seed=1)
+
+    def gradients(function, dtype):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weights[2], weights[3])]
+        leaves.append(scale.clone().requires_grad_())
+        function(*leaves).backward(d_y.to(dtype))
+        return [leaf.grad for leaf in leaves]
+
+    def plain(x, w13, w2, scale):
+        return expert_sum(x, (None, None, w13, w2, None, None), ids, scale, x.dtype)
+
+    got = gradients(lambda x, w13, w2, scale: moe_experts(x, w13, w2, ids, scale), torch.bfloat16)
+    want, torch_bf16 = gradients(plain, torch.float32), gradients(plain, torch.bfloat16)
+    for mine, truth, other in zip(got, want, torch_bf16):
+        assert distance(mine, truth) <= 2 * distance(other, truth)
+
+
 @pytest.mark.parametrize("tokens", [32, 512])
 def test_graph_replays_with_changing_inputs(weights, tokens):
     """A captured layer follows its input; replays are the same bits as plain calls. Two layers in a row in one graph, so
