@@ -47,6 +47,13 @@ def test_worked_answers_are_right_in_every_column(name):
             assert value == (10 * carry + int(digit) if sign == "+" else int(digit) - 10 * carry)
 
 
+@pytest.mark.parametrize("name, least, most", [("arithmetic", 2, 4), ("story", 2, 3)])
+def test_numbers_of_all_lengths(name, least, most):
+    found = {tuple(len(str(number)) for number in item(example)) for example in of(name, 1000)}
+    assert found == {(a, b) for a in range(least, most + 1) for b in range(a, most + 1)}
+    assert all(low < high for low, high in map(item, of(name, 1000)))
+
+
 def test_the_words_of_a_story_tell_the_sign():
     less = ("away", "fewer", "sold")
     for example in of("story"):
@@ -80,7 +87,7 @@ def test_the_tokenizer_writes_every_text_back():
             assert tokenizer.decode(ids) == example.prompt + example.answer and not {0, 1} & set(ids)
             assert len(ids) < model.BLOCKS[name] * model.BLOCK
     with pytest.raises(ValueError, match="must leave room for eos"):
-        model.encode(tokenizer, [("sort 1,2:", "1" * 40)], 1)
+        model.encode(tokenizer, [("sort 1,2:", "1" * 40)], 32)
 
 
 # Training --------------------------------------------------------------------------------------------------------------
@@ -105,6 +112,23 @@ def test_masks_leave_prompts_alone():
     assert masked.gather(1, start).float().mean() == pytest.approx(0.55, abs=0.08)  # the first token like any other
     share = masked[position.expand(500, -1) >= start].float().mean()
     assert share == pytest.approx(0.55, abs=0.02)
+
+
+def test_the_base_model_sees_every_block_size():
+    """A step has one block size, its sequences are whole blocks, and their prompts are those of the tasks."""
+    tokenizer = tasks.tokenizer()
+    seen = set()
+    for step in range(40):
+        batches = list(train.task_batches(tokenizer, 0, step))
+        assert len({size for *_, size in batches}) == 1
+        for (tokens, masked, size), names in zip(batches, train.BY_LENGTH):
+            assert tokens.shape == masked.shape and tokens.shape[1] % size == 0
+            assert tokens.shape[1] - size < model.BLOCKS[names[0]] * model.BLOCK <= tokens.shape[1]
+            assert len(tokens) == sum(train.BATCH[name] for name in names)
+            seen.add(size)
+        again = list(train.task_batches(tokenizer, 0, step))
+        assert all(torch.equal(a, b) for one, two in zip(batches, again) for a, b in zip(one[:2], two[:2]))
+    assert seen == set(paper.TABLE_4)
 
 
 @pytest.fixture
@@ -185,6 +209,14 @@ def test_kept_accuracy():
     assert low < share < high and share == pytest.approx(0.5, abs=0.05) and high - low < 0.1
 
 
+def test_two_pairs_of_checkpoints_are_compared():
+    here = {"base": (1.0, 1.0, 1.0), "dMoE": (0.97, 0.95, 0.99), "DES-S*": (0.5, 0.4, 0.6)}
+    said = table.beside(here, {"base": (1.0, 1.0, 1.0), "dMoE": (0.98, 0.96, 0.99), "DES-S*": (0.7, 0.6, 0.8)})
+    assert re.search(r"dMoE +97.0% +there +98.0% \(96.0%–99.0%\): inside", said)
+    assert re.search(r"DES-S\* +50.0% +there +70.0% \(60.0%–80.0%\): outside", said)
+    assert " base " not in said
+
+
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
     """The tables of a few prompts, from the checkpoints that ship."""
@@ -194,6 +226,8 @@ def printed(tmp_path_factory):
 
     with contextlib.redirect_stdout(io.StringIO()) as text:
         assert table.main(["--per-task", "6", "--out", str(out)]) == 0
+    shares = json.loads((out / "results.json").read_text())["of_base"]
+    assert shares["base"] == [1, 1, 1] and all(low <= share <= high for share, low, high in shares.values())
     return text.getvalue(), json.loads((out / "results.json").read_text()), out
 
 

@@ -56,11 +56,11 @@ def new_model(tokenizer: Tokenizer, seed: int) -> LLaDA2ForDiffusion:
     return model
 
 
-def encode(tokenizer: Tokenizer, texts, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompt, answer) pairs to int64 [n, blocks * BLOCK], filled up with eos, and the lengths of the prompts int64 [n]."""
+def encode(tokenizer: Tokenizer, texts, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt, answer) pairs to int64 [n, length], filled up with eos, and the lengths of the prompts int64 [n]."""
     prompts = [e.ids for e in tokenizer.encode_batch([prompt for prompt, _ in texts])]
     answers = [e.ids for e in tokenizer.encode_batch([answer for _, answer in texts])]
-    tokens = torch.full((len(prompts), blocks * BLOCK), tokenizer.token_to_id(tasks.EOS))
+    tokens = torch.full((len(prompts), length), tokenizer.token_to_id(tasks.EOS))
     for row, prompt, answer in zip(tokens, prompts, answers):
         if len(prompt) + len(answer) >= len(row):
             raise ValueError(
@@ -84,7 +84,7 @@ def answer(
     answers, stats = [], []
     for begin in range(0, len(prompts), batch):
         part = prompts[begin : begin + batch]
-        tokens, lengths = encode(tokenizer, [(prompt, "") for prompt in part], blocks)
+        tokens, lengths = encode(tokenizer, [(prompt, "") for prompt in part], blocks * BLOCK)
         decoded = model.generate(
             tokens[:, : int(lengths.max())],
             prompt_lengths=lengths,

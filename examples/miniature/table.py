@@ -166,7 +166,7 @@ def layout(title: str, rows: list[tuple[str, Run, Run, list[str]]]) -> str:
     """A table in the layout of the paper's: experts and accuracy per task; ours, then theirs."""
     head = ["", *[part for name in tasks.TASKS for part in ("experts", name)], "experts", "kB", "accuracy", "of base"]
     lines = [[*head, "paper: experts", "of base"]]
-    lines += [[name, *cells(run, base), *beside] for name, run, base, beside in rows]
+    lines += [[name, *cells(run, base), *others] for name, run, base, others in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines
@@ -188,7 +188,7 @@ def report(found: dict) -> str:
             + [(f"untrained p = {p}", run, base, theirs(None)) for p, run in found["untrained"].items()],
         ),
         layout(
-            "Table 4. Block size at test time, trained with blocks of 32 (of base: token routing at the same block size)",
+            "Table 4. Block size at test time, self-distilled with blocks of 32 (of base: token routing at the same size)",
             [
                 row
                 for size, (token, ours) in blocks.items()
@@ -219,6 +219,17 @@ def verdict(found: dict) -> str:
         "experts: unique experts of a block, mean over layers and denoising steps. kB: their weights in a layer, bfloat16.",
         "accuracy: answers right to the letter, with 95 % Wilson intervals; of base: paired bootstrap over the prompts.",
     )
+    return "\n".join(lines)
+
+
+def beside(kept_here: dict, kept_there: dict) -> str:
+    """What another pair of checkpoints kept, and whether this pair does within the other one's 95 % intervals."""
+    lines = ["\n\nOf the base's accuracy, here and in the results that were given:"]
+    for name, (share, *_) in kept_here.items():
+        if name != "base" and name in kept_there:
+            other, low, high = kept_there[name]
+            where = "inside" if low <= share <= high else "outside"
+            lines.append(f"  {name:15} {share:6.1%}   there {other:6.1%} ({low:.1%}–{high:.1%}): {where}")
     return "\n".join(lines)
 
 
@@ -259,14 +270,18 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--per-task", type=int, default=400, help="test prompts of each task (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="for results.json and tradeoff.png")
+    parser.add_argument("--beside", type=Path, help="results.json of other checkpoints, to compare with")
     args = parser.parse_args(argv)
     if args.per_task < 1:
         parser.error(f"--per-task must be at least 1, got {args.per_task}")
+    others = json.loads(args.beside.read_text())["of_base"] if args.beside else {}
     begin = time.perf_counter()
     bench = Bench(args.checkpoints, args.per_task)
     found = measure(bench)
     bench.bar.close()
-    text = report(found)
+    base = found["table_2"]["base"][1]
+    of_base = {name: kept(run, base) for name, (_, run) in found["table_2"].items()}
+    text = report(found) + (beside(of_base, others) if others else "")
     print(text)
     seconds = time.perf_counter() - begin
     print(f"{len(bench.runs)} runs of {args.per_task} prompts per task in {seconds:.0f} s, torch {torch.__version__}")
@@ -280,7 +295,7 @@ def main(argv=None) -> int:
         )
         for key, run in bench.runs.items()
     }
-    figures = dict(per_task=args.per_task, seconds=round(seconds), runs=rows, text=text.splitlines())
+    figures = dict(per_task=args.per_task, seconds=round(seconds), of_base=of_base, runs=rows, text=text.splitlines())
     (args.out / "results.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     picture(found, args.out / "tradeoff.png")
     return 0

@@ -46,12 +46,32 @@ def draw(make, test: bool):
             return item
 
 
+def drill(rng: random.Random) -> tuple[str, str]:
+    """The carry and the digit of the last of three columns. In a worked answer the tokens that have to be computed are few
+    among those that are copied; here there are only such."""
+    columns = []
+    for _ in range(3):
+        x, y, carry, sign = rng.randrange(10), rng.randrange(10), rng.randrange(2), rng.choice("+-")
+        value = x + y + carry if sign == "+" else x - y - carry
+        columns.append(f"{x}{sign}{y}{sign}{carry}={int(value > 9 or value < 0)}{value % 10}")
+    text = ";".join(columns)
+    return text[:-2], text[-2:]
+
+
+def two_numbers(rng: random.Random, least: int, most: int) -> tuple[int, ...]:
+    """Two different numbers of `least` to `most` digits each, the smaller one first."""
+    while True:
+        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in (rng.randint(least, most), rng.randint(least, most)))
+        if a != b:
+            return min(a, b), max(a, b)
+
+
 def worked(a: int, b: int, sign: str) -> str:
     """a + b or a - b column by column from the right, then the result. A column has its two digits and the carry or borrow
     from the one before; behind the equals sign stand the carry or borrow to the next one and the digit."""
     carry, steps = 0, []
-    for column in range(len(str(a))):
-        x, y = a // 10**column % 10, b // 10**column % 10
+    for place in range(len(str(a))):
+        x, y = a // 10**place % 10, b // 10**place % 10
         value = x + y + carry if sign == "+" else x - y - carry
         step = f"{x}{sign}{y}{sign}{carry}="
         carry = int(value > 9 or value < 0)
@@ -60,8 +80,8 @@ def worked(a: int, b: int, sign: str) -> str:
 
 
 def arithmetic(rng: random.Random, test: bool) -> tuple[str, str]:
-    """The sum or the difference of two four-digit numbers, worked out."""
-    b, a = draw(lambda: tuple(sorted(rng.sample(range(1000, 10000), 2))), test)
+    """The sum or the difference of two numbers of two to four digits, worked out."""
+    b, a = draw(lambda: two_numbers(rng, 2, 4), test)
     sign = rng.choice("+-")
     return f"work {a}{sign}{b}:", worked(a, b, sign)
 
@@ -90,8 +110,8 @@ def close(rng: random.Random, test: bool) -> tuple[str, str]:
 
 
 def story(rng: random.Random, test: bool) -> tuple[str, str]:
-    """A word problem: which of two three-digit numbers to add or to subtract stands in its words."""
-    b, a = draw(lambda: tuple(sorted(rng.sample(range(100, 1000), 2))), test)
+    """A word problem: whether to add or to subtract two numbers of two or three digits stands in its words."""
+    b, a = draw(lambda: two_numbers(rng, 2, 3), test)
     n, m = rng.sample(NAMES, 2)
     text, sign = rng.choice(tuple(STORIES.items()))
     return text.format(n=n, m=m, i=rng.choice(ITEMS), a=a, b=b), worked(a, b, sign)

@@ -5,7 +5,9 @@
 1. base: masked block diffusion on the tasks, every token routed alone.
 2. generations: the base model answers prompts of the training set; answers without an end are dropped.
 3. dmoe: the base model learns its own generations under the block-restricted forward (dMoE, arXiv 2605.30876, section 5.1:
-   p = 0.6, masking ratio 0.3 to 0.8, full fine-tuning, cosine schedule).
+   p = 0.6, masking ratio 0.3 to 0.8, full fine-tuning).
+
+The learning rate of both is constant for the first half of the steps and falls linearly to zero in the second.
 
 A run that was cut off goes on from its last checkpoint in --work when the same command is given again.
 """
@@ -33,7 +35,10 @@ from . import tasks
 from .model import BASE, BLOCK, BLOCKS, DMOE, HERE, MIN_EXPERTS, answer, encode, load, new_model
 
 # Sequences of a step, by task: brackets are learned at once, and a sequence of one block costs a third of one of two.
-BATCH = {"arithmetic": 8, "story": 8, "sort": 24, "close": 8}
+BATCH = {"arithmetic": 16, "story": 12, "sort": 20, "close": 8}
+DRILLS = 24  # columns of sums, among the short sequences of a step of the base model
+# Block sizes of the base model's steps, drawn evenly: it decodes at all of them (table 4), at the first one mostly.
+BLOCK_LENGTHS = (BLOCK, BLOCK, BLOCK, BLOCK, BLOCK, 24, 16, 8)
 BY_LENGTH = (("arithmetic", "story"), ("sort", "close"))  # each a forward of its own, with half of the loss
 SAVE_EVERY = 500
 WORK_FILES = ("settings.json", "base.pt", "generations.json", "dmoe.pt")
@@ -42,9 +47,9 @@ WORK_FILES = ("settings.json", "base.pt", "generations.json", "dmoe.pt")
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.miniature.train", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000, help="of the base model (default: %(default)s)")
-    parser.add_argument("--distil-steps", type=int, default=2500, help="of self-distillation (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=6000, help="that it answers for that (%(default)s per task)")
+    parser.add_argument("--steps", type=int, default=4800, help="of the base model (default: %(default)s)")
+    parser.add_argument("--distil-steps", type=int, default=3000, help="of self-distillation (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=8000, help="that it answers for that (%(default)s per task)")
     parser.add_argument("--p", type=float, default=0.6, help="top-p of the coreset in training (default: %(default)s)")
     parser.add_argument("--min-experts", type=int, default=MIN_EXPERTS, help="of the coreset (default: %(default)s)")
     parser.add_argument("--base", type=Path, help="start from this base checkpoint instead of training one")
@@ -100,11 +105,16 @@ def claim(work: Path, settings: dict, parser: argparse.ArgumentParser) -> None:
 
 
 def task_batches(tokenizer, seed: int, step: int):
-    """Fresh examples, the answer masked at a ratio that is drawn per sequence from 0.1 to 1."""
+    """Fresh examples, the answer masked at a ratio that is drawn per sequence from 0.1 to 1, in blocks of a size that is
+    drawn per step."""
     rng, generator = random.Random(f"{seed} {step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
+    block_length = rng.choice(BLOCK_LENGTHS)
     for names in BY_LENGTH:
         texts = [e[1:] for name in names for e in tasks.examples(name, rng, BATCH[name])]
-        yield mask(*encode(tokenizer, texts, BLOCKS[names[0]]), 0.1, 1.0, generator)
+        if BLOCKS[names[0]] == 1:
+            texts += [tasks.drill(rng) for _ in range(DRILLS)]
+        length = math.ceil(BLOCKS[names[0]] * BLOCK / block_length) * block_length
+        yield *mask(*encode(tokenizer, texts, length), 0.1, 1.0, generator), block_length
 
 
 def distil_batches(tokenizer, texts, seed: int, step: int):
@@ -116,7 +126,7 @@ def distil_batches(tokenizer, texts, seed: int, step: int):
             for i in range(step * BATCH[name], (step + 1) * BATCH[name]):
                 epoch, place = divmod(i, len(texts[name]))
                 chosen.append(texts[name][epoch_order(len(texts[name]), f"{seed} {name} {epoch}")[place]])
-        yield mask(*encode(tokenizer, chosen, BLOCKS[names[0]]), 0.3, 0.8, generator)
+        yield *mask(*encode(tokenizer, chosen, BLOCKS[names[0]] * BLOCK), 0.3, 0.8, generator), BLOCK
 
 
 @functools.lru_cache(16)
@@ -145,11 +155,11 @@ def fit(model, batches, steps: int, lr: float, state_file: Path, balance: bool =
     clock = time.perf_counter()
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = lr * min(1, (step + 1) / 100, 2 * (1 - step / steps))
         optimizer.zero_grad()
         total, load = 0.0, 0
-        for tokens, masked in batches(step):
-            loss, routed = denoising_loss(model, tokens, masked, block_length=BLOCK)
+        for tokens, masked, block_length in batches(step):
+            loss, routed = denoising_loss(model, tokens, masked, block_length=block_length)
             (loss / len(BY_LENGTH)).backward()
             total += loss.item() / len(BY_LENGTH)
             if balance:
