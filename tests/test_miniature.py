@@ -60,6 +60,15 @@ def test_the_words_of_a_story_tell_the_sign():
         assert ("-" in example.answer) == any(word in example.prompt for word in less)
 
 
+def test_drills_are_columns_that_are_right():
+    for seed in range(300):
+        prompt, answer = tasks.drill(random.Random(seed))
+        for column in (prompt + answer).split(";"):
+            x, sign, y, before, after, digit = re.fullmatch(r"(\d)([+-])(\d)\2(\d)=(\d)(\d)", column).groups()
+            x, y, before, after, digit = map(int, (x, y, before, after, digit))
+            assert (x + y + before == 10 * after + digit) if sign == "+" else (x - y - before == digit - 10 * after)
+
+
 def test_sorted_lists_and_closed_brackets():
     for example in of("sort"):
         assert list(map(int, example.answer.split(","))) == sorted(item(example))
@@ -124,7 +133,8 @@ def test_the_base_model_sees_every_block_size():
         for (tokens, masked, size), names in zip(batches, train.BY_LENGTH):
             assert tokens.shape == masked.shape and tokens.shape[1] % size == 0
             assert tokens.shape[1] - size < model.BLOCKS[names[0]] * model.BLOCK <= tokens.shape[1]
-            assert len(tokens) == sum(train.BATCH[name] for name in names)
+            drills = train.DRILLS if model.BLOCKS[names[0]] == 1 else 0
+            assert len(tokens) == sum(train.BATCH[name] for name in names) + drills
             seen.add(size)
         again = list(train.task_batches(tokenizer, 0, step))
         assert all(torch.equal(a, b) for one, two in zip(batches, again) for a, b in zip(one[:2], two[:2]))

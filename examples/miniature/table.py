@@ -134,7 +134,11 @@ def measure(bench: Bench) -> dict:
         "dMoE weights": ("token routing", bench.run("dmoe", "token")),
     }
     blocks = {
-        size: (bench.run("base", "token", size), bench.run("dmoe", "dmoe", size, top_p=0.6, **dmoe))
+        size: (
+            bench.run("base", "token", size),
+            bench.run("dmoe", "dmoe", size, top_p=0.6, **dmoe),
+            bench.run("dmoe", "token", size),
+        )
         for size in paper.TABLE_4
     }
     curve = {n: bench.run("base", "des_vote", capacity=n) for n in sorted({starred, 8, 12, 16, 20, 24, 32})}
@@ -191,10 +195,11 @@ def report(found: dict) -> str:
             "Table 4. Block size at test time, self-distilled with blocks of 32 (of base: token routing at the same size)",
             [
                 row
-                for size, (token, ours) in blocks.items()
+                for size, (token, ours, weights) in blocks.items()
                 for row in (
                     (f"{size}: token routing", token, token, theirs(paper.TABLE_4[size][0], paper.TABLE_4[size][0])),
                     (f"{size}: dMoE p = 0.6", ours, token, theirs(paper.TABLE_4[size][1], paper.TABLE_4[size][0])),
+                    (f"{size}: dMoE weights, token routing", weights, token, theirs(None)),
                 )
             ],
         ),
