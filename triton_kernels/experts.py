@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .products import multiply, rounded
-from .schedule import block_range
+from .schedule import block_range, load_tile
 
 HALF_GROUP = tl.constexpr(8)  # rows of gate and of up alternate in groups: both halves of a product sit in one thread
 
@@ -314,11 +314,7 @@ def gathered_up_kernel(
 
     program -= n_shared
     if (program >= 0) & (program < tl.load(n_tiles_ptr) * TILES):
-        tile = tiles_ptr + program // TILES * 3
-        expert = tl.load(tile)
-        position = tl.load(tile + 1) + n
-        there = position < tl.load(tile + 2)
-        token = tl.load(token_at_ptr + position, mask=there, other=0)
+        expert, position, there, token = load_tile(program // TILES, tiles_ptr, token_at_ptr, BLOCK_N)
         ids, weights = load_slots(token, there, ids_ptr, weights_ptr, K, KP)
         first_row = program % TILES * BLOCK_I
         x_cols = x_ptr + token.to(tl.int64)[None, :] * H
@@ -444,11 +440,8 @@ def gathered_down_kernel(
             )  # fmt: skip
     program -= n_shared
     if (program >= 0) & (program < tl.load(n_tiles_ptr) * TILES):
-        tile = tiles_ptr + program // TILES * 3
-        expert = local_expert(tl.load(tile), map_ptr, HAS_MAP)
-        position = tl.load(tile + 1) + n
-        there = position < tl.load(tile + 2)
-        token = tl.load(token_at_ptr + position, mask=there, other=0)
+        expert, position, there, token = load_tile(program // TILES, tiles_ptr, token_at_ptr, BLOCK_N)
+        expert = local_expert(expert, map_ptr, HAS_MAP)
         down_rows(
             w2_ptr + expert * (H * I), h_ptr, position, there, hidden, token, arrived_ptr, position_ptr,
             rows_ptr, shared_rows_ptr, rows_ptr, y_ptr, hidden_tile,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .experts import load_slots
 from .products import multiply, rounded
-from .schedule import popcount
+from .schedule import load_tile, popcount
 
 
 @triton.jit
@@ -47,11 +47,7 @@ def hidden_gradient_kernel(
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     program = tl.program_id(0)
     if program < tl.load(n_tiles_ptr) * TILES:
-        tile = tiles_ptr + program // TILES * 3
-        expert = tl.load(tile)
-        position = tl.load(tile + 1) + tl.arange(0, BLOCK_N)
-        there = position < tl.load(tile + 2)
-        token = tl.load(token_at_ptr + position, mask=there, other=0)
+        expert, position, there, token = load_tile(program // TILES, tiles_ptr, token_at_ptr, BLOCK_N)
         ids, weights = load_slots(token, there, ids_ptr, weights_ptr, K, KP)
         i_tile = program % TILES
         i = i_tile * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -94,6 +90,7 @@ def hidden_gradient_kernel(
 def token_gradient_kernel(
     d_gate_up_ptr,
     w13_ptr,
+    token_at_ptr,
     tiles_ptr,
     n_tiles_ptr,
     rows_ptr,
@@ -108,11 +105,9 @@ def token_gradient_kernel(
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     program = tl.program_id(0)
     if program < tl.load(n_tiles_ptr) * TILES:
-        tile = tiles_ptr + program // TILES * 3
-        position = tl.load(tile + 1) + tl.arange(0, BLOCK_N)
-        there = position < tl.load(tile + 2)
+        expert, position, there, _ = load_tile(program // TILES, tiles_ptr, token_at_ptr, BLOCK_N)
         h = program % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
-        w_columns = w13_ptr + tl.load(tile).to(tl.int64) * (2 * I * H) + h[:, None]
+        w_columns = w13_ptr + expert.to(tl.int64) * (2 * I * H) + h[:, None]
         d_columns = d_gate_up_ptr + position.to(tl.int64)[None, :] * (2 * I)
         k = tl.arange(0, BLOCK_I)
         acc = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
@@ -259,6 +254,7 @@ def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, out) -> 
     token_gradient_kernel[(most * triton.cdiv(hidden, 64),)](
         d_gate_up,
         w13,
+        schedule.token_at,
         schedule.tiles,
         schedule.n_tiles,
         rows,

@@ -145,6 +145,15 @@ def order(
         tl.store(token_at_ptr + position, token, mask=chosen)
 
 
+@triton.jit
+def load_tile(tile, tiles_ptr, token_at_ptr, TILE: tl.constexpr):
+    """A tile of the gathered form: its expert; its positions [TILE], which of them there are, and their tokens."""
+    expert = tl.load(tiles_ptr + tile * 3)
+    position = tl.load(tiles_ptr + tile * 3 + 1) + tl.arange(0, TILE)
+    there = position < tl.load(tiles_ptr + tile * 3 + 2)
+    return expert, position, there, tl.load(token_at_ptr + position, mask=there, other=0)
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def mark_kernel(
     ids_ptr,
