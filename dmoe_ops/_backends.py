@@ -36,9 +36,7 @@ class Reference:
     def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
         y.copy_(reference.moe_experts(x, w13, w2, topk_ids, topk_weights))
 
-    @staticmethod
-    def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
-        reference.moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out)
+    moe_experts_backward = staticmethod(reference.moe_experts_backward)
 
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
@@ -71,7 +69,7 @@ class Cpp:
     def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
         torch.ops.dmoe._moe_experts_out(x, w13, w2, None, None, topk_ids, topk_weights, y)
 
-    moe_experts_backward = Reference.moe_experts_backward  # its products are torch's own, and fast
+    moe_experts_backward = staticmethod(reference.moe_experts_backward)  # its products are torch's own, and fast
 
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
@@ -131,7 +129,7 @@ class Cuda:
 
     Two launches: router and experts. What the host rules refuse (csrc/cuda/router.h and experts.h: float32 experts,
     more than 64 tokens through experts, sizes that do not divide into its tiles) goes to Triton, or to the reference
-    where that is missing.
+    where that is missing; so does every gradient.
     """
 
     @staticmethod

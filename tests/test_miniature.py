@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import re
@@ -231,13 +233,8 @@ def test_two_pairs_of_checkpoints_are_compared():
 def printed(tmp_path_factory):
     """The tables of a few prompts, from the checkpoints that ship."""
     out = tmp_path_factory.mktemp("table")
-    import contextlib
-    import io
-
     with contextlib.redirect_stdout(io.StringIO()) as text:
         assert table.main(["--per-task", "6", "--out", str(out)]) == 0
-    shares = json.loads((out / "results.json").read_text())["of_base"]
-    assert shares["base"] == [1, 1, 1] and all(low <= share <= high for share, low, high in shares.values())
     return text.getvalue(), json.loads((out / "results.json").read_text()), out
 
 
@@ -259,7 +256,8 @@ def test_the_tables_are_printed_and_drawn(printed):
 
 def test_what_the_tables_count(printed):
     """Counts that follow from a policy, whatever the weights: a coreset bounds what its block may use."""
-    runs = printed[1]["runs"]
+    runs, shares = printed[1]["runs"], printed[1]["of_base"]
+    assert shares["base"] == [1, 1, 1] and all(low <= share <= high for share, low, high in shares.values())
     base = runs["base: token, blocks of 32"]["experts"]["mean"]
     assert base > 25
     for key, run in runs.items():

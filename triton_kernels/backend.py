@@ -74,7 +74,7 @@ class Triton:
     def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
         n_tokens, top_k = topk_ids.shape
         n_experts = w13.shape[0]
-        tile = gradient.tile_positions(n_tokens, top_k, n_experts, x.dtype)
+        tile = min(gradient.most_positions(x.dtype), tile_tokens(n_tokens, top_k, n_experts))
         words = -(-n_tokens // schedule.MAX_WORD)
         with _on(x.device):
             plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, 0, tile, x.device)

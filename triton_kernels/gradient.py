@@ -205,16 +205,15 @@ def weight_gradient_kernel(
     tl.store(out_ptr + at, rounded(acc, out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def tile_positions(n_tokens: int, top_k: int, n_experts: int, dtype: torch.dtype) -> int:
-    """Positions per tile: twice what an expert gets on average, as far as three accumulators fit into the registers."""
-    most = 64 if dtype.itemsize <= 2 else 32
-    return min(most, max(32, triton.next_power_of_2(2 * n_tokens * top_k // n_experts)))
+def most_positions(dtype: torch.dtype) -> int:
+    """Positions per tile at most: three accumulators have to fit into the registers."""
+    return 64 if dtype.itemsize <= 2 else 32
 
 
 def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, out) -> None:
     """Fills out = (d_x, d_w13, d_w2, d_topk_weights); d_w13 and d_w2 may both be None.
 
-    schedule: a `schedule.Gathered` of topk_ids, in tiles of `tile_positions`.
+    schedule: a `schedule.Gathered` of topk_ids, in tiles of at most `most_positions`.
     """
     d_x, d_w13, d_w2, d_topk_weights = out
     n_tokens, top_k = topk_ids.shape

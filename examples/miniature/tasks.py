@@ -51,9 +51,7 @@ def drill(rng: random.Random) -> tuple[str, str]:
     among those that are copied; here there are only such."""
     columns = []
     for _ in range(3):
-        x, y, carry, sign = rng.randrange(10), rng.randrange(10), rng.randrange(2), rng.choice("+-")
-        value = x + y + carry if sign == "+" else x - y - carry
-        columns.append(f"{x}{sign}{y}{sign}{carry}={int(value > 9 or value < 0)}{value % 10}")
+        columns.append(column(rng.randrange(10), rng.randrange(10), rng.randrange(2), rng.choice("+-")))
     text = ";".join(columns)
     return text[:-2], text[-2:]
 
@@ -66,16 +64,19 @@ def two_numbers(rng: random.Random, least: int, most: int) -> tuple[int, ...]:
             return min(a, b), max(a, b)
 
 
+def column(x: int, y: int, carry: int, sign: str) -> str:
+    """One column of x + y or x - y: its two digits and the carry or borrow from the one before; behind the equals sign the
+    carry or borrow to the next one and the digit."""
+    value = x + y + carry if sign == "+" else x - y - carry
+    return f"{x}{sign}{y}{sign}{carry}={int(value > 9 or value < 0)}{value % 10}"
+
+
 def worked(a: int, b: int, sign: str) -> str:
-    """a + b or a - b column by column from the right, then the result. A column has its two digits and the carry or borrow
-    from the one before; behind the equals sign stand the carry or borrow to the next one and the digit."""
+    """a + b or a - b column by column from the right, then the result."""
     carry, steps = 0, []
     for place in range(len(str(a))):
-        x, y = a // 10**place % 10, b // 10**place % 10
-        value = x + y + carry if sign == "+" else x - y - carry
-        step = f"{x}{sign}{y}{sign}{carry}="
-        carry = int(value > 9 or value < 0)
-        steps.append(f"{step}{carry}{value % 10}")
+        steps.append(column(a // 10**place % 10, b // 10**place % 10, carry, sign))
+        carry = int(steps[-1][-2])
     return ";".join([*steps, str(a + b if sign == "+" else a - b)])
 
 
