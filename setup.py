@@ -1,4 +1,4 @@
-"""Builds dmoe_ops._C by driving CMakeLists.txt. Without a C++ compiler, or without torch's headers, the package installs
+"""Builds dmoe_ops._C by driving CMakeLists.txt. Where a tool for that or torch's headers are missing, the package installs
 all the same and runs on the torch reference; it says so here and in `dmoe info`."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             self.run_cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if os.environ.get("DMOE_REQUIRE_EXTENSION") == "1":
                 raise
             print(f"dmoe: installing without C++ kernels, on the torch reference: {error}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..routing import POLICIES, BlockRouting
+from ..routing import BlockRouting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Model:
             norm_topk_prob=self.norm_topk_prob,
             routed_scaling_factor=self.scale,
         )
-        geometry = {key: value for key, value in geometry.items() if key not in POLICIES.get(policy, {})}
-        return BlockRouting.policy(policy, **{**geometry, **overrides})
+        return BlockRouting.of_model(policy, geometry, **overrides)
 
     def expert_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one routed expert's three matrices."""

@@ -49,7 +49,8 @@ except ImportError as error:  # the torch reference serves
     WHY_NO_C = (
         f"does not load: {error}"
         if list(Path(__file__).parent.glob("_C.*"))
-        else "was not built when the package was installed, for want of a C++ compiler or of torch (pip -v says)"
+        else "was not built when the package was installed, for want of a C++ compiler, cmake, ninja, pybind11 or torch "
+        "(pip -v says)"
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from . import _backends, _checks, _library
+from . import _backends, _checks, _library, reference
 
 
 def moe_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
-    """See `dmoe_ops.reference.moe_experts`."""
     _checks.tensors(x=x, w13=w13, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights)
     return torch.ops.dmoe.moe_experts(x, w13, w2, topk_ids, topk_weights)
+
+
+moe_experts.__doc__ = reference.moe_experts.__doc__
 
 
 def fake(x, w13, w2, topk_ids, topk_weights):

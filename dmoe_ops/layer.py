@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import _backends, _checks, _library, router
+from . import _backends, _checks, _library, reference, router
 from .routing import BlockRouting, RoutingResult
 
 
 def block_moe(
     x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, *, routing: BlockRouting, block_offsets=None
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
-    """See `dmoe_ops.reference.block_moe`."""
     _checks.routing(routing)
     _checks.rows("x", x, "H")
     optional = dict(expert_bias=expert_bias, shared_w13=shared_w13, shared_w2=shared_w2, block_offsets=block_offsets)
@@ -22,6 +21,9 @@ def block_moe(
         rows, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, x.shape[-2], *routing.args()
     )
     return y.view(x.shape), router.result(routed), router_logits
+
+
+block_moe.__doc__ = reference.block_moe.__doc__
 
 
 def fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *routing_args):
@@ -145,8 +147,8 @@ class BlockMoE(nn.Module):
         self.shared_w2 = empty(hidden_size, shared_intermediate_size) if shared_intermediate_size else None
 
     def forward(self, hidden_states, block_offsets=None):
-        """hidden_states [bsz, seq, H] or [T, H] -> (y of that shape, (router_logits float32 [..., E], topk_ids
-        int64 [..., k])): what LLaDA2's own block returns."""
+        """hidden_states [bsz, seq, H] or [T, H], the dtype of w13 -> (y of that shape, (router_logits float32 [..., E],
+        topk_ids int64 [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_route`."""
         bias = None if self.expert_bias is None else self.expert_bias.float()
         y, routed, router_logits = block_moe(
             hidden_states,

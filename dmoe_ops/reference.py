@@ -125,8 +125,8 @@ def block_moe(
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     """The whole layer: gate, block routing, experts and the shared expert.
 
-    x: [T, H] or [bsz, seq, H]; gate_weight: [E, H], any float dtype; expert_bias: float32 [E] or None; w13, w2: see
-    `moe_experts`; shared_w13 [2I_shared, H] and shared_w2 [H, I_shared], dtype of x, or both None.
+    x: [T, H] or [bsz, seq, H]; gate_weight: [E, H], any float dtype; expert_bias: float32 [E] or None; w13, w2, and the
+    dtypes of x: see `moe_experts`; shared_w13 [2I_shared, H] and shared_w2 [H, I_shared], dtype of x, or both None.
     routing, block_offsets: see `block_route`.
 
     Returns (y like x, `RoutingResult`, router_logits float32 [T, E]); y is rounded once, with the shared expert in it.

@@ -9,12 +9,14 @@ from .routing import BlockRouting, RoutingResult
 
 
 def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None) -> RoutingResult:
-    """See `dmoe_ops.reference.block_route`."""
     _checks.routing(routing)
     _checks.logits(logits, routing)
     _checks.tensors(optional=dict(expert_bias=expert_bias, block_offsets=block_offsets))
     rows = logits.reshape(-1, logits.shape[-1])
     return result(torch.ops.dmoe.block_route(rows, expert_bias, block_offsets, logits.shape[-2], *routing.args()))
+
+
+block_route.__doc__ = reference.block_route.__doc__
 
 
 def outputs(result: RoutingResult) -> tuple:

@@ -119,6 +119,13 @@ class BlockRouting:
             values["capacity"] = max(1, round(0.15 * num_experts))
         return cls(**values)
 
+    @classmethod
+    def of_model(cls, policy: str, geometry: dict, **overrides) -> BlockRouting:
+        """The named policy with the fields of `geometry`, a model's own, but for those that make the policy (top4's top_k);
+        `overrides` win over both. Raises ValueError for an unknown name or field."""
+        fixed = POLICIES.get(policy, {})
+        return cls.policy(policy, **{k: v for k, v in geometry.items() if k not in fixed} | overrides)
+
     def args(self) -> tuple:
         """The fields in order: how the settings travel through an op's schema (`_library.ROUTING`)."""
         return tuple(getattr(self, name) for name in FIELDS)

@@ -118,8 +118,11 @@ def test_training_learns_under_block_routing():
 
 BAD = [
     (dict(clean=batch()[0][:, :20]), "clean must be [bsz, T] with T a multiple of block_length=8, got [3, 20]"),
-    (dict(clean=batch()[0][0]), "clean must be [bsz, T]"),
-    (dict(clean=[[1]]), "clean must be [bsz, T]"),
+    (dict(clean=batch()[0][0]), "clean must be an int64 tensor [bsz, T], got [24] torch.int64"),
+    (dict(clean=[[1]]), "clean must be an int64 tensor [bsz, T], got [[1]]"),
+    (dict(clean=batch()[0].float()), "clean must be an int64 tensor [bsz, T], got [3, 24] torch.float32"),
+    (dict(clean=batch()[0] + 32), "clean must be in [0, vocab_size=32), got 3"),
+    (dict(mask_id=32), "mask_id must be in [0, vocab_size=32), got 32"),
     (
         dict(masked=batch()[1][:, :8]),
         "masked must be a bool tensor of the shape of clean, [3, 24], got [3, 8] torch.bool",

@@ -91,8 +91,8 @@ def test_experts(form, dtype):
     check_experts(x, *weights_of(dtype=dtype), some_ids(19, 16, 3), values(19, 3, seed=5), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16)])
-def test_sizes_that_are_multiples_of_16_only(form, hidden, intermediate):
+@pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16), (24, 40), (19, 7)])
+def test_sizes_that_fill_no_tile(form, hidden, intermediate):
     x, weights = values(9, hidden), values(9, 2, seed=5)
     check_experts(x, *weights_of(5, hidden, intermediate), some_ids(9, 5, 2), weights)
 
@@ -320,7 +320,7 @@ def test_gradients(dtype):
     check_gradients(values(19, 32, dtype=dtype), *weights_of(dtype=dtype), some_ids(19, 16, 3), values(19, 3, seed=5))
 
 
-@pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16)])
+@pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16), (19, 7)])
 def test_gradients_of_other_sizes(hidden, intermediate):
     check_gradients(values(9, hidden), *weights_of(5, hidden, intermediate), some_ids(9, 5, 2), values(9, 2, seed=5))
 

@@ -1,6 +1,6 @@
 """Triton kernels of dmoe_ops: one file per kernel family, kernels and their thin launchers.
 
-A launcher writes into tensors it is given; validation and allocation happen above it.
+A launcher writes into tensors that it is given; `backend` allocates scratch, and the ops above it validate.
 """
 
 if __name__ == "triton_kernels":

@@ -39,7 +39,9 @@ def patch(model: nn.Module, policy: str = "dmoe", **overrides) -> PatchHandle:
     """Replaces the forward of every LLaDA2 sparse MoE block of `model` by block routing under `policy`.
 
     A block is found by its members (see `BlockMoE.from_reference`), never by its class. Experts, top-k, groups and
-    scaling are read from each block; `overrides` are fields of `BlockRouting` and win over both. The patched block
+    scaling are read from each block; `overrides` are fields of `BlockRouting` and win over both. Blocks of tokens are cut
+    every `block_size` (32 unless given) from the first token of each forward: it has to be the model's `block_length`, or a
+    part of it, and forwards have to begin with a block. The patched block
     returns what the original does, (y, (router_logits, topk_ids)). Weights are held once; the peak is one layer above
     the model. Save a model's weights after `undo`: while patched they carry the names of `BlockMoE`.
 
@@ -92,5 +94,4 @@ def routing_of(module: nn.Module, policy: str, **overrides) -> BlockRouting:
         norm_topk_prob=top_k != 1,
         routed_scaling_factor=float(read(1.0, "routed_scaling_factor")),
     )
-    geometry = {key: value for key, value in geometry.items() if key not in POLICIES[policy]}
-    return BlockRouting.policy(policy, **{**geometry, **overrides})
+    return BlockRouting.of_model(policy, geometry, **overrides)

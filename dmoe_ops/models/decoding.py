@@ -325,13 +325,9 @@ def _check_prompts(config, input_ids, lengths, gen_length: int, mask_id: int) ->
         )
 
 
-def check_ids(input_ids, vocab_size: int) -> None:
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-        got = input_ids
-        if isinstance(input_ids, torch.Tensor):
-            got = f"{list(input_ids.shape)} {input_ids.dtype}"
-        raise ValueError(f"input_ids must be an int64 tensor [bsz, T], got {got}")
-    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
-        raise ValueError(
-            f"input_ids must be in [0, vocab_size={vocab_size}), got {int(input_ids.min())} to {int(input_ids.max())}"
-        )
+def check_ids(ids, vocab_size: int, name: str = "input_ids") -> None:
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+        got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else ids
+        raise ValueError(f"{name} must be an int64 tensor [bsz, T], got {got}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(f"{name} must be in [0, vocab_size={vocab_size}), got {int(ids.min())} to {int(ids.max())}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layer import BlockMoE
-from ..routing import POLICIES, SCORES, BlockRouting, is_int, is_number
+from ..routing import SCORES, BlockRouting, is_int, is_number
 from . import checkpoint, decoding
 
 # What LLaDA2.0's generate() falls back to: its config.json names neither token.
@@ -164,8 +164,7 @@ class LLaDA2Config:
             norm_topk_prob=self.num_experts_per_tok != 1,
             routed_scaling_factor=float(self.routed_scaling_factor),
         )
-        geometry = {key: value for key, value in geometry.items() if key not in POLICIES.get(policy, {})}
-        return BlockRouting.policy(policy, **{**geometry, **overrides})
+        return BlockRouting.of_model(policy, geometry, **overrides)
 
 
 class LLaDA2Output(NamedTuple):
@@ -341,6 +340,7 @@ class LLaDA2ForDiffusion(nn.Module):
     def hidden_states(self, input_ids, *, kv_cache=None, block_length: int = 32, layout=None):
         """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`.
 
+        input_ids, kv_cache, block_length, errors: those of `forward`, which looks at the ids first.
         layout: (position int64 [T], mask bool [T, T]) for sequences that are not one text from position 0, such as the two
         halves of training; without a cache.
         """

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..routing import is_int
+from . import decoding
 from .llada2 import LLaDA2ForDiffusion
 
 
@@ -34,13 +35,17 @@ def denoising_loss(model: LLaDA2ForDiffusion, clean, masked, *, block_length: in
     Raises ValueError that names the argument and its value.
     Source: dMoE (arXiv 2605.30876), section 4.2 and figure 4.
     """
+    vocab_size = model.config.vocab_size
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
     if mask_id is None:
         raise ValueError("mask_id must be given where config.json has no mask_token_id, got None")
+    if not is_int(mask_id) or not 0 <= mask_id < vocab_size:
+        raise ValueError(f"mask_id must be in [0, vocab_size={vocab_size}), got {mask_id!r}")
     if not is_int(block_length) or block_length < 1:
         raise ValueError(f"block_length must be an integer of at least 1, got {block_length!r}")
-    if not isinstance(clean, torch.Tensor) or clean.dim() != 2 or clean.shape[1] % block_length or not clean.numel():
-        got = list(clean.shape) if isinstance(clean, torch.Tensor) else clean
+    decoding.check_ids(clean, vocab_size, "clean")
+    if clean.shape[1] % block_length or not clean.numel():
+        got = list(clean.shape)
         raise ValueError(f"clean must be [bsz, T] with T a multiple of block_length={block_length}, got {got}")
     if not isinstance(masked, torch.Tensor) or masked.shape != clean.shape or masked.dtype != torch.bool:
         got = f"{list(masked.shape)} {masked.dtype}" if isinstance(masked, torch.Tensor) else masked

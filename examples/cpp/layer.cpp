@@ -9,8 +9,11 @@
 
 int main() {
   const int64_t T = 32, H = 64, I = 32, E = 16, k = 4;
-  const dmoe::Routing routing{k, T, 4, 2, dmoe::Score::sigmoid, dmoe::Aggregate::topk_sum, dmoe::Select::top_p,
-                              6, E, 0, 0, true, 0.6f, 2.5f};
+  const dmoe::Routing routing{
+      .top_k = k, .block_size = T, .n_group = 4, .topk_group = 2,
+      .score = dmoe::Score::sigmoid, .aggregate = dmoe::Aggregate::topk_sum, .select = dmoe::Select::top_p,
+      .min_experts = 6, .max_experts = E, .capacity = 0, .union_k = 0,
+      .norm_topk_prob = true, .top_p = 0.6f, .routed_scaling_factor = 2.5f};
   const auto wave = [](int64_t n, double step) {
     std::vector<float> values(n);
     for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(std::sin(step * i));
