@@ -58,9 +58,39 @@ def define(schema: str, impl, fake, setup_context, backward) -> None:
     """Registers dmoe::`schema` with its implementation, its fake kernel and its gradient."""
     name = "dmoe::" + schema[: schema.index("(")]
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    lib.impl(name, impl, "CompositeExplicitAutograd")
+    implement(name, impl, fake)
+    torch.library.register_autograd(name, without_autocast(backward), setup_context=setup_context, lib=lib)
+
+
+def implement(name: str, impl, fake) -> None:
+    lib.impl(name, without_autocast(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=lib)
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=lib)
+
+
+def without_autocast(function):
+    """An op computes in the dtypes of its arguments; autocast would reach the torch ops inside of it."""
+
+    @functools.wraps(function)
+    def run(*args):
+        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def once_differentiable(backward):
+    """Refuses a gradient that is to be differentiated again: what the experts' kernels give has no gradient of its own."""
+
+    @functools.wraps(backward)
+    def run(*args):
+        if torch.is_grad_enabled():  # in a backward, only under create_graph
+            raise RuntimeError("the experts are differentiable once, got create_graph=True")
+        return backward(*args)
+
+    return run
 
 
 def contiguous(*tensors):

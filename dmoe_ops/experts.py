@@ -22,9 +22,10 @@ def fake(x, w13, w2, topk_ids, topk_weights):
 
 def impl(x, w13, w2, topk_ids, topk_weights):
     y = fake(x, w13, w2, topk_ids, topk_weights)
-    if y.shape[0]:
-        x, topk_ids, topk_weights = _library.contiguous(x, topk_ids, topk_weights)
-        _backends.backend(x).moe_experts(x, w13, w2, topk_ids, topk_weights, y)
+    if not topk_ids.numel():
+        return y.zero_()
+    x, topk_ids, topk_weights = _library.contiguous(x, topk_ids, topk_weights)
+    _backends.backend(x).moe_experts(x, w13, w2, topk_ids, topk_weights, y)
     return y
 
 
@@ -32,6 +33,7 @@ def setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+@_library.once_differentiable
 def backward(ctx, d_y):
     needs_x, needs_w13, needs_w2, _, needs_topk_weights = ctx.needs_input_grad
     d_x, d_w13, d_w2, d_topk_weights = torch.ops.dmoe._moe_experts_backward(
@@ -58,7 +60,7 @@ def gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights):
 def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool):
     """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights."""
     d_x, d_w13, d_w2, d_topk_weights = out = gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
-    if not x.shape[0]:
+    if not topk_ids.numel():
         return tuple(grad.zero_() for grad in out)
     d_y, x, topk_ids, topk_weights = _library.contiguous(d_y, x, topk_ids, topk_weights)
     wanted = (d_x, d_w13, d_w2, d_topk_weights) if of_weights else (d_x, None, None, d_topk_weights)
@@ -77,5 +79,4 @@ _library.lib.define(
     "_moe_experts_backward(Tensor d_y, Tensor x, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights, "
     "bool of_weights) -> (Tensor d_x, Tensor d_w13, Tensor d_w2, Tensor d_topk_weights)"
 )
-_library.lib.impl("dmoe::_moe_experts_backward", gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("dmoe::_moe_experts_backward", gradient_fake, lib=_library.lib)
+_library.implement("dmoe::_moe_experts_backward", gradient, gradient_fake)

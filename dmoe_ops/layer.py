@@ -68,6 +68,7 @@ def setup_context(ctx, inputs, output):
     )
 
 
+@_library.once_differentiable
 def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_router_logits):
     x, gate_weight, w13, w2, shared_w13, shared_w2, topk_ids, topk_weights, router_logits = ctx.saved_tensors
     needs = dict(zip(("x", "gate_weight", "bias", "w13", "w2", "shared_w13", "shared_w2"), ctx.needs_input_grad))
@@ -149,7 +150,8 @@ class BlockMoE(nn.Module):
     def forward(self, hidden_states, block_offsets=None):
         """hidden_states [bsz, seq, H] or [T, H], the dtype of w13 -> (y of that shape, (router_logits float32 [..., E],
         topk_ids int64 [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_route`."""
-        bias = None if self.expert_bias is None else self.expert_bias.float()
+        bias_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        bias = None if self.expert_bias is None else self.expert_bias.to(bias_dtype)
         y, routed, router_logits = block_moe(
             hidden_states,
             self.gate_weight,

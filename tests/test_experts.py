@@ -114,6 +114,9 @@ def test_no_token_and_no_slot(shape):
     x, w13, w2, _, _ = inputs(shape[0], 10, 6, 2, 1)
     y = moe_experts(x, w13, w2, torch.zeros(shape, dtype=torch.int32), torch.ones(shape))
     assert torch.equal(y, torch.zeros(shape[0], 10))
+    arguments = [t.requires_grad_() for t in (x, w13, w2, torch.ones(shape))]
+    moe_experts(*arguments[:3], torch.zeros(shape, dtype=torch.int32), arguments[3]).sum().backward()
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

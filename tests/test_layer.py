@@ -169,6 +169,32 @@ def test_gradients_are_those_of_the_reference(shared, dtype):
             assert error <= tolerance, (name, error)
 
 
+def test_autocast_changes_nothing():
+    """Inside the region, backward too: a region's dtype would reach the torch ops within an op."""
+
+    def run():
+        x, gate_weight, bias, *rest = leaves([tokens(2, 7, 24), *weights()])
+        y, routed, router_logits = block_moe(x, gate_weight, bias.detach(), *rest, routing=ROUTING)
+        alone = moe_experts(x[0], rest[0], rest[1], routed.topk_ids[:7], routed.topk_weights[:7])
+        (y.square().sum() + alone.square().sum() + router_logits.sin().sum()).backward()
+        return [y, alone, router_logits, *(t.grad for t in (x, gate_weight, *rest))]
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours, plain in zip(run(), expected):
+            assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("op", ["block_moe", "moe_experts"])
+def test_a_second_derivative_is_refused(op):
+    x, gate_weight, bias, *rest = leaves([tokens(7, 24), *weights()])
+    y, routed, _ = block_moe(x, gate_weight, bias.detach(), *rest, routing=ROUTING)
+    if op == "moe_experts":
+        y = moe_experts(x, *rest[:2], routed.topk_ids, routed.topk_weights.detach())
+    with pytest.raises(RuntimeError, match="differentiable once, got create_graph=True"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
 def op_arguments(count=9, offsets=None, shared=14, **kwargs):
     offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
     return (tokens(count, 24), *weights(shared=shared, **kwargs), offsets, count, *ROUTING.args())
@@ -231,6 +257,15 @@ def test_forward_returns_what_llada2s_own_block_returns(dtype):
     y, (router_logits, topk_ids) = layer(x[0], offsets)
     assert (y.shape, router_logits.shape, topk_ids.shape) == ((9, 24), (9, 12), (9, 3))
     assert torch.equal(y, block_moe(x[0], *weights(dtype=dtype), routing=ROUTING, block_offsets=offsets)[0])
+
+
+def test_a_module_in_float64():
+    layer, x = module(torch.float64), tokens(2, 9, 24, dtype=torch.float64)
+    y, (router_logits, _) = layer(x)
+    assert y.dtype == router_logits.dtype == torch.float64
+    gate_weight, bias, *rest = weights(dtype=torch.float64)
+    bias = bias.float().double()  # held in float32
+    assert torch.equal(y, block_moe(x, gate_weight, bias, *rest, routing=ROUTING)[0])
 
 
 def test_a_module_without_bias_and_shared_expert(oracle):
