@@ -444,7 +444,7 @@ def test_a_batch_of_prompts_decodes_as_each_alone(block_length, threshold, eos, 
         ends = {t: [text.index(t) if t in text else None for text in texts] for t in range(MASK)}
         options["eos_id"] = max(ends, key=lambda t: len(set(ends[t])))
         assert len(set(ends[options["eos_id"]])) > 2
-    batch = torch.full((len(rows), 70), 7)
+    batch = torch.full((len(rows), 70), -100)  # padding need not be a token
     for row, ids in zip(batch, rows):
         row[: ids.shape[1]] = ids[0]
     together = model.generate(batch, prompt_lengths=torch.tensor(lengths), **options)
@@ -459,6 +459,9 @@ def test_a_batch_of_prompts_decodes_as_each_alone(block_length, threshold, eos, 
     assert together.stats.denoising_forwards == sum(steps)
     mean = sum(one.stats.unique_experts_denoising * n for one, n in zip(alone, steps)) / sum(steps)
     assert together.stats.unique_experts_denoising == pytest.approx(mean)
+    assert together.stats.commit_forwards == sum(one.stats.commit_forwards for one in alone)
+    # The shortest prompts have no full block: those of the others are run one by one.
+    assert together.stats.prefill_forwards == sum(length // block_length for length in lengths)
 
 
 def test_drawing_repeats_with_the_generator():
@@ -518,6 +521,7 @@ BAD_ARGUMENTS = [
     (dict(input_ids=prompt(4)[:0]), "input_ids must hold a prompt, [bsz, T], got [0, 4]"),
     (dict(prompt_lengths=[4]), "prompt_lengths must be an int64 tensor [bsz=1], got [4]"),
     (dict(prompt_lengths=torch.tensor([4.0])), "prompt_lengths must be an int64 tensor [bsz=1]"),
+    (dict(prompt_lengths=torch.tensor([True])), "prompt_lengths must be an int64 tensor [bsz=1]"),
     (dict(prompt_lengths=torch.tensor([4, 4])), "prompt_lengths must be an int64 tensor [bsz=1]"),
     (dict(prompt_lengths=torch.tensor([5])), "prompt_lengths must be in [0, T=4], got [5]"),
     (dict(prompt_lengths=torch.tensor([-1])), "prompt_lengths must be in [0, T=4], got [-1]"),
@@ -550,6 +554,8 @@ def test_the_cache_refuses_what_does_not_fit():
     cache.commit(10)
     with pytest.raises(ValueError, match="kv_cache must end with a block"):
         model(prompt(8), kv_cache=cache)
+    with pytest.raises(ValueError, match="kv_cache must be used under torch"):
+        model(prompt(8), kv_cache=model.new_cache(64))
 
 
 def test_progress_is_shown_when_asked_for(capsys):

@@ -34,7 +34,10 @@ class KVCache:
             )
 
     def extend(self, layer: int, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values [bsz, kv_heads, T, head_dim] behind the prefix; returns views of prefix and both."""
+        """Writes keys and values [bsz, kv_heads, T, head_dim] behind the prefix; returns views of prefix and both.
+        Raises ValueError where they have a gradient, which the buffers would keep from then on."""
+        if keys.requires_grad:
+            raise ValueError("kv_cache must be used under torch.no_grad(), got keys with a gradient")
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
@@ -59,8 +62,8 @@ class KVCache:
 @dataclasses.dataclass(frozen=True)
 class DecodingStats:
     """What a decode cost, all its sequences together. A forward is one run of all layers for one sequence: the prefill of
-    the prompt's full blocks, the denoising steps, and the commit of each finished block (its keys and values have to be
-    those of its final tokens).
+    the prompt's full blocks (in a batch: those of the shortest prompt at once, then one at a time), the denoising steps, and
+    the commit of each finished block (its keys and values have to be those of its final tokens).
 
     tokens_per_forward: new tokens over all forwards.
     unique_experts: distinct experts that a block's tokens were routed to, averaged over layers and over the blocks of all
@@ -99,9 +102,12 @@ class _Counter:
         self.blocks = dict(self.forwards)
         self.unique = dict.fromkeys(self.forwards, 0)  # [layers]: sums over blocks
 
-    def add(self, kind: str, routed) -> None:
-        sequences = routed[0][1].shape[0]
-        topk_ids = torch.stack([ids for _, ids in routed]).flatten(1, 2)  # [layers, tokens, k]
+    def add(self, kind: str, routed, rows=slice(None)) -> None:
+        """A forward, or those of its sequences that `rows` picks."""
+        sequences = len(routed[0][1][rows])
+        if not sequences:
+            return
+        topk_ids = torch.stack([ids[rows] for _, ids in routed]).flatten(1, 2)  # [layers, tokens, k]
         layers, tokens, _ = topk_ids.shape
         blocks = tokens // self.block_length
         # Slots without an expert (-1) are counted in a bin of their own.
@@ -189,10 +195,8 @@ def generate(
         len(x), device=self.device
     )  # the sequences that go on; row i of the cache is sequence alive[i]
 
-    def forward(kind: str, tokens, cache):
-        hidden, routed = self.hidden_states(tokens, kv_cache=cache, block_length=block_length)
-        counter.add(kind, routed)
-        return hidden
+    def forward(tokens, cache):
+        return self.hidden_states(tokens, kv_cache=cache, block_length=block_length)
 
     def unmask(block, logits, step):
         tokens, confidence = sample(logits.flatten(0, 1), temperature, top_k, top_p, generator)
@@ -205,10 +209,12 @@ def generate(
         for begin in range(first // block_length * block_length, x.shape[1], block_length):
             end = begin + block_length
             if begin > cache.length:
-                # The prompts' full blocks at first, then the block that has just been finished.
-                kind = "commit" if cache.length or begin > first else "prefill"
-                forward(kind, x[alive, cache.length : begin], cache)
+                # The prompts' full blocks at first, then the block that has just been finished, in a longer prompt or new.
+                _, routed = forward(x[alive, cache.length : begin], cache)
                 cache.commit(begin - cache.length)
+                prompt = lengths[alive] >= begin
+                counter.add("prefill", routed, prompt)
+                counter.add("commit", routed, ~prompt)
             active, prefix = alive, cache
             for step in range(steps):
                 done = ~(x[active, begin:end] == mask_id).any(1)
@@ -219,7 +225,9 @@ def generate(
                 if not len(active):
                     break
                 block = x[active, begin:end]
-                x[active, begin:end] = unmask(block, self.logits(forward("denoising", block, prefix)), step)
+                hidden, routed = forward(block, prefix)
+                counter.add("denoising", routed)
+                x[active, begin:end] = unmask(block, self.logits(hidden), step)
                 bar.update(int((new & (x != mask_id)).sum()) - bar.n)
             done = position[end - 1] + 1 >= lengths[alive] + gen_length
             if eos_id is not None:
@@ -293,7 +301,7 @@ def _check(config, input_ids, gen_length, block_length, steps, threshold, temper
             raise ValueError(f"{name} must be a token id below vocab_size={config.vocab_size}, got {value!r}")
     if eos_id == mask_id:
         raise ValueError(f"eos_id must differ from mask_id, got {eos_id} for both")
-    check_ids(input_ids, config.vocab_size)
+    check_token_tensor(input_ids)
 
 
 def _lengths(input_ids, prompt_lengths) -> torch.Tensor:
@@ -303,7 +311,7 @@ def _lengths(input_ids, prompt_lengths) -> torch.Tensor:
     if (
         not isinstance(prompt_lengths, torch.Tensor)
         or prompt_lengths.shape != (bsz,)
-        or prompt_lengths.is_floating_point()
+        or prompt_lengths.dtype not in (torch.int32, torch.int64)
     ):
         raise ValueError(f"prompt_lengths must be an int64 tensor [bsz={bsz}], got {prompt_lengths!r}")
     if bsz and not 0 <= int(prompt_lengths.min()) <= int(prompt_lengths.max()) <= tokens:
@@ -315,7 +323,9 @@ def _check_prompts(config, input_ids, lengths, gen_length: int, mask_id: int) ->
     if input_ids.shape[0] == 0:
         raise ValueError(f"input_ids must hold a prompt, [bsz, T], got {list(input_ids.shape)}")
     padding = torch.arange(input_ids.shape[1], device=input_ids.device) >= lengths.to(input_ids.device)[:, None]
-    if ((input_ids == mask_id) & ~padding).any():
+    prompts = input_ids.masked_fill(padding, 0)
+    check_ids(prompts, config.vocab_size)
+    if ((prompts == mask_id) & ~padding).any():
         raise ValueError(f"input_ids must not hold mask_id={mask_id}")
     length = int(lengths.max()) + gen_length
     if length > config.max_position_embeddings:
@@ -326,8 +336,12 @@ def _check_prompts(config, input_ids, lengths, gen_length: int, mask_id: int) ->
 
 
 def check_ids(ids, vocab_size: int, name: str = "input_ids") -> None:
+    check_token_tensor(ids, name)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(f"{name} must be in [0, vocab_size={vocab_size}), got {int(ids.min())} to {int(ids.max())}")
+
+
+def check_token_tensor(ids, name: str = "input_ids") -> None:
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
         got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else ids
         raise ValueError(f"{name} must be an int64 tensor [bsz, T], got {got}")
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ValueError(f"{name} must be in [0, vocab_size={vocab_size}), got {int(ids.min())} to {int(ids.max())}")

@@ -329,7 +329,7 @@ class LLaDA2ForDiffusion(nn.Module):
 
         input_ids: int64 [bsz, T], at the positions behind `kv_cache`'s committed tokens (from 0 without one); blocks of
         `block_length` are cut from position 0, and a cache's prefix must end with one. The tokens become part of the
-        prefix by `kv_cache.commit(T)`.
+        prefix by `kv_cache.commit(T)`. A cache needs `torch.no_grad()`.
 
         Returns `LLaDA2Output`. Raises ValueError that names the argument and its value.
         """

@@ -80,7 +80,7 @@ def load(folder, policy: str = "token", **overrides) -> LLaDA2ForDiffusion:
 def answer(
     model, tokenizer, prompts, blocks: int, *, batch: int = 500, block_length: int = BLOCK, threshold: float = 0.95
 ):
-    """The answers to prompts, None for one that did not end, and the stats of every batch."""
+    """The answers to prompts, None for one that did not end within `blocks`, and the stats of every batch."""
     answers, stats = [], []
     for begin in range(0, len(prompts), batch):
         part = prompts[begin : begin + batch]
@@ -93,7 +93,9 @@ def answer(
             threshold=threshold,
         )
         stats.append(decoded.stats)
-        ended = (decoded.tokens == model.config.eos_token_id).any(1).tolist()
+        ends = decoded.tokens == model.config.eos_token_id
+        # Shorter prompts than the batch's longest could go on for a while behind the last block.
+        ended = (ends.any(1) & (lengths + ends.int().argmax(1) < blocks * BLOCK)).tolist()
         texts = tokenizer.decode_batch(decoded.tokens.tolist(), skip_special_tokens=False)
         answers += [text.split(tasks.EOS)[0] if end else None for text, end in zip(texts, ended)]
     return answers, stats
