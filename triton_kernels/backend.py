@@ -80,7 +80,8 @@ class Triton:
             plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, 0, tile, x.device)
             schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, None)
             schedule.order_all(topk_ids, n_experts, plan, has_pdl(x.device))
-            gradient.experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, plan, out)
+            buffers = gradient.gradient_buffers(x, w2, n_tokens * top_k)
+            gradient.experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, plan, buffers, out)
 
     @staticmethod
     def block_moe(

@@ -210,21 +210,27 @@ def most_positions(dtype: torch.dtype) -> int:
     return 64 if dtype.itemsize <= 2 else 32
 
 
-def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, out) -> None:
+def gradient_buffers(x, w2, slots: int) -> tuple[torch.Tensor, ...]:
+    """Scratch of `experts_gradient`: hidden values, gradients of gate and up, of the tokens, and of the weights in parts."""
+    _, hidden, intermediate = w2.shape
+    rows = (x.new_empty(slots, n) for n in (intermediate, 2 * intermediate, hidden))
+    return *rows, x.new_empty((slots, triton.cdiv(intermediate, 32)), dtype=torch.float32)
+
+
+def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, buffers, out) -> None:
     """Fills out = (d_x, d_w13, d_w2, d_topk_weights); d_w13 and d_w2 may both be None.
 
-    schedule: a `schedule.Gathered` of topk_ids, in tiles of at most `most_positions`.
+    schedule: a `schedule.Gathered` of topk_ids, in tiles of at most `most_positions`; buffers: `gradient_buffers`.
     """
     d_x, d_w13, d_w2, d_topk_weights = out
     n_tokens, top_k = topk_ids.shape
     n_experts, hidden, intermediate = w2.shape
-    slots, tile = n_tokens * top_k, schedule.tile
+    tile = schedule.tile
     # Tiles not measured; chosen from the resource report (python tools/triton_resources.py --ops). float32 is there for
     # checks, and runs without matrix units: shallow tiles.
     depth, side, warps = (64, 128, 8) if x.dtype.itemsize <= 2 else (32, 64, 4)
-    i_tiles = triton.cdiv(intermediate, 32)
-    kept, d_gate_up, rows = (x.new_empty(slots, n) for n in (intermediate, 2 * intermediate, hidden))
-    d_weight = torch.empty(slots, i_tiles, dtype=torch.float32, device=x.device)
+    kept, d_gate_up, rows, d_weight = buffers
+    i_tiles = d_weight.shape[1]
     most = schedule.tiles.shape[0]
     slot_columns = triton.next_power_of_2(top_k)
     hidden_gradient_kernel[(most * i_tiles,)](
