@@ -34,8 +34,8 @@ miniature: $(SETUP)
 
 miniature-train: $(SETUP)
 	$(PY) -m examples.miniature.train --out build/miniature-retrained
-	$(PY) -m examples.miniature.table --checkpoints build/miniature-retrained --out build/miniature-retrained \
-		--beside examples/miniature/results/results.json
+	$(PY) -m examples.miniature.table --checkpoints build/miniature-retrained --out build/miniature-retrained
+	$(PY) -m examples.miniature.trainings build/miniature-retrained/results.json
 
 bench: $(SETUP)
 	$(PY) -m pytest bench --benchmark-only

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("tokenizers")
 
-from examples.miniature import model, paper, table, tasks, train
+from examples.miniature import model, paper, table, tasks, train, trainings
 
 
 def of(name: str, count: int = 200, test: bool = False, seed: int = 0):
@@ -221,12 +221,37 @@ def test_kept_accuracy():
     assert low < share < high and share == pytest.approx(0.5, abs=0.05) and high - low < 0.1
 
 
-def test_two_pairs_of_checkpoints_are_compared():
-    here = {"base": (1.0, 1.0, 1.0), "dMoE": (0.97, 0.95, 0.99), "DES-S*": (0.5, 0.4, 0.6)}
-    said = table.beside(here, {"base": (1.0, 1.0, 1.0), "dMoE": (0.98, 0.96, 0.99), "DES-S*": (0.7, 0.6, 0.8)})
-    assert re.search(r"dMoE +97.0% +there +98.0% \(96.0%–99.0%\): inside", said)
-    assert re.search(r"DES-S\* +50.0% +there +70.0% \(60.0%–80.0%\): outside", said)
-    assert " base " not in said
+def test_what_a_new_training_is_expected_to_do():
+    """The interval holds one more draw 19 times of 20, and is the textbook's for 1, 2, 3, 4 (t = 3.182, s = 1.291)."""
+    mean, low, high = trainings.expected([1, 2, 3, 4])
+    assert mean == 2.5 and (high - mean, mean - low) == pytest.approx((4.593, 4.593), abs=2e-3)
+    draws = numpy.random.default_rng(0).normal(size=(4000, 5))
+    for n in (2, 4):
+        found = [trainings.expected(list(row[:n])) for row in draws]
+        inside = numpy.mean([low <= row[4] <= high for (_, low, high), row in zip(found, draws)])
+        assert inside == pytest.approx(0.95, abs=0.015)
+    with pytest.raises(ValueError, match="must be 2 to 10, got 11"):
+        trainings.expected([0.0] * 11)
+
+
+def test_trainings_are_compared():
+    stored = {"seed 0": {"base": 0.98, "dMoE": 1.0}, "seed 1": {"base": 0.97, "dMoE": 0.99}}
+    said = trainings.compare("Accuracy", stored, {"base": 0.975, "dMoE": 0.7})
+    assert re.search(r"base +98.0% +97.0% +97.5% +\d+.\d% to \d+.\d% +97.5% +inside", said)
+    assert re.search(r"dMoE +100.0% +99.0% +99.5% +\d+.\d% to \d+.\d% +70.0% +OUTSIDE", said)
+    assert "side" not in trainings.compare("Accuracy", stored, None)
+
+
+def test_the_stored_trainings_and_another(printed, capsys):
+    """The tables of the shipped checkpoints on a few prompts, as a training beside the stored ones."""
+    _, _, out = printed
+    assert trainings.main([str(out / "results.json")]) == 0
+    text = capsys.readouterr().out
+    for seed in trainings.STORED:
+        assert text.count(seed) == 2
+    for name in json.loads((out / "results.json").read_text())["table_2"]:
+        lines = re.findall(rf"^{re.escape(name)} +[0-9.]+%.*(?:inside|OUTSIDE)$", text, re.M)
+        assert len(lines) == (1 if name == "base" else 2), name
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +281,11 @@ def test_the_tables_are_printed_and_drawn(printed):
 
 def test_what_the_tables_count(printed):
     """Counts that follow from a policy, whatever the weights: a coreset bounds what its block may use."""
-    runs, shares = printed[1]["runs"], printed[1]["of_base"]
-    assert shares["base"] == [1, 1, 1] and all(low <= share <= high for share, low, high in shares.values())
+    runs, rows = printed[1]["runs"], printed[1]["table_2"]
+    assert rows["base"]["of_base"] == [1, 1, 1]
+    for row in rows.values():
+        share, low, high = row["of_base"]
+        assert low <= share <= high and share == pytest.approx(row["right"] / rows["base"]["right"])
     base = runs["base: token, blocks of 32"]["experts"]["mean"]
     assert base > 25
     for key, run in runs.items():

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from . import paper, tasks
-from .model import BASE, BLOCK, BLOCKS, DMOE, HERE, MIN_EXPERTS, answer, load
+from .model import BASE, BLOCK, BLOCKS, DMOE, MIN_EXPERTS, answer, load
 
 SEED = 1_000_000  # of the test set; training seeds are small numbers, and its items are other ones anyway
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
@@ -227,17 +227,6 @@ def verdict(found: dict) -> str:
     return "\n".join(lines)
 
 
-def beside(kept_here: dict, kept_there: dict) -> str:
-    """What another pair of checkpoints kept, and whether this pair does within the other one's 95 % intervals."""
-    lines = ["\n\nOf the base's accuracy, here and in the results that were given:"]
-    for name, (share, *_) in kept_here.items():
-        if name != "base" and name in kept_there:
-            other, low, high = kept_there[name]
-            where = "inside" if low <= share <= high else "outside"
-            lines.append(f"  {name:15} {share:6.1%}   there {other:6.1%} ({low:.1%}–{high:.1%}): {where}")
-    return "\n".join(lines)
-
-
 def picture(found: dict, file: Path) -> None:
     """The trade-off of the paper's figure 6: accuracy against unique experts."""
     import matplotlib
@@ -274,19 +263,17 @@ def main(argv=None) -> int:
         "--checkpoints", type=Path, default=BASE.parent, help="folder with base and dmoe (default: the shipped)"
     )
     parser.add_argument("--per-task", type=int, default=400, help="test prompts of each task (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="for results.json and tradeoff.png")
-    parser.add_argument("--beside", type=Path, help="results.json of other checkpoints, to compare with")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/miniature-table"), help="for results.json and tradeoff.png"
+    )
     args = parser.parse_args(argv)
     if args.per_task < 1:
         parser.error(f"--per-task must be at least 1, got {args.per_task}")
-    others = json.loads(args.beside.read_text())["of_base"] if args.beside else {}
     begin = time.perf_counter()
     bench = Bench(args.checkpoints, args.per_task)
     found = measure(bench)
     bench.bar.close()
-    base = found["table_2"]["base"][1]
-    of_base = {name: kept(run, base) for name, (_, run) in found["table_2"].items()}
-    text = report(found) + (beside(of_base, others) if others else "")
+    text = report(found)
     print(text)
     seconds = time.perf_counter() - begin
     print(f"{len(bench.runs)} runs of {args.per_task} prompts per task in {seconds:.0f} s, torch {torch.__version__}")
@@ -300,7 +287,12 @@ def main(argv=None) -> int:
         )
         for key, run in bench.runs.items()
     }
-    figures = dict(per_task=args.per_task, seconds=round(seconds), of_base=of_base, runs=rows, text=text.splitlines())
+    base = found["table_2"]["base"][1]
+    table_2 = {
+        name: dict(experts=run.mean_experts, right=run.right.mean(), of_base=kept(run, base))
+        for name, (_, run) in found["table_2"].items()
+    }
+    figures = dict(per_task=args.per_task, seconds=round(seconds), table_2=table_2, runs=rows, text=text.splitlines())
     (args.out / "results.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     picture(found, args.out / "tradeoff.png")
     return 0
