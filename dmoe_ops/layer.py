@@ -149,7 +149,7 @@ class BlockMoE(nn.Module):
 
     def forward(self, hidden_states, block_offsets=None):
         """hidden_states [bsz, seq, H] or [T, H], the dtype of w13 -> (y of that shape, (router_logits float32 [..., E],
-        topk_ids int64 [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_route`."""
+        topk_ids int64 [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_moe`."""
         bias_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         bias = None if self.expert_bias is None else self.expert_bias.to(bias_dtype)
         y, routed, router_logits = block_moe(

@@ -39,11 +39,12 @@ def patch(model: nn.Module, policy: str = "dmoe", **overrides) -> PatchHandle:
     """Replaces the forward of every LLaDA2 sparse MoE block of `model` by block routing under `policy`.
 
     A block is found by its members (see `BlockMoE.from_reference`), never by its class. Experts, top-k, groups and
-    scaling are read from each block; `overrides` are fields of `BlockRouting` and win over both. Blocks of tokens are cut
-    every `block_size` (32 unless given) from the first token of each forward: it has to be the model's `block_length`, or a
-    part of it, and forwards have to begin with a block. The patched block
-    returns what the original does, (y, (router_logits, topk_ids)). Weights are held once; the peak is one layer above
-    the model. Save a model's weights after `undo`: while patched they carry the names of `BlockMoE`.
+    scaling are read from each block; `overrides` are fields of `BlockRouting` and win over both. The patched block returns
+    what the original does, (y, (router_logits, topk_ids)). Weights are held once; the peak is one layer above the model.
+    Save a model's weights after `undo`: while patched they carry the names of `BlockMoE`.
+
+    Blocks of tokens are cut every `block_size` (32 unless given) from the first token of each forward: it has to be the
+    model's `block_length`, or a part of it, and forwards have to begin with a block.
 
     Raises ValueError, before anything is changed, when no block is found or one can't be taken over.
     """
