@@ -18,6 +18,9 @@ from .experts import load_slots
 from .products import multiply, rounded
 from .schedule import load_tile, popcount
 
+# Hidden values per program of `hidden_gradient_kernel`, each of which leaves a part of the weights' gradient. Not measured.
+HIDDEN_TILE = 32
+
 
 @triton.jit
 def hidden_gradient_kernel(
@@ -214,7 +217,7 @@ def gradient_buffers(x, w2, slots: int) -> tuple[torch.Tensor, ...]:
     """Scratch of `experts_gradient`: hidden values, gradients of gate and up, of the tokens, and of the weights in parts."""
     _, hidden, intermediate = w2.shape
     rows = (x.new_empty(slots, n) for n in (intermediate, 2 * intermediate, hidden))
-    return *rows, x.new_empty((slots, triton.cdiv(intermediate, 32)), dtype=torch.float32)
+    return *rows, x.new_empty((slots, triton.cdiv(intermediate, HIDDEN_TILE)), dtype=torch.float32)
 
 
 def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, buffers, out) -> None:
@@ -251,7 +254,7 @@ def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, buffers,
         K=top_k,
         KP=slot_columns,
         BLOCK_N=tile,
-        BLOCK_I=32,
+        BLOCK_I=HIDDEN_TILE,
         BLOCK_H=depth,
         STAGES=2,
         num_warps=4,
