@@ -171,11 +171,14 @@ def layout(title: str, rows: list[tuple[str, Run, Run, list[str]]]) -> str:
     head = ["", *[part for name in tasks.TASKS for part in ("experts", name)], "experts", "kB", "accuracy", "of base"]
     lines = [[*head, "paper: experts", "of base"]]
     lines += [[name, *cells(run, base), *others] for name, run, base, others in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines
-    ]
-    return "\n".join(["", title, "-" * len(text[0]), *text])
+    return "\n" + aligned(title, lines)
+
+
+def aligned(title: str, lines: list[list[str]]) -> str:
+    """Lines of cells in columns, the first flush left, under a title and a rule."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join([title, "-" * len(text[0]), *text])
 
 
 def report(found: dict) -> str:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from .model import HERE
+from .table import aligned
 
 STORED = {"seed 0": "results.json", "seed 1": "seed-1.json", "seed 2": "seed-2.json", "seed 3": "seed-3.json"}
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile, 1 to 9 degrees of freedom
@@ -23,9 +24,10 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97
 def expected(values: list[float]) -> tuple[float, float, float]:
     """The mean of 2 to 10 trainings, and the interval that one more falls into 19 times of 20 (prediction interval of a
     normal distribution: mean ± t s sqrt(1 + 1 / n))."""
-    n, mean = len(values), statistics.mean(values)
-    if n > len(STUDENT) + 1:
+    n = len(values)
+    if not 2 <= n <= len(STUDENT) + 1:
         raise ValueError(f"values must be 2 to {len(STUDENT) + 1}, got {n}")
+    mean = statistics.mean(values)
     half = STUDENT[n - 2] * statistics.stdev(values) * (1 + 1 / n) ** 0.5
     return mean, mean - half, mean + half
 
@@ -40,9 +42,7 @@ def compare(title: str, trainings: dict[str, dict[str, float]], new: dict[str, f
         if new:
             line += [f"{new[name]:.1%}", "inside" if low <= new[name] <= high else "OUTSIDE"]
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) for c in lines]
-    return "\n".join([title, "-" * len(text[0]), *text, ""])
+    return aligned(title, lines) + "\n"
 
 
 def rows(file: Path) -> tuple[dict[str, float], dict[str, float]]:
