@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from . import __version__
+
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
@@ -13,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="dmoe", description="Block-level expert routing for MoE diffusion LLMs.")
+    parser.add_argument("--version", action="version", version=f"dmoe-ops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="which backends are there, and why others are not")
     commands.add_parser("bench", help="the microbenchmark: dmoe bench --help", add_help=False)

@@ -15,12 +15,11 @@ from . import __version__, _backends, _library
 def report() -> str:
     missing = _backends.missing()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    chosen = [f"{device} tensors use {_backends.name_for(device)}" for device in devices]
     lines = [
         f"dmoe-ops {__version__}, python {platform.python_version()} on {sys.platform} {platform.machine()}",
         f"torch {torch.__version__}, triton {_version('triton')}, {torch.get_num_threads()} CPU threads",
         f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
-        f"DMOE_BACKEND={os.environ.get('DMOE_BACKEND', 'auto')}: {', '.join(chosen)}",
+        *(f"{device} tensors {_used_by(device)}" for device in devices),
         "backends:",
     ]
     for name, backend in _backends.BACKENDS.items():
@@ -34,6 +33,13 @@ def report() -> str:
             f"CUDA kernels {cuda}"
         )
     return "\n".join(lines)
+
+
+def _used_by(device: str) -> str:
+    try:
+        return f"use {_backends.name_for(device)} (DMOE_BACKEND={os.environ.get('DMOE_BACKEND', 'auto')})"
+    except ValueError as error:  # this report is where one looks for the reason
+        return f"are refused: {error}"
 
 
 def _version(package: str) -> str:

@@ -150,6 +150,21 @@ def test_info_names_every_backend():
     assert f"dmoe-ops {dmoe_ops.__version__}" in said
 
 
+@pytest.mark.parametrize("wanted, says", [("cuda", "DMOE_BACKEND=cuda: "), ("fastest", "'fastest'"), ("", "got ''")])
+def test_info_reports_a_backend_that_cannot_serve(wanted, says):
+    if wanted == "cuda" and "cuda" not in dmoe_ops._backends.missing():
+        says = "it serves tensors of a GPU"
+    done = run_dmoe("info", DMOE_BACKEND=wanted)
+    assert done.returncode == 0 and not done.stderr
+    refused = next(line for line in done.stdout.splitlines() if line.startswith("cpu tensors are refused: "))
+    assert says in refused and "\n  reference" in done.stdout
+
+
+def test_the_version():
+    done = run_dmoe("--version")
+    assert done.returncode == 0 and done.stdout == f"dmoe-ops {dmoe_ops.__version__}\n"
+
+
 def test_wrong_arguments_exit_with_2():
     for args in ([], ["nonsense"], ["demo", "--no-such-flag"]):
         done = run_dmoe(*args)
