@@ -11,15 +11,15 @@ else
 PY := .venv/bin/python
 SETUP := .venv/ready
 endif
-MODEL ?=
-DEMO := $(if $(MODEL),--model $(MODEL),)
+# Read by the shell, so that a name may hold spaces and quotes.
+export MODEL ?=
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test lint miniature miniature-train bench gpu-check clean given-python
 .DEFAULT_GOAL := demo
 
 demo: $(SETUP)
-	$(PY) -m dmoe_ops demo $(DEMO)
+	$(PY) -m dmoe_ops demo $${MODEL:+--model "$$MODEL"}
 
 # Two at a time where pytest-xdist is there; threads that wait do not spin, as they would take turns with the other half.
 test: $(SETUP)

@@ -64,8 +64,20 @@ class CMakeBuild(build_ext):
 setup(
     version=re.search(r'__version__ = "([^"]+)"', (ROOT / "dmoe_ops/__init__.py").read_text()).group(1),
     # The folders triton_kernels/ and bench/ are sub-packages: a top-level module triton_kernels would shadow OpenAI's.
-    package_dir={"dmoe_ops.triton_kernels": "triton_kernels", "dmoe_ops.bench": "bench"},
-    packages=["dmoe_ops", "dmoe_ops.models", "dmoe_ops.engines", "dmoe_ops.triton_kernels", "dmoe_ops.bench"],
+    package_dir={
+        "dmoe_ops.triton_kernels": "triton_kernels",
+        "dmoe_ops.bench": "bench",
+        "dmoe_ops.demo_checkpoint": "examples/miniature/checkpoints/dmoe",
+    },
+    packages=[
+        "dmoe_ops",
+        "dmoe_ops.models",
+        "dmoe_ops.engines",
+        "dmoe_ops.triton_kernels",
+        "dmoe_ops.bench",
+        "dmoe_ops.demo_checkpoint",  # no code: what `dmoe demo` decodes with
+    ],
+    package_data={"dmoe_ops.demo_checkpoint": ["config.json", "model.safetensors", "tokenizer.json"]},
     ext_modules=[Extension("dmoe_ops._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

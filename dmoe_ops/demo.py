@@ -17,8 +17,10 @@ from .layer import BlockMoE
 from .models import Decoded, LLaDA2ForDiffusion
 from .routing import POLICIES
 
-# Trained by examples/miniature, which says what it has learned and what each policy costs and keeps.
-SHIPPED = Path("examples") / "miniature" / "checkpoints" / "dmoe"
+# Trained by examples/miniature, which says what it has learned and what each policy costs and keeps. An installed package
+# has a copy of its own; a checkout, editable or not, has the original.
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = (PACKAGE / "demo_checkpoint", PACKAGE.parent / "examples" / "miniature" / "checkpoints" / "dmoe")
 SHIPPED_PROMPTS = (
     "Ben has 774 keys. Ada has 337 fewer. How many has Ada?",
     "work 8767+2064:",
@@ -165,12 +167,10 @@ def table(report: dict) -> str:
 
 
 def shipped_checkpoint() -> Path:
-    """Beside the package in a checkout, or under the current folder where the package is installed elsewhere."""
-    places = [Path(__file__).resolve().parents[1] / SHIPPED, Path.cwd() / SHIPPED]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise ValueError(f"--model must be given: {SHIPPED} is neither in {places[0].parents[1]} nor in {Path.cwd()}")
+    for folder in SHIPPED:
+        if folder.is_dir():
+            return folder
+    raise ValueError(f"--model must be given: the checkpoint that ships is not in {SHIPPED[0]}")
 
 
 class Codec:
