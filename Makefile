@@ -1,10 +1,13 @@
 # make demo, make test: everything from a fresh clone. With a python that has torch already, and no network,
 #   make test PY=python3
 # builds into build/site, leaves that python as it is and downloads nothing.
+# An extension that does not build is an error here; DMOE_REQUIRE_EXTENSION=0 goes on without, on the torch reference.
+export DMOE_REQUIRE_EXTENSION ?= 1
 
 ifdef PY
 SETUP := given-python
-export PYTHONPATH := $(CURDIR)/build/site:$(CURDIR)
+SITE ?= $(CURDIR)/build/site
+export PYTHONPATH := $(SITE):$(CURDIR)
 # Without it, python -m would import dmoe_ops from this folder, where nothing is built.
 export PYTHONSAFEPATH := 1
 else
@@ -15,7 +18,7 @@ endif
 export MODEL ?=
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint miniature miniature-train bench gpu-check clean given-python
+.PHONY: demo test lint compat miniature miniature-train bench gpu-check clean given-python FORCE
 .DEFAULT_GOAL := demo
 
 demo: $(SETUP)
@@ -28,6 +31,19 @@ test: $(SETUP)
 lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# The tests against another torch (TORCH=newest: the newest that pip finds), in an environment of its own. Its packages are
+# several GB where PyPI's torch is a CUDA build; COMPAT=folder puts them elsewhere.
+TORCH ?= 2.11.0
+COMPAT ?= build/compat
+COMPAT_ENV := $(abspath $(COMPAT))/torch-$(TORCH)
+compat:
+	test -x $(COMPAT_ENV)/bin/python || python3 -m venv $(COMPAT_ENV)
+	$(COMPAT_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		torch$(if $(filter newest,$(TORCH)),,==$(TORCH))
+	grep -Ev "^(torch|triton|setuptools)==" requirements.txt > $(COMPAT_ENV)/requirements.txt
+	$(COMPAT_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(COMPAT_ENV)/requirements.txt
+	$(MAKE) test PY=$(COMPAT_ENV)/bin/python SITE=$(COMPAT_ENV)/site
 
 miniature: $(SETUP)
 	$(PY) -m examples.miniature.table
@@ -43,7 +59,12 @@ bench: $(SETUP)
 gpu-check: $(SETUP)
 	$(PY) -m dmoe_ops.gpu_check
 
-.venv/ready: requirements.txt $(SOURCES)
+# Another compiler builds anew.
+.venv/compiler: FORCE
+	@mkdir -p $(@D)
+	@echo "$$CXX" | cmp --silent - $@ || echo "$$CXX" > $@
+
+.venv/ready: requirements.txt .venv/compiler $(SOURCES)
 	@echo "== a virtual environment in .venv, with the pinned packages (the CPU build of torch among them)"
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -53,10 +74,10 @@ gpu-check: $(SETUP)
 	@touch $@
 
 given-python:
-	@echo "== building dmoe_ops into build/site with $(PY), which has torch already; nothing is downloaded"
+	@echo "== building dmoe_ops into $(SITE) with $(PY), which has torch already; nothing is downloaded"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-index --no-build-isolation --no-deps --upgrade \
-		--target build/site .
+		--target $(SITE) .
 	$(PY) -m dmoe_ops info
 
 clean:
-	rm -rf .venv build dist *.egg-info dmoe_ops/_C*.so
+	rm -rf .venv build dist *.egg-info dmoe_ops/_C*.so dmoe_ops/_why_no_c.txt

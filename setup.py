@@ -1,9 +1,11 @@
-"""Builds dmoe_ops._C by driving CMakeLists.txt. Where a tool for that or torch's headers are missing, the package installs
-all the same and runs on the torch reference; it says so here and in `dmoe info`."""
+"""Builds dmoe_ops._C by driving CMakeLists.txt. Where that fails, the package installs all the same and runs on the torch
+reference; the reason is printed here and kept in the package for `dmoe info`. DMOE_REQUIRE_EXTENSION=1 makes it an error."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -26,25 +29,50 @@ def torch_folder() -> Path | None:
     return next((Path(f) for f in folders if (Path(f) / "include" / "torch" / "csrc" / "stable").is_dir()), None)
 
 
+class NotBuilt(Exception):
+    """Says why in one line."""
+
+
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        self.reason = None
+        super().run()
+        # In the wheel's folder, or the source's in an editable installation.
+        built = Path(self.get_ext_fullpath("dmoe_ops._C")).resolve()
+        keep_reason(built.parent / "_why_no_c.txt", self.reason)
+        if not self.reason:
+            return
+        built.unlink(missing_ok=True)  # of an earlier build, which is not what was asked for now
+        if os.environ.get("DMOE_REQUIRE_EXTENSION") == "1":
+            raise SystemExit(
+                f"dmoe: the extension was not built: {self.reason}\n"
+                "dmoe: DMOE_REQUIRE_EXTENSION=0 installs without it, on the torch reference"
+            )
+        print(f"dmoe: installing without C++ kernels, on the torch reference: {self.reason}", file=sys.stderr)
+
     def build_extension(self, ext: Extension) -> None:
         try:
             self.run_cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            if os.environ.get("DMOE_REQUIRE_EXTENSION") == "1":
-                raise
-            print(f"dmoe: installing without C++ kernels, on the torch reference: {error}", file=sys.stderr, flush=True)
+        except (ImportError, OSError, NotBuilt) as error:
+            self.reason = " ".join(str(error).split())
 
     def run_cmake(self, target: Path) -> None:
         import pybind11
 
         torch = torch_folder()
         if torch is None:
-            raise RuntimeError("torch is not installed here, so its headers are missing; install torch >= 2.11 first")
+            raise NotBuilt("torch is not installed here, so its headers are missing; install torch >= 2.11 first")
         if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-            raise RuntimeError("no C++ compiler was found")
+            raise NotBuilt("no C++ compiler was found")
         version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
-        build = Path(self.build_temp).resolve()
+        # CMake keeps what it once found, so another compiler or torch gets a folder of its own.
+        found = [
+            torch,
+            sys.executable,
+            shutil.which("nvcc"),
+            *map(os.environ.get, ("CXX", "CUDACXX", "DMOE_BUILD_CUDA")),
+        ]
+        build = Path(self.build_temp).resolve() / hashlib.sha256(repr(found).encode()).hexdigest()[:8]
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -57,12 +85,52 @@ class CMakeBuild(build_ext):
             f"-DTORCH_LIB={torch / 'lib'}",
             f"-DTORCH_VERSION={version.group(1) if version else 'unknown'}",
         ]
-        subprocess.run(["cmake", str(ROOT), *configure], cwd=build, check=True)
-        subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
+        run(["cmake", str(ROOT), *configure], build)
+        run(["cmake", "--build", "."], build)
 
+
+def run(command: list[str], folder: Path) -> None:
+    """Passes the output on as it comes. NotBuilt has the first error in it."""
+    lines = []
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise NotBuilt(first_error(lines) or f"{command[0]} ended with exit status {process.returncode}")
+
+
+def first_error(lines: list[str]) -> str | None:
+    """The first error that a build's output names. CMake's is the sentence that follows, indented."""
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error"):
+            below = " ".join(itertools.takewhile(lambda text: text[:1] in " \n", lines[i + 1 :]))
+            sentence = re.match(r"(.*?[.:])(\s|$)", " ".join(below.split()))
+            return f"CMake: {sentence.group(1)}" if sentence else line.strip()
+        if re.search(r"\berror\s*:|undefined reference", line, re.I):
+            return line.strip()[:400]
+    return None
+
+
+def keep_reason(file: Path, reason: str | None) -> None:
+    if reason:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(reason + "\n")
+    else:
+        file.unlink(missing_ok=True)
+
+
+if tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1) and not importlib.util.find_spec("wheel"):
+    raise SystemExit(
+        f"dmoe: setuptools {setuptools.__version__} makes wheels with the package wheel, which is not installed here: "
+        "pip install --upgrade setuptools (or: pip install wheel)"
+    )
 
 setup(
     version=re.search(r'__version__ = "([^"]+)"', (ROOT / "dmoe_ops/__init__.py").read_text()).group(1),
+    license="Apache-2.0",  # not in pyproject.toml: no one spelling there suits setuptools before and from 77 on
     # The folders triton_kernels/ and bench/ are sub-packages: a top-level module triton_kernels would shadow OpenAI's.
     package_dir={
         "dmoe_ops.triton_kernels": "triton_kernels",

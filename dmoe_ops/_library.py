@@ -17,6 +17,16 @@ ROUTING = (
 
 lib = torch.library.Library("dmoe", "DEF")
 
+
+def why_no_c(error: ImportError, package: Path = Path(__file__).parent) -> str:
+    """Why the extension module is not there: what the build left in the package (setup.py), or why it doesn't load."""
+    if list(package.glob("_C.*")):
+        return f"does not load: {error}"
+    kept = package / "_why_no_c.txt"
+    why = kept.read_text().strip() if kept.exists() else "this folder was not installed (pip install .)"
+    return f"was not built: {why}"
+
+
 # What C++ and CUDA implement under their dispatch keys; `ints` and `floats` are `packed_routing`.
 lib.define(
     "_block_route_out(Tensor logits, Tensor? expert_bias, Tensor? block_offsets, int seq_len, int[] ints, "
@@ -46,12 +56,7 @@ try:
     WHY_NO_C = None
 except ImportError as error:  # the torch reference serves
     _C = None
-    WHY_NO_C = (
-        f"does not load: {error}"
-        if list(Path(__file__).parent.glob("_C.*"))
-        else "was not built when the package was installed, for want of a C++ compiler, cmake, ninja, pybind11 or torch "
-        "(pip -v says)"
-    )
+    WHY_NO_C = why_no_c(error)
 
 
 def define(schema: str, impl, fake, setup_context, backward) -> None:

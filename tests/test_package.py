@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -91,16 +92,64 @@ def test_every_subpackage_is_listed():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def make_wheel(tmp_path_factory):
+    """make_wheel(**environment) runs pip wheel on a copy of the source and gives the process and the wheel's folder."""
+    source = tmp_path_factory.mktemp("package") / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "results"))
+
+    def make(**env: str) -> tuple[subprocess.CompletedProcess, Path]:
+        folder = tmp_path_factory.mktemp("wheel")
+        build = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            ".",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "-w",
+            folder,
+        ]
+        return subprocess.run(build, cwd=source, env={**os.environ, **env}, capture_output=True, text=True), folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def wheel(make_wheel) -> Path:
     # Without a compiler on the way, as on a machine that has none: the package must install there too.
-    env = {**os.environ, "CXX": "", "PATH": str(Path(sys.executable).parent)}
-    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder]
-    done = subprocess.run(build, cwd=source, env=env, capture_output=True, text=True)
+    done, folder = make_wheel(CXX="", PATH=str(Path(sys.executable).parent), DMOE_REQUIRE_EXTENSION="0")
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
+
+
+def test_a_build_that_is_required_fails_by_name(make_wheel):
+    done, folder = make_wheel(CXX="/bin/false", DMOE_REQUIRE_EXTENSION="1")
+    assert done.returncode != 0 and not list(folder.iterdir())
+    assert 'the extension was not built: CMake: The C++ compiler "/bin/false" is not able' in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ["output", "error"],
+    [
+        (
+            "[1/2] Building CXX object bindings.cpp.o\nFAILED: bindings.cpp.o\nIn file included from bindings.cpp:2:\n"
+            "include/pybind11/pybind11.h:3649:2: error: #error This file\nx.h:1:2: error: another\n",
+            "include/pybind11/pybind11.h:3649:2: error: #error This file",
+        ),
+        (
+            "-- Detecting\nCMake Error at Find.cmake:63 (message):\n  Could NOT find it.  More is\n  below\n\nCall Stack:\n",
+            "CMake: Could NOT find it.",
+        ),
+        ("ptxas error   : Entry function uses too much\n", "ptxas error   : Entry function uses too much"),
+        ("ld: undefined reference to `f'\ncollect2: error: ld\n", "ld: undefined reference to `f'"),
+        ("error.cpp.o\nKilled\n", None),
+    ],
+)
+def test_the_first_error_of_a_build(monkeypatch, output, error):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    assert runpy.run_path(str(ROOT / "setup.py"))["first_error"](output.splitlines(True)) == error
 
 
 def test_the_wheel_owns_one_top_level_name(wheel):
@@ -111,6 +160,7 @@ def test_the_wheel_owns_one_top_level_name(wheel):
 def test_the_wheel_runs_without_the_extension(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     assert not list(tmp_path.glob("dmoe_ops/_C*"))
+    assert (tmp_path / "dmoe_ops/_why_no_c.txt").read_text() == "no C++ compiler was found\n"
     code = (
         # An editable installation in this environment would lend the modules that the wheel lacks.
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
@@ -126,7 +176,10 @@ def test_the_wheel_runs_without_the_extension(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     where, said = done.stdout.split("\n", 1)
     assert Path(where).is_relative_to(tmp_path)
-    assert "cpp        csrc/cpu, on the CPU: not here, the extension module was not built" in said
+    assert (
+        "cpp        csrc/cpu, on the CPU: not here, the extension module was not built: no C++ compiler was found"
+        in said
+    )
     assert "cpu tensors use reference" in said
 
 
