@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,8 @@ class BlockRouting:
     routed_scaling_factor: float = 2.5
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))
         for name in ("num_experts", "top_k", "block_size", "n_group", "topk_group"):
             _check_int(name, getattr(self, name), 1)
         _check_int("min_experts", self.min_experts, 0)
@@ -148,11 +151,19 @@ FIELDS = tuple(field.name for field in dataclasses.fields(BlockRouting))
 
 
 def is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """NumPy's integers are integers too."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value) -> bool:
-    return is_int(value) or isinstance(value, float)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def plain(value):
+    """The int or float of Python that a number of another type (NumPy's) equals; anything else as it is."""
+    if isinstance(value, (bool, int)) or not is_number(value):
+        return value
+    return int(value) if is_int(value) else float(value)
 
 
 def _check_int(name: str, value, least: int) -> None:

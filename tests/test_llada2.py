@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -535,6 +536,24 @@ def test_generate_refuses_bad_arguments(change, says):
     with pytest.raises(ValueError) as error:
         build().generate(**{**dict(input_ids=prompt(4), gen_length=8), **change})
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    sizes = {name: np.int64(v) if isinstance(v, int) else np.float64(v) for name, v in SIZES.items()}
+    config = LLaDA2Config(**sizes)
+    assert config == CONFIG
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    assert LLaDA2Config.from_pretrained(tmp_path) == CONFIG
+    integers = dict(gen_length=9, block_length=4, steps=3, top_k=5, eos_id=EOS, mask_id=MASK)
+    numbers = dict(threshold=0.75, temperature=0.5, top_p=0.875)
+    given = {n: np.int64(v) for n, v in integers.items()} | {n: np.float32(v) for n, v in numbers.items()}
+    ours, same = (
+        model.generate(prompt(6), **options, generator=torch.Generator().manual_seed(0))
+        for options in (given, integers | numbers)
+    )
+    assert torch.equal(ours.tokens, same.tokens) and ours.stats == same.stats
+    json.dumps(dataclasses.asdict(ours.stats))
 
 
 def test_generate_asks_for_the_mask_where_the_config_has_none():

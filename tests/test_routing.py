@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
+import dmoe_ops
 from dmoe_ops import BlockRouting
 
 FIELDS = tuple(
@@ -45,6 +48,31 @@ def test_the_defaults_are_dmoe_on_llada2_mini():
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
     )
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("backend_name", ["reference", "auto"])
+def test_numbers_of_numpy_are_numbers(integer, backend_name, monkeypatch):
+    monkeypatch.setenv("DMOE_BACKEND", backend_name)
+    wanted = dict(num_experts=16, top_k=4, block_size=8, n_group=2, topk_group=2, min_experts=5, max_experts=7)
+    given = {name: integer(value) for name, value in wanted.items()}
+    routing = BlockRouting(**given, top_p=np.float32(0.5), routed_scaling_factor=np.float16(2))
+    assert routing == BlockRouting(**wanted, top_p=0.5, routed_scaling_factor=2.0)
+    assert all(
+        type(value) in (int, float, str, bool) for value in dataclasses.asdict(routing).values() if value is not None
+    )
+    logits = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    for ours, same in zip(
+        dmoe_ops.block_route(logits, routing=routing),
+        dmoe_ops.reference.block_route(logits, routing=BlockRouting(**wanted, top_p=0.5, routed_scaling_factor=2.0)),
+    ):
+        assert torch.equal(ours, same)
+    with pytest.raises(ValueError, match="top_k must be an integer of at least 1, got"):
+        BlockRouting(top_k=integer(0))
+    with pytest.raises(ValueError, match="top_k must be an integer"):
+        BlockRouting(top_k=np.float64(4))
+    with pytest.raises(ValueError, match="top_k must be an integer"):
+        BlockRouting(top_k=np.True_)
 
 
 @pytest.mark.parametrize(

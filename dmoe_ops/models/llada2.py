@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layer import BlockMoE
-from ..routing import SCORES, BlockRouting, is_int, is_number
+from ..routing import SCORES, BlockRouting, is_int, is_number, plain
 from . import checkpoint, decoding
 
 # What LLaDA2.0's generate() falls back to: its config.json names neither token.
@@ -82,6 +82,7 @@ class LLaDA2Config:
                 raise ValueError(f"{name} must {must}, got {getattr(self, name)!r}")
 
         for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
             kind = field.type.removesuffix(" | None")
             value = getattr(self, field.name)
             if value is None and field.type != kind:
