@@ -199,11 +199,23 @@ def without_a_shard(folder):
     (folder / "model-1.safetensors").unlink()
 
 
+def index_of(shard: str):
+    def fault(folder):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map={EXPERT: shard})))
+
+    return fault
+
+
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 FAULTS = [
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
     (lambda f: (f / "config.json").write_text("[]"), "config.json must hold a JSON object"),
+    (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json is not valid JSON"),
+    (lambda f: (f / "config.json").write_text('{"a":' * 10**5), "config.json is not valid JSON: it is nested too"),
+    (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is not valid JSON: it is nested too"),
+    (index_of("x" * 5000), "xxx, named by model.safetensors.index.json, is missing"),
+    (index_of("x\0y"), "named by model.safetensors.index.json, is missing"),
     (lambda f: (f / "model.safetensors").unlink(), "model.safetensors or model.safetensors.index.json is missing"),
     (truncate, "model.safetensors is truncated or corrupt"),
     (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is truncated or corrupt"),
@@ -240,7 +252,12 @@ def test_a_broken_folder_is_refused_in_one_line(fault, says, folder):
     fault(folder)
     with pytest.raises(ValueError) as error:
         LLaDA2ForDiffusion.from_pretrained(folder)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert says in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+def test_a_folder_name_that_no_file_system_takes():
+    with pytest.raises(ValueError, match=r"^config.json is missing in x+\.\.\.x+$"):
+        LLaDA2ForDiffusion.from_pretrained("x" * 5000)
 
 
 def test_a_bad_argument_is_refused_before_anything_is_read(folder):

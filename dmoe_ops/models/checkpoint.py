@@ -10,18 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .. import _files
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def read_json(path: Path) -> dict:
     """Raises ValueError, naming the file, when it is missing or holds no JSON object."""
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing in {path.parent}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not _files.is_file(path):
+        raise ValueError(f"{path.name} is missing in {_files.short(path.parent)}")
+    value = _files.read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
@@ -47,8 +46,8 @@ class Checkpoint:
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
-        if not index.is_file():
-            if not (self.folder / SINGLE).is_file():
+        if not _files.is_file(index):
+            if not _files.is_file(self.folder / SINGLE):
                 raise ValueError(f"{SINGLE} or {INDEX} is missing in {self.folder}")
             return [self.folder / SINGLE]
         weight_map = read_json(index).get("weight_map")
@@ -56,8 +55,8 @@ class Checkpoint:
             raise ValueError(f"{index} must hold a weight_map from tensor names to file names")
         shards = sorted(set(weight_map.values()))
         for shard in shards:
-            if not (self.folder / shard).is_file():
-                raise ValueError(f"{shard}, named by {INDEX}, is missing in {self.folder}")
+            if not _files.is_file(self.folder / shard):
+                raise ValueError(f"{_files.short(shard)}, named by {INDEX}, is missing in {self.folder}")
         return [self.folder / shard for shard in shards]
 
     def check(self, targets: dict[str, torch.Tensor], ignore=()) -> None:
