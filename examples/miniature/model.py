@@ -99,3 +99,16 @@ def answer(
         texts = tokenizer.decode_batch(decoded.tokens.tolist(), skip_special_tokens=False)
         answers += [text.split(tasks.EOS)[0] if end else None for text, end in zip(texts, ended)]
     return answers, stats
+
+
+def pyplot(file: Path):
+    """matplotlib's, to draw `file`; None, with a line that says so, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{file} is left out: matplotlib is not installed (pip install matplotlib)", flush=True)
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

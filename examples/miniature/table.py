@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from . import paper, tasks
-from .model import BASE, BLOCK, BLOCKS, DMOE, MIN_EXPERTS, answer, load
+from .model import BASE, BLOCK, BLOCKS, DMOE, MIN_EXPERTS, answer, load, pyplot
 
 SEED = 1_000_000  # of the test set; training seeds are small numbers, and its items are other ones anyway
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
@@ -232,13 +232,11 @@ def verdict(found: dict) -> str:
 
 def picture(found: dict, file: Path) -> None:
     """The trade-off of the paper's figure 6: accuracy against unique experts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plt = pyplot(file)
+    if plt is None:
+        return
     base = found["table_2"]["base"][1]
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     series = {
         "dMoE, self-distilled (p = 0.4 … 0.8)": (found["trained"].values(), "o-"),
         "dMoE, untrained (p = 0.4 … 0.8)": (found["untrained"].values(), "s--"),
@@ -257,7 +255,7 @@ def picture(found: dict, file: Path) -> None:
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(True, alpha=0.3)
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def main(argv=None) -> int:

@@ -32,7 +32,7 @@ from dmoe_ops.models import LLaDA2ForDiffusion
 from dmoe_ops.models.training import denoising_loss
 
 from . import tasks
-from .model import BASE, BLOCK, BLOCKS, DMOE, HERE, MIN_EXPERTS, answer, encode, load, new_model
+from .model import BASE, BLOCK, BLOCKS, DMOE, HERE, MIN_EXPERTS, answer, encode, load, new_model, pyplot
 
 # Sequences of a step, by task: brackets are learned at once, and a sequence of one block costs a third of one of two.
 BATCH = {"arithmetic": 16, "story": 12, "sort": 20, "close": 8}
@@ -207,11 +207,6 @@ def generations(model, tokenizer, count: int, seed: int, file: Path) -> dict[str
 
 def save(model, tokenizer, folder: Path, log: dict) -> None:
     """bfloat16 weights under the checkpoint's names, the tokenizer, how they were made, and the loss as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     model.save_pretrained(folder, dtype=torch.bfloat16)
     tokenizer.save(str(folder / "tokenizer.json"))
     losses = log.pop("losses")
@@ -220,14 +215,17 @@ def save(model, tokenizer, folder: Path, log: dict) -> None:
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     (folder / "training.json").write_text(json.dumps(log, indent=2) + "\n")
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    plt = pyplot(folder / "loss.png")
+    if plt is None:
+        return
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     axes.semilogy([(i + 0.5) * log["steps"] / len(losses) for i in range(len(losses))], losses)
     axes.set(
         xlabel="step", ylabel="loss of masked tokens", title=f"{folder.name}: {log['steps']} steps, {log['seconds']} s"
     )
     axes.grid(True, alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
