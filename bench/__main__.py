@@ -329,6 +329,11 @@ def make_weights(args, model: cases.Model, out: dict) -> list[cases.Weights]:
 
 def finish(args, out: dict, work, show) -> int:
     """Runs `work`, which fills `out`; shows and writes what there is, after an interrupt too."""
+    if args.json:
+        try:
+            results.check_writable(args.json)
+        except results.BadFile as error:
+            args.parser.error(str(error))
     try:
         work()
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ def _values(old: dict, new: dict, by: str):
     if by == "time":
         times = [{part: row[f"{part}_us"] for part in ("median", "p10", "p90")} for row in (old, new)]
         yield f"{old['key']}, µs", *times, False
-    elif old.get("impl") != measure.OURS:
+    elif old.get("impl", measure.OURS) != measure.OURS:  # a sweep's rows have none, and no ratios
         ours = f"{measure.OURS} @ {old['case']}"
         if ours in old["ratios"] and ours in new["ratios"]:
             yield f"{old['key']} / {measure.OURS}", old["ratios"][ours], new["ratios"][ours], True

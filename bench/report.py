@@ -38,10 +38,10 @@ def pyplot():
 
 def run(files: list[str], html_path: str) -> list[Path]:
     """Writes the page and a PNG beside it for every picture that the files hold data for; returns what it wrote."""
-    plt = pyplot()
     found = [(path, results.read(path)) for path in files]
+    plt = pyplot()
     target = Path(html_path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    results.check_writable(html_path)
     pictures = []
     for path, out in found:
         for name, title, draw in (
@@ -249,7 +249,7 @@ def title(out: dict, what: str) -> str:
     machine = out["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     model = next(
-        (row["model"] for row in out["rows"] if "model" in row), out["settings"].get("model", "").split(",")[0]
+        (row["model"] for row in out["rows"] if "model" in row), (out["settings"].get("model") or "").split(",")[0]
     )
     return f"{model}, {what} on {where}"
 

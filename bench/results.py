@@ -22,9 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import __version__, _backends
+from .. import __version__, _backends, _files
+from . import schema
 
 SCHEMA = 1
+# A run that follows another is of the same code, whatever that one wrote here.
+LEFT_BEHIND = ("bench/results", "docs")
 
 
 class BadFile(Exception):
@@ -75,30 +78,48 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """Of the checkout, with -dirty behind it where anything but results was changed."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    changed = ["status", "--porcelain", "--untracked-files=no", "--", ":/", *(f":/!{place}" for place in LEFT_BEHIND)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, dirty = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "--short=12", "HEAD"], changed)
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if dirty else commit
+
+
+def check_writable(path: str) -> None:
+    """Makes the folder of a file that is to be written. BadFile where that, or the file, can't be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _files.check_writable(Path(path))
+    except (OSError, ValueError) as error:
+        raise BadFile(str(error)) from None
 
 
 def write(results: dict, path: str | None) -> None:
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {path}", file=sys.stderr)
 
 
 def read(path: str) -> dict:
+    """BadFile, naming the file and the place in it, unless it holds what `compare` and `report` read."""
     try:
-        results = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise BadFile(f"{path}: {error.strerror}") from None
+        results = _files.read_json(Path(path))
     except ValueError as error:
-        raise BadFile(f"{path}: not JSON ({error})") from None
+        raise BadFile(str(error)) from None
     found = results.get("schema") if isinstance(results, dict) else None
     if found != SCHEMA:
-        raise BadFile(f"{path}: not a result of this version of dmoe bench (schema {found}, need {SCHEMA})")
+        found = found if isinstance(found, (int, str)) else type(found).__name__
+        need = f"schema {_files.short(found)}, need {SCHEMA}"
+        raise BadFile(f"{_files.short(path)}: not a result of this version of dmoe bench ({need})")
+    fault = schema.fault(results)
+    if fault:
+        raise BadFile(f"{_files.short(path)}: {fault}")
     return results
 
 
@@ -108,6 +129,10 @@ def print_header(results: dict) -> None:
     print(f"machine    {where}; torch {machine['torch']}; dmoe_ops at {machine['commit'] or machine['dmoe_ops']}")
     slow = ": plain torch, the times of dmoe_ops are not those of a kernel" if machine["backend"] == "reference" else ""
     print(f"backend    {machine['backend']}{slow}")
+    if (machine["commit"] or "").endswith("-dirty"):
+        print(
+            "changed    the checkout has changes that are in no commit: nobody can repeat this run, so don't quote it"
+        )
     if machine["load"] > 0.5 * machine["cores"]:
         print(f"busy       {machine['load']:.1f} processes on {machine['cores']} cores before the start: expect noise")
     if settings.get("weights"):

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import json
+import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from dmoe_ops.bench import cases, compare, measure, peers, results, roofline, sweep, timing
+from dmoe_ops.bench import cases, compare, measure, peers, report, results, roofline, sweep, timing
 from dmoe_ops.bench.__main__ import main
 
 import dmoe_ops
 from dmoe_ops import reference
 
 COMMANDS = ["route", "experts", "layer", "decode", "sweep", "report", "compare"]
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+MEASURED_BEFORE_THIS_RULE = {"zen3-2core-block-routing.json"}  # to be measured anew, on that machine
 MINI = cases.MODELS["llada2-mini"]
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
@@ -286,10 +293,110 @@ def test_report_without_matplotlib_is_one_line(monkeypatch, layer_json, capsys):
     assert "pip install 'dmoe-ops[report]'" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_foreign_file_is_one_line(tmp_path, capsys):
-    path = tmp_path / "other.json"
-    path.write_text('{"schema": 0}')
+def test_a_result_says_whether_its_code_is_in_a_commit(tmp_path, monkeypatch, capsys):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+
+    def git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x", *arguments], check=True)
+
+    for name in ("bench/results.py", "bench/results/a.json", "dmoe_ops.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "bench" / "results.py"))
+    assert results._commit() is None  # no checkout
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--no-gpg-sign", "-m", "x")
+    clean = results._commit()
+    assert len(clean) == 12
+    (tmp_path / "bench" / "results" / "a.json").write_text("2")  # by the run before
+    (tmp_path / "notes.txt").write_text("untracked")
+    assert results._commit() == clean
+    (tmp_path / "dmoe_ops.py").write_text("2")
+    assert results._commit() == f"{clean}-dirty"
+    results.print_header(results.new("command", "cpu"))
+    assert "don't quote it" in capsys.readouterr().out
+
+
+def test_what_the_readme_quotes_is_of_a_commit():
+    quoted = set(re.findall(r"bench/results/([\w.-]+\.json)", (RESULTS.parents[1] / "README.md").read_text()))
+    assert quoted
+    for name in quoted - MEASURED_BEFORE_THIS_RULE:
+        commit = results.read(str(RESULTS / name))["machine"]["commit"]
+        assert commit and not commit.endswith("-dirty"), f"{name} was measured with changes that are in no commit"
+
+
+def refused_in_one_line(capsys, *argv) -> str:
     with pytest.raises(SystemExit) as exit:
-        run("compare", path, path)
-    assert exit.value.code == 2
-    assert "schema" in capsys.readouterr().err
+        run(*argv)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and len(error) < 700
+    return error
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"schema": 0}', "schema 0, need 1"),
+        (b'{"schema": {"a": 1}}', "schema dict, need 1"),
+        (b"[]", "schema"),
+        (b'{"schema": 1}', "command must be text"),
+        (b'{"schema": 1, "rows": []}', "command must be text"),
+        (b'{"schema":' * 10**5, "nested too deeply"),
+        (b"[" * 10**5, "nested too deeply"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"", "not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compare {0} {0}", "report {0}"])
+def test_a_foreign_file_is_one_line(command, content, says, tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_bytes(content)
+    assert says in refused_in_one_line(capsys, command.format(path))
+
+
+@pytest.mark.parametrize("command", ["compare {0} {0}", "report {0}", "route --device cpu --model tiny --json {0}"])
+def test_a_file_name_that_no_file_system_takes_is_one_line(command, capsys):
+    assert "xxx" in refused_in_one_line(capsys, command.format("x" * 5000))
+
+
+def test_what_can_not_be_written_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "measure_ceilings", None)
+    monkeypatch.setattr(report, "page", None)
+    (tmp_path / "file").write_text("kept")
+    for path, says in ((tmp_path, "Is a directory"), (tmp_path / "file" / "out", "File exists")):
+        assert says in refused_in_one_line(capsys, f"layer --device cpu --model tiny --json {path}")
+        assert says in refused_in_one_line(capsys, f"report {RESULTS / 'zen3-2core-layer.json'} --html {path}")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def places(value, path=()):
+    """The paths of all values inside a JSON value."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", ["layer", "sweep", "decode"])
+def test_any_value_may_be_strange(name, tmp_path, capsys):
+    """compare and report answer, or refuse in one line, whatever stands in a file."""
+    out = json.loads((RESULTS / f"zen3-2core-{name}.json").read_text())
+    out["rows"] = out["rows"][:1] + out["rows"][-1:]
+    path, refused = tmp_path / "strange.json", 0
+    for place in places(out):
+        for strange in (None, "x", "", [], {}, -1, 0, 1e999, float("nan"), True, ["x"], {"x": {}}, 10**400):
+            other = copy.deepcopy(out)
+            holder = functools.reduce(lambda value, key: value[key], place[:-1], other)
+            holder[place[-1]] = strange
+            path.write_text(json.dumps(other))
+            try:
+                read = results.read(str(path))
+            except results.BadFile as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 500
+                continue
+            compare.run(out, read, compare.how(out, read))
+            report.rows_table(read), report.about(read), report.title(read, "x")
+    capsys.readouterr()
+    assert refused > 500
