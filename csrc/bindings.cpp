@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/experts.h"
+#include "cpu/isa.h"
 #include "cpu/router.h"
 #ifdef USE_CUDA
 #include "cuda/ops.h"
@@ -114,5 +115,6 @@ PYBIND11_MODULE(_C, m) {
 #ifdef USE_CUDA
   dmoe::cuda::add_rules(m);
 #endif
-  m.def("cpu_isa", &dmoe::cpu::isa, "The body of the CPU kernels that runs here: avx512, avx2 or plain.");
+  m.def("cpu_isa", [] { return dmoe::cpu::name_of(dmoe::cpu::isa()); },
+        "The body of the CPU kernels that runs here: amx, avx512_bf16, avx512, avx2 or plain.");
 }

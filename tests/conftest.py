@@ -203,20 +203,21 @@ def _route(logits, bias, routing, blocks):
     return ids, weights, coresets
 
 
-def _mlp(x, w13, w2):
-    """W_down (silu(W_gate x) * (W_up x)) of one token, in float64."""
+def _mlp(x, w13, w2, absolute=False):
+    """W_down (silu(W_gate x) * (W_up x)) of one token, in float64; with `absolute` the sum of its terms' magnitudes."""
     x, w13, w2 = (v.double().numpy() for v in (x, w13, w2))
     gate, up = np.split(w13 @ x, 2)
     with np.errstate(over="ignore"):
-        return w2 @ (gate / (1 + np.exp(-gate)) * up)
+        hidden = gate / (1 + np.exp(-gate)) * up
+        return abs(w2) @ abs(hidden) if absolute else w2 @ hidden
 
 
-def _experts(x, w13, w2, ids, weights):
+def _experts(x, w13, w2, ids, weights, absolute=False):
     y = np.zeros(x.shape)
     for t in range(x.shape[0]):
         for e, w in zip(ids[t].tolist(), weights[t].tolist()):
             if e >= 0:
-                y[t] += w * _mlp(x[t], w13[e], w2[e])
+                y[t] += w * _mlp(x[t], w13[e], w2[e], absolute)
     return torch.from_numpy(y)
 
 

@@ -34,7 +34,4 @@ void experts_forward(const Experts& args, const ParallelFor& parallel);
 void linear_f32(const void* x, Dtype x_dtype, const void* weight, Dtype weight_dtype, int64_t tokens, int64_t hidden,
                 int64_t rows, float* out, const ParallelFor& parallel);
 
-// The body that runs here: "avx512", "avx2" or "plain". DMOE_CPU_ISA lowers it (never raises it above the CPU's own).
-const char* isa();
-
 }  // namespace dmoe::cpu

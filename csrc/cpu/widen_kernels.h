@@ -1,4 +1,4 @@
-// What experts.cpp asks of an instruction set. experts_{plain,avx2,avx512}.cpp each compile experts_body.h into one table.
+// What widen.cpp asks of an instruction set. widen_{plain,avx2,avx512}.cpp each compile widen_body.h into one table.
 #pragma once
 
 #include "experts.h"
@@ -32,7 +32,7 @@ struct Block {
   float* out;
 };
 
-struct Kernels {
+struct WidenKernels {
   const char* name;
   // Fetches the first rows of `next` into L2 on the way; a `next` without rows fetches nothing.
   void (*multiply)(const Block& block, const Block& next);
@@ -42,6 +42,6 @@ struct Kernels {
   void (*narrow)(const float* from, int64_t n, Dtype dtype, void* to);               // rounds to nearest even
 };
 
-extern const Kernels kPlain, kAvx2, kAvx512;
+extern const WidenKernels kWidenPlain, kWidenAvx2, kWidenAvx512;
 
 }  // namespace dmoe::cpu

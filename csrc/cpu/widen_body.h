@@ -1,14 +1,12 @@
-// The kernels of experts_kernels.h over vectors of DMOE_LANES floats; no include guard, each instruction set includes it once.
-// Everything is in an unnamed namespace and no function of std:: is called: the linker may merge a function that two
-// files define, and hand the AVX-512 version to a CPU without it.
-//
+// The kernels of widen_kernels.h over vectors of DMOE_LANES floats; no include guard, each instruction set includes it once.
 // A vector holds four consecutive k of kLanes / 4 weight rows; against it stand four activations of a token, repeated.
 // So weights need no transpose, only 16-byte loads, and a dot product ends in one sum over four lanes.
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-#include "experts_kernels.h"
+#include "elementwise.h"
+#include "widen_kernels.h"
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarm inside GCC 12's AVX-512 intrinsics
 #if defined(__AVX512F__) && DMOE_LANES == 16
@@ -31,28 +29,9 @@ constexpr int kStoredTile = 5;                 // widening on the way takes two 
 constexpr int kGroupRows = kVectors * kQuads;  // quad q of vector v is row q * kVectors + v
 static_assert(kBlockRows % kGroupRows == 0);
 
-template <class T, int n>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(n * sizeof(T))));
-};
 using Vec = VectorOf<float, kLanes>::type;
 using Bits = VectorOf<uint32_t, kLanes>::type;
 using GroupRows = VectorOf<float, kGroupRows>::type;
-using Eight = VectorOf<float, 8>::type;
-using EightBits = VectorOf<uint32_t, 8>::type;
-using EightShorts = VectorOf<uint16_t, 8>::type;
-
-template <class V>
-V load(const void* from) {
-  V value;
-  std::memcpy(&value, from, sizeof(V));
-  return value;
-}
-
-template <class V>
-void store(void* to, V value) {
-  std::memcpy(to, &value, sizeof(V));
-}
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
@@ -316,27 +295,15 @@ void multiply_any(const Block& block, const Block& next) {
   }
 }
 
-// ---- Elementwise, eight at a time.
+// ---- Activations.
 
 void store_activations(float* to, Eight x, Dtype weight) {
   store(to, weight == Dtype::bf16 ? __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7) : x);
 }
 
-Eight exp(Eight x) {
-  x = x < -87.f ? Eight{} - 87.f : x;
-  x = x > 89.f ? Eight{} + 89.f : x;  // infinity, as 2^128
-  const Eight shifted = x * 0x1.715476p0f + 0x1.8p23f;  // rounds x / ln 2 to an integer in the low bits
-  const Eight n = shifted - 0x1.8p23f;
-  const Eight r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-  const Eight p = (((((r / 720.f + 1 / 120.f) * r + 1 / 24.f) * r + 1 / 6.f) * r + 0.5f) * r + 1.f) * r + 1.f;
-  return p * reinterpret_cast<Eight>((reinterpret_cast<EightBits>(shifted) + 127) << 23);
-}
-
 void silu_mul(const float* gate, const float* up, int64_t n, Dtype weight, float* h) {
-  for (int64_t i = 0; i < n; i += kPad) {
-    const Eight g = load<Eight>(gate + i);
-    store_activations(h + i, g / (exp(-g) + 1.f) * load<Eight>(up + i), weight);
-  }
+  for (int64_t i = 0; i < n; i += kPad)
+    store_activations(h + i, gated(load<Eight>(gate + i), load<Eight>(up + i)), weight);
 }
 
 Eight widen_eight(const char* from, Dtype dtype) {
@@ -353,21 +320,6 @@ void widen(const void* from, Dtype dtype, int64_t n, Dtype weight, float* to) {
   char rest[kPad * 4] = {};
   std::memcpy(rest, bytes + i * size_of(dtype), (n - i) * size_of(dtype));
   store_activations(to + i, widen_eight(rest, dtype), weight);
-}
-
-EightBits narrow_eight(Eight x, Dtype dtype) {
-  const EightBits bits = reinterpret_cast<EightBits>(x), magnitude = bits & 0x7fffffff;
-  if (dtype == Dtype::bf16) {
-    const EightBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return magnitude > 0x7f800000 ? EightBits{} + 0x7fc0 : rounded;
-  }
-  // Below 2^-14 adding 0.5 rounds at the last bit of a subnormal half.
-  const EightBits subnormal = reinterpret_cast<EightBits>(reinterpret_cast<Eight>(magnitude) + 0.5f) - 0x3f000000;
-  EightBits half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  half = magnitude < 0x38800000 ? subnormal : half;
-  half = magnitude >= 0x477ff000 ? EightBits{} + 0x7c00 : half;  // rounds to infinity
-  half = magnitude > 0x7f800000 ? EightBits{} + 0x7e00 : half;
-  return half | ((bits >> 16) & 0x8000);
 }
 
 void narrow(const float* from, int64_t n, Dtype dtype, void* to) {

@@ -1,0 +1,6 @@
+#ifdef __x86_64__
+#define DMOE_LANES 8
+#include "widen_body.h"
+
+const dmoe::cpu::WidenKernels dmoe::cpu::kWidenAvx2 = {"avx2", multiply_any, silu_mul, widen, narrow};
+#endif
