@@ -206,7 +206,7 @@ def test_make_demo_takes_any_folder_name(model, tmp_path):
     python = tmp_path / "python"
     python.write_text(f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:])\n")
     python.chmod(0o755)
-    command = ["make", "--silent", "--old-file=given-python", "demo", f"PY={python}"]
+    command = ["make", "--silent", "--no-print-directory", "--old-file=given-python", "demo", f"PY={python}"]
 
     def demo(**env: str) -> str:
         return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True).stdout

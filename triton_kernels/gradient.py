@@ -160,7 +160,8 @@ def combine_gradient_kernel(
         for j in tl.static_range(0, K):
             row = tl.load(position_ptr + token * K + j)
             part = rows_ptr + row.to(tl.int64) * H + h
-            total += tl.load(part, mask=(row >= 0) & (h < H), other=0.0).to(tl.float32)
+            # One comparison: the interpreter of Triton 3.9 makes an integer of `scalar & vector`, which is no mask.
+            total += tl.load(part, mask=h < tl.where(row >= 0, H, 0), other=0.0).to(tl.float32)
         tl.store(d_x_ptr + token * H + h, rounded(total, d_x_ptr.dtype.element_ty), mask=h < H)
 
 
