@@ -56,8 +56,10 @@ miniature-train: $(SETUP)
 bench: $(SETUP)
 	$(PY) -m pytest bench --benchmark-only
 
+# ARGS="--minutes 8 --out folder", ARGS=--rehearse without a GPU.
+ARGS ?=
 gpu-check: $(SETUP)
-	$(PY) -m dmoe_ops.gpu_check
+	$(PY) -m dmoe_ops.gpu_check $(ARGS)
 
 # Another compiler builds anew.
 .venv/compiler: FORCE

@@ -141,6 +141,7 @@ setup(
         "dmoe_ops",
         "dmoe_ops.models",
         "dmoe_ops.engines",
+        "dmoe_ops.gpu_check",
         "dmoe_ops.triton_kernels",
         "dmoe_ops.bench",
         "dmoe_ops.demo_checkpoint",  # no code: what `dmoe demo` decodes with

@@ -1,4 +1,4 @@
-"""The tile table, the user's own tiles, and what the GPU commands say without a GPU."""
+"""The tile table, the user's own tiles, and what the command says without a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from dmoe_ops import gpu_check, tune
+from dmoe_ops import tune
 from dmoe_ops.__main__ import main
 
 
@@ -75,5 +75,5 @@ def test_every_candidate_is_a_tile(tiles):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(capsys, monkeypatch):
-    assert main(["tune"]) == 2 and gpu_check.main([]) == 2
-    assert capsys.readouterr().err.count("no GPU here") == 2
+    assert main(["tune"]) == 2
+    assert "no GPU here" in capsys.readouterr().err

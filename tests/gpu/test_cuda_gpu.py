@@ -1,13 +1,8 @@
-"""The CUDA backend on a real GPU: golden files, real shapes, graphs, determinism, races, memory. Skipped without Hopper."""
+"""The CUDA backend on a real GPU: golden files, real shapes, graphs, determinism, races. Skipped without Hopper."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -254,30 +249,3 @@ def test_a_view_that_starts_anywhere_is_refused(weights):
     x = activations(33).flatten()[1 : 1 + 32 * H].view(32, H)
     with pytest.raises(RuntimeError, match="x must start at a multiple of 16 bytes"):
         block_moe(x, *weights, routing=BlockRouting())
-
-
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer(tmp_path, tool):
-    """No access outside of an allocation, no hazard in shared memory."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(program).exists():
-        pytest.skip("compute-sanitizer is not installed")
-    script = tmp_path / "small.py"
-    script.write_text(SMALL)
-    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor is an allocation of its own
-    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-SMALL = """
-import torch
-from dmoe_ops import BlockRouting, block_moe, moe_experts
-r = BlockRouting(48, 4, 8, 4, 2, min_experts=6)
-def t(*shape): return torch.randn(shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** .5
-w = t(48, 128), torch.zeros(48, device="cuda"), t(48, 128, 128), t(48, 128, 64), t(64, 128), t(128, 32)
-for tokens in (7, 29):
-    y, routed, _ = block_moe(t(tokens, 128), *w, routing=r)
-    moe_experts(t(tokens, 128), w[2], w[3], routed.topk_ids, routed.topk_weights)
-torch.cuda.synchronize()
-"""
