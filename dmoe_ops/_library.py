@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from .routing import AGGREGATES, SCORES, SELECTS, BlockRouting
 
@@ -15,7 +16,41 @@ ROUTING = (
     "float routed_scaling_factor"
 )
 
-lib = torch.library.Library("dmoe", "DEF")
+
+class Library(torch.library.Library):
+    """A library whose ops refuse the derivatives that torch would get wrong, where every call with a gradient passes."""
+
+    def impl(self, op_name, fn, dispatch_key="", **kwargs):
+        if dispatch_key == "Autograd":
+            fn = _with_plain_backward(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **kwargs)
+
+
+def _with_plain_backward(op_name: str, kernel):
+    """Without a formula, a forward-mode derivative would be zero; under torch.func's gradients torch would speak of a
+    missing setup_context."""
+
+    @functools.wraps(kernel)
+    def run(keyset, *args):
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise NotImplementedError(
+                f"{op_name} has no forward-mode derivative (torch.func.jvp, jacfwd, linearize): use its backward"
+            )
+        if (
+            torch._C._are_functorch_transforms_active()
+            and torch.is_grad_enabled()
+            and any(tensor.requires_grad for tensor in tensors)
+        ):
+            raise NotImplementedError(
+                f"{op_name} is not differentiable by torch.func (grad, vjp, jacrev): use torch.autograd.grad or backward"
+            )
+        return kernel(keyset, *args)
+
+    return run
+
+
+lib = Library("dmoe", "DEF")
 
 
 def why_no_c(error: ImportError, package: Path = Path(__file__).parent) -> str:

@@ -237,7 +237,9 @@ def choose(candidates, routing: BlockRouting) -> tuple[torch.Tensor, torch.Tenso
         return best(candidates, routing.top_k)
     grouped = candidates.unflatten(1, (routing.n_group, -1))
     if grouped.shape[2] > 1:
-        group_score = grouped.topk(2, dim=2).values.sum(2)
+        two = grouped.topk(2, dim=2).values
+        # Without a second candidate (-inf) the group ranks last, even where the first is +inf.
+        group_score = two.sum(2).masked_fill(two[:, :, 1] == -torch.inf, -torch.inf)
     else:
         group_score = torch.full(grouped.shape[:2], -torch.inf, device=candidates.device)
     order = group_score.sort(dim=1, descending=True, stable=True).indices[:, : routing.topk_group]

@@ -39,7 +39,8 @@ def coresets(result):
 
 
 def test_the_folder_holds_what_these_tests_know(golden_folder):
-    known = {f"routing_{name}" for name in ROUTINGS} | {"moe_block_f32", "moe_block_bf16", "tiny_llada2"}
+    known = {f"routing_{name}" for name in ROUTINGS} | {"moe_block_f32", "moe_block_bf16"}
+    known |= {"tiny_llada2", "tiny_llada2_greedy"}
     assert {file.stem for file in golden_folder.glob("*.safetensors")} == known
 
 

@@ -199,6 +199,41 @@ def test_a_second_derivative_is_refused(op):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("op", ["block_route", "moe_experts", "block_moe"])
+def test_derivatives_of_torch_func_are_refused(op):
+    """A forward-mode derivative would be zero in silence. vmap and plain gradients pass."""
+    gate_weight, bias, w13, w2, shared_w13, shared_w2 = weights()
+    ids, scale = torch.zeros(7, 2, dtype=torch.int32), torch.ones(7, 2)
+    function = dict(
+        block_route=lambda x: block_route(x @ gate_weight.T, bias, routing=ROUTING).topk_weights,
+        moe_experts=lambda x: moe_experts(x, w13, w2, ids, scale),
+        block_moe=lambda x: block_moe(x, gate_weight, bias, w13, w2, shared_w13, shared_w2, routing=ROUTING)[0],
+    )[op]
+    x, ones = tokens(7, 24), torch.ones(7, 24)
+    for forward_mode in (
+        lambda: torch.func.jvp(function, (x,), (ones,)),
+        lambda: torch.func.jacfwd(function)(x),
+        lambda: torch.func.vmap(lambda v: torch.func.jvp(function, (v,), (ones,)))(x[None]),
+        lambda: dual(function, x, ones),
+    ):
+        with pytest.raises(NotImplementedError, match=f"^{op} has no forward-mode derivative"):
+            forward_mode()
+    for backward_mode in (
+        torch.func.grad(lambda x: function(x).sum()),
+        torch.func.jacrev(function),
+        lambda x: torch.func.vmap(torch.func.grad(lambda v: function(v).sum()))(x[None]),
+    ):
+        with pytest.raises(NotImplementedError, match=f"^{op} is not differentiable by torch.func"):
+            backward_mode(x)
+    assert torch.equal(torch.func.vmap(function)(x[None])[0], function(x))
+    assert torch.autograd.grad(function(x.requires_grad_()).sum(), x)[0].isfinite().all()
+
+
+def dual(function, x, tangent):
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(x, tangent))
+
+
 def op_arguments(count=9, offsets=None, shared=14, **kwargs):
     offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
     return (tokens(count, 24), *weights(shared=shared, **kwargs), offsets, count, *ROUTING.args())

@@ -113,6 +113,15 @@ def test_golden_generated_tokens(golden, backend):
     assert torch.equal(decoded.tokens, golden.tensors["generated"])
 
 
+def test_golden_greedy_tokens(golden, golden_folder, backend):
+    """The released generate() with its sampler taking the most probable token: our temperature 0."""
+    with safe_open(golden_folder / "tiny_llada2_greedy.safetensors", "pt") as file:
+        expected = file.get_tensor("generated")
+    model = LLaDA2ForDiffusion.from_pretrained(golden.folder)
+    decoded = model.generate(golden.tensors["prompt"], gen_length=87, threshold=0.6, mask_id=511, eos_id=510)
+    assert torch.equal(decoded.tokens, expected)
+
+
 @torch.no_grad()
 def test_bfloat16_is_close_where_it_routes_alike(golden):
     model = LLaDA2ForDiffusion.from_pretrained(golden.folder, dtype=torch.bfloat16)

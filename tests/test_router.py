@@ -36,6 +36,7 @@ BIASES = {
     "negative": [-0.9, -0.8, -2.0],  # votes below zero, and sums around it
     "cancel": [-0.5, 0.5],  # with equal logits of 0 votes sum to exactly zero
     "banned": [float("-inf"), 0.0, 0.1],
+    "infinite": [float("-inf"), float("inf"), 0.0],
 }
 
 
@@ -232,6 +233,14 @@ def test_first_expert_that_crosses_top_p_is_kept():
     for top_p, coreset in ((0.49, [2]), (0.5, [0, 2]), (0.75, [0, 1, 2]), (0.875, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])):
         result = block_route(logits, routing=dataclasses.replace(routing, top_p=top_p))
         assert result.coreset_ids[0, : result.coreset_sizes[0]].tolist() == coreset
+
+
+@pytest.mark.parametrize("route", [block_route, reference.block_route])
+def test_a_group_of_one_candidate_ranks_last_even_where_that_one_is_infinite(route):
+    """inf and -inf in a group make no sum: its first is its only candidate, so the other group is kept."""
+    routing = BlockRouting(num_experts=4, top_k=3, block_size=4, n_group=2, topk_group=1, select="all")
+    logits, bias = torch.zeros(1, 4), torch.tensor([0.0, 0.0, float("inf"), -float("inf")])
+    assert route(logits, bias, routing=routing).topk_ids.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("votes_of", [-1.0, -0.5, 0.0])

@@ -31,7 +31,13 @@ PALETTES = {
     "nan": [float("nan"), 0.0, 1.0, -1.0, 0.3, float("inf"), float("-inf")],
     "holes": [float("nan"), float("nan"), float("nan"), 0.5],
 }
-BIASES = {"normal": None, "negative": [-0.9, -0.8, -2.0], "cancel": [-0.5, 0.5], "banned": [float("-inf"), 0.0, 0.1]}
+BIASES = {
+    "normal": None,
+    "negative": [-0.9, -0.8, -2.0],
+    "cancel": [-0.5, 0.5],
+    "banned": [float("-inf"), 0.0, 0.1],
+    "infinite": [float("-inf"), float("inf"), 0.0],
+}
 
 
 class Router(ctypes.Structure):

@@ -69,7 +69,7 @@ def test_every_aggregate_and_selection(aggregate, select, score):
 
 
 @pytest.mark.parametrize("palette", PALETTES)
-@pytest.mark.parametrize("bias", [None, [-0.9, -0.8, -2.0], [-0.5, 0.5], [-inf, 0.0, 0.1, nan]])
+@pytest.mark.parametrize("bias", [None, [-0.9, -0.8, -2.0], [-0.5, 0.5], [-inf, 0.0, 0.1, nan], [-inf, inf, 0.0]])
 def test_hard_values(palette, bias):
     bias = bias if bias is None else values((32,), bias)
     check(values((16, 32), PALETTES[palette]), bias, BlockRouting(**SMALL))
