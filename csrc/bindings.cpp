@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cpu/experts.h"
@@ -19,8 +21,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The ops have validated shapes, dtypes, devices and layout in Python; here only what would read out of bounds is looked
-// at again, for callers that come past them.
+// The ops have validated everything in Python, with better messages; here whatever would read or write out of bounds is
+// looked at again, for callers that come past them.
 dmoe::cpu::Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -34,10 +36,62 @@ dmoe::cpu::Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-void check(const Tensor& tensor, const char* name, int64_t dim) {
-  STD_TORCH_CHECK(tensor.dim() == dim && tensor.is_contiguous(), "dmoe: ", name, " must be contiguous with ", dim,
-                  " dimensions");
+// `shape` has -1 where a size is free.
+void check(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+  bool fits = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_contiguous();
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || tensor.size(i) == shape[i];
+  std::string want;
+  for (int64_t size : shape) want += (want.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
+  STD_TORCH_CHECK(fits, "dmoe: ", name, " must be contiguous with shape [", want, "]");
+  STD_TORCH_CHECK(tensor.is_cpu(), "dmoe: ", name, " must be on the CPU");
 }
+
+void check(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape, ScalarType dtype) {
+  check(tensor, name, shape);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "dmoe: ", name, " has the wrong dtype");
+}
+
+// The settings are BlockRouting's, which has looked at most of them; these are what the kernels index by.
+dmoe::Routing routing_of(const std::vector<int64_t>& ints, const std::vector<double>& floats, int64_t experts) {
+  STD_TORCH_CHECK(ints.size() == 12 && floats.size() == 2, "dmoe: the settings must be 12 integers and 2 numbers");
+  const dmoe::Routing routing = dmoe::unpack_routing(ints, floats);
+  const auto within = [](int64_t value, int64_t least, int64_t most) { return least <= value && value <= most; };
+  STD_TORCH_CHECK(within(routing.top_k, 1, experts) && routing.block_size >= 1 && within(routing.n_group, 1, experts) &&
+                      experts % routing.n_group == 0 && within(routing.topk_group, 1, routing.n_group) &&
+                      within(ints[4], 0, 1) && within(ints[5], 0, 3) && within(ints[6], 0, 3) &&
+                      routing.min_experts >= 0 && routing.max_experts >= 1 && routing.capacity >= 0 &&
+                      (routing.aggregate != dmoe::Aggregate::union_ || routing.select == dmoe::Select::all ||
+                       within(routing.union_k, 1, experts)),
+                  "dmoe: the settings are not those of a BlockRouting for ", experts, " experts");
+  return routing;
+}
+
+// BlockRouting.coreset_width.
+int64_t coreset_width(const dmoe::Routing& routing, int64_t experts) {
+  if (routing.select == dmoe::Select::top_p) return std::min(routing.max_experts, experts);
+  if (routing.select == dmoe::Select::top_n) return std::min(routing.capacity, experts);
+  if (routing.select == dmoe::Select::all) return experts;
+  const bool union_of = routing.aggregate == dmoe::Aggregate::union_;
+  if (routing.block_size >= experts || (!union_of && routing.aggregate != dmoe::Aggregate::topk_sum)) return experts;
+  return std::min(routing.block_size * (union_of ? routing.union_k : routing.top_k), experts);
+}
+
+void check_blocks(const std::optional<Tensor>& offsets, int64_t tokens, int64_t seq_len, int64_t n_blocks,
+                  int64_t block_size) {
+  if (!offsets) {
+    const bool whole = tokens == 0 || (seq_len >= 1 && tokens % seq_len == 0);
+    const int64_t want = whole && tokens ? tokens / seq_len * ((seq_len - 1) / block_size + 1) : 0;
+    STD_TORCH_CHECK(whole && n_blocks == want, "dmoe: seq_len must divide the tokens, and coreset_ids have a row per block");
+    return;
+  }
+  check(*offsets, "block_offsets", {n_blocks + 1}, ScalarType::Int);
+  const auto* begin = static_cast<const int32_t*>(offsets->const_data_ptr());
+  bool rises = begin[0] == 0 && begin[n_blocks] == tokens;
+  for (int64_t b = 0; b < n_blocks; ++b) rises = rises && begin[b] < begin[b + 1] && begin[b + 1] - begin[b] <= block_size;
+  STD_TORCH_CHECK(rises, "dmoe: block_offsets must rise from 0 to ", tokens, " by at most ", block_size);
+}
+
+void check_hidden(const Tensor& x) { STD_TORCH_CHECK(x.size(1) > 0, "dmoe: x must have at least one column"); }
 
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, n, grain, body);
@@ -47,12 +101,20 @@ void block_route_out(const Tensor logits, const std::optional<Tensor> expert_bia
                      const std::optional<Tensor> block_offsets, int64_t seq_len, const std::vector<int64_t> ints,
                      const std::vector<double> floats, Tensor topk_ids, Tensor topk_weights, Tensor coreset_ids,
                      Tensor coreset_sizes) {
-  check(logits, "logits", 2);
+  check(logits, "logits", {-1, -1}, ScalarType::Float);
+  check(coreset_ids, "coreset_ids", {-1, -1}, ScalarType::Int);
   dmoe::cpu::BlockRoute args{};
   args.tokens = logits.size(0);
   args.experts = logits.size(1);
   args.n_blocks = coreset_ids.size(0);
   args.coreset_width = coreset_ids.size(1);
+  const dmoe::Routing routing = routing_of(ints, floats, args.experts);
+  if (expert_bias) check(*expert_bias, "expert_bias", {args.experts}, ScalarType::Float);
+  check(topk_ids, "topk_ids", {args.tokens, routing.top_k}, ScalarType::Int);
+  check(topk_weights, "topk_weights", {args.tokens, routing.top_k}, ScalarType::Float);
+  check(coreset_sizes, "coreset_sizes", {args.n_blocks}, ScalarType::Int);
+  check_blocks(block_offsets, args.tokens, seq_len, args.n_blocks, routing.block_size);
+  STD_TORCH_CHECK(args.coreset_width >= coreset_width(routing, args.experts), "dmoe: coreset_ids is too narrow");
   args.logits = static_cast<const float*>(logits.const_data_ptr());
   args.expert_bias = expert_bias ? static_cast<const float*>(expert_bias->const_data_ptr()) : nullptr;
   args.block_offsets = block_offsets ? static_cast<const int32_t*>(block_offsets->const_data_ptr()) : nullptr;
@@ -61,22 +123,34 @@ void block_route_out(const Tensor logits, const std::optional<Tensor> expert_bia
   args.topk_weights = static_cast<float*>(topk_weights.mutable_data_ptr());
   args.coreset_ids = static_cast<int32_t*>(coreset_ids.mutable_data_ptr());
   args.coreset_sizes = static_cast<int32_t*>(coreset_sizes.mutable_data_ptr());
-  dmoe::cpu::block_route(args, dmoe::unpack_routing(ints, floats), parallel_for);
+  dmoe::cpu::block_route(args, routing, parallel_for);
 }
 
 void gate_out(const Tensor x, const Tensor gate_weight, Tensor logits) {
-  check(x, "x", 2);
-  check(gate_weight, "gate_weight", 2);
+  check(x, "x", {-1, -1});
+  check_hidden(x);
+  check(gate_weight, "gate_weight", {-1, x.size(1)});
+  check(logits, "logits", {x.size(0), gate_weight.size(0)}, ScalarType::Float);
   dmoe::cpu::linear_f32(x.const_data_ptr(), dtype_of(x), gate_weight.const_data_ptr(), dtype_of(gate_weight), x.size(0),
                         x.size(1), gate_weight.size(0), static_cast<float*>(logits.mutable_data_ptr()), parallel_for);
 }
 
 void moe_experts_out(const Tensor x, const Tensor w13, const Tensor w2, const std::optional<Tensor> shared_w13,
                      const std::optional<Tensor> shared_w2, const Tensor topk_ids, const Tensor topk_weights, Tensor y) {
-  check(x, "x", 2);
-  check(w13, "w13", 3);
-  check(w2, "w2", 3);
-  check(topk_ids, "topk_ids", 2);
+  check(x, "x", {-1, -1});
+  check_hidden(x);
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  const ScalarType dtype = x.scalar_type();
+  check(w2, "w2", {-1, hidden, -1}, dtype);
+  check(w13, "w13", {w2.size(0), 2 * w2.size(2), hidden}, dtype);
+  check(topk_ids, "topk_ids", {tokens, -1}, ScalarType::Int);
+  check(topk_weights, "topk_weights", {tokens, topk_ids.size(1)}, ScalarType::Float);
+  check(y, "y", {tokens, hidden}, dtype);
+  STD_TORCH_CHECK(shared_w13.has_value() == shared_w2.has_value(), "dmoe: shared_w13 and shared_w2 go together");
+  if (shared_w2) {
+    check(*shared_w2, "shared_w2", {hidden, -1}, dtype);
+    check(*shared_w13, "shared_w13", {2 * shared_w2->size(1), hidden}, dtype);
+  }
   dmoe::cpu::Experts args{};
   args.tokens = x.size(0);
   args.hidden = x.size(1);

@@ -44,6 +44,12 @@ def rows(name: str, value, last: str) -> None:
     tensor(name, value)
     if value.dim() not in (2, 3):
         raise ValueError(f"{name} must have shape [T, {last}] or [bsz, seq, {last}], got {list(value.shape)}")
+    columns(name, value, last)
+
+
+def columns(name: str, value, last: str) -> None:
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} must have {last} of at least 1, got {list(value.shape)}")
 
 
 def routing(value) -> None:
@@ -94,6 +100,7 @@ def route(logits, expert_bias, offsets, settings: BlockRouting) -> None:
 
 def experts(x, w13, w2, topk_ids, topk_weights) -> None:
     tensor("x", x, ["T", "H"], WEIGHT_DTYPES)
+    columns("x", x, "H")
     expert_weights("w13", "w2", w13, w2, x)
     tensor("topk_ids", topk_ids, [x.shape[0], "top_k"], (torch.int32,), x.device)
     weight_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -120,6 +127,7 @@ def contiguous(name: str, value) -> None:
 
 def layer(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, offsets, settings: BlockRouting) -> None:
     tensor("x", x, ["T", "H"], WEIGHT_DTYPES)
+    columns("x", x, "H")
     tensor("gate_weight", gate_weight, [settings.num_experts, x.shape[1]], WEIGHT_DTYPES, x.device)
     if expert_bias is not None:
         bias_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

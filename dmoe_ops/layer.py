@@ -164,7 +164,8 @@ class BlockMoE(nn.Module):
             block_offsets=block_offsets,
         )
         lead = hidden_states.shape[:-1]
-        return y, (router_logits.view(*lead, -1), routed.topk_ids.view(*lead, -1).long())
+        router_logits = router_logits.view(*lead, self.routing.num_experts)
+        return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).long())
 
     @classmethod
     def from_reference(cls, module: nn.Module, routing: BlockRouting) -> BlockMoE:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dmoe_ops
-from dmoe_ops import BlockMoE, BlockRouting, reference
+from dmoe_ops import BlockMoE, BlockRouting, _library, reference
 
 T, H, I, E, K = 6, 8, 3, 4, 2
 ROUTING = BlockRouting(num_experts=E, top_k=K, block_size=4, n_group=2, topk_group=1, min_experts=2)
@@ -164,6 +164,97 @@ def test_an_op_refuses(op, name, value, says):
 def test_the_reference_refuses_the_same(op, name, value, says):
     arguments = {**good(op), name: value}
     refused(lambda: getattr(reference, op)(**arguments), named(name, value), says)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("module", [dmoe_ops, reference])
+@pytest.mark.parametrize("op", ["moe_experts", "block_moe"])
+def test_rows_without_columns_are_refused(op, module):
+    arguments = good(op)
+    for name, dim in dict(x=1, gate_weight=1, w13=2, w2=1, shared_w13=1, shared_w2=0).items():
+        if name in arguments:
+            arguments[name] = arguments[name].narrow(dim, 0, 0)
+    refused(lambda: getattr(module, op)(**arguments), "x", f"must have H of at least 1, got [{T}, 0]")
+
+
+# What C++ implements, past the checks in Python.
+PRIVATE = {
+    "_block_route_out": dict(
+        logits=torch.zeros(T, E),
+        expert_bias=torch.zeros(E),
+        block_offsets=offsets(0, 4, 6),
+        seq_len=T,
+        ints=_library.packed_routing(ROUTING)[0],
+        floats=[0.6, 2.5],
+        topk_ids=torch.zeros(T, K, dtype=torch.int32),
+        topk_weights=torch.zeros(T, K),
+        coreset_ids=torch.zeros(2, E, dtype=torch.int32),
+        coreset_sizes=torch.zeros(2, dtype=torch.int32),
+    ),
+    "_gate_out": dict(x=torch.zeros(T, H), gate_weight=torch.zeros(E, H), logits=torch.zeros(T, E)),
+    "_moe_experts_out": dict(
+        x=torch.zeros(T, H),
+        w13=torch.zeros(E, 2 * I, H),
+        w2=torch.zeros(E, H, I),
+        shared_w13=torch.zeros(2 * I, H),
+        shared_w2=torch.zeros(H, I),
+        topk_ids=torch.zeros(T, K, dtype=torch.int32),
+        topk_weights=torch.zeros(T, K),
+        y=torch.zeros(T, H),
+    ),
+}
+
+
+def private_faults():
+    for op, arguments in PRIVATE.items():
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                yield op, name, value.unsqueeze(0)
+                yield op, name, value.flatten()[:1].clone()
+                yield op, name, value[:-1].clone() if name != "block_offsets" else offsets(0, 4, 5)
+                yield op, name, value.to(torch.int64 if value.dtype == torch.int32 else torch.float64)
+                if value.dim() > 1:
+                    yield op, name, value[..., :-1].clone()
+                    yield op, name, value.new_zeros(value.shape[::-1]).permute(*reversed(range(value.dim())))
+    yield "_block_route_out", "seq_len", 0
+    yield "_block_route_out", "block_offsets", offsets(0, 9, 6)
+    yield "_block_route_out", "block_offsets", offsets(0, 5, 6)
+    yield "_block_route_out", "ints", []
+    for at, value in [
+        (0, 0),
+        (0, E + 1),
+        (1, 0),
+        (2, 0),
+        (2, 3),
+        (3, 0),
+        (3, 3),
+        (4, 2),
+        (5, 4),
+        (6, -1),
+        (8, 0),
+        (9, -1),
+    ]:
+        yield (
+            "_block_route_out",
+            "ints",
+            [value if i == at else v for i, v in enumerate(PRIVATE["_block_route_out"]["ints"])],
+        )
+    yield "_moe_experts_out", "shared_w2", None
+
+
+@pytest.mark.skipif(_library._C is None, reason="the extension module is not built")
+def test_private_ops_refuse_what_would_read_out_of_bounds():
+    refused = 0
+    for op, name, value in private_faults():
+        arguments = {**PRIVATE[op], name: value}
+        if op == "_block_route_out" and name == "seq_len":
+            arguments["block_offsets"] = None
+        with pytest.raises(RuntimeError, match="dmoe"):
+            getattr(torch.ops.dmoe, op)(*arguments.values())
+        refused += 1
+    assert refused > 60
+    for op, arguments in PRIVATE.items():
+        getattr(torch.ops.dmoe, op)(*arguments.values())
 
 
 @pytest.mark.parametrize("op", FAULTS)
