@@ -15,8 +15,9 @@ def is_file(path: Path) -> bool:
 
 
 def short(name) -> str:
-    """A name for a message, cut in the middle where it is long."""
+    """A name for a message of one line, cut in the middle where it is long."""
     text = str(name)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
 
 

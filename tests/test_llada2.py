@@ -180,6 +180,18 @@ def test_shards_equal_the_single_file(folder):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_index_says_which_of_two_tensors_of_a_name_is_meant(folder):
+    before = LLaDA2ForDiffusion.from_pretrained(folder).state_dict()
+    shard(folder)
+    for file in sorted(folder.glob("model-*.safetensors")):  # every shard holds a wrong copy of another's tensor
+        tensors = load_file(file)
+        weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        foreign = {name: torch.full((64, 32), 7.0) for name in ("lm_head.weight",) if weight_map[name] != file.name}
+        save_file({**tensors, **foreign}, file)
+    after = LLaDA2ForDiffusion.from_pretrained(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def edit_config(**changes):
     def fault(folder):
         path = folder / "config.json"
@@ -215,6 +227,38 @@ def index_of(shard: str):
     return fault
 
 
+def edit_index(change):
+    """Shards the checkpoint and lets `change` edit the index's weight_map."""
+
+    def fault(folder):
+        shard(folder)
+        path = folder / "model.safetensors.index.json"
+        weight_map = json.loads(path.read_text())["weight_map"]
+        path.write_text(json.dumps(dict(weight_map=change(weight_map) or weight_map)))
+
+    return fault
+
+
+def outside(path):
+    """Names a file outside of the folder that holds the tensor, so that only the path is wrong."""
+
+    def fault(folder):
+        other = folder.parent / (folder.name + "-outside")
+        other.mkdir()
+        save_file(load_file(folder / "model.safetensors"), other / "model-0.safetensors")
+        edit_index(lambda m: dict.fromkeys(m, path.format(other=other)))(folder)
+
+    return fault
+
+
+def not_finite(name, value, dtype=torch.float32):
+    def change(tensors):
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name].view(-1)[3] = value
+
+    return edit_tensors(change)
+
+
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 FAULTS = [
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
@@ -230,6 +274,20 @@ FAULTS = [
     (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is truncated or corrupt"),
     (without_a_shard, "model-1.safetensors, named by model.safetensors.index.json, is missing"),
     (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "must hold a weight_map"),
+    (edit_index(lambda m: {n: f"model-{(int(f[6]) + 1) % 3}.safetensors" for n, f in m.items()}), "where model.saf"),
+    (edit_index(lambda m: m.update(stray="model-0.safetensors")), "tensor stray is not in model-0.safetensors"),
+    (edit_index(lambda m: {n: f for n, f in m.items() if n != EXPERT}), f"tensor {EXPERT} in"),
+    (edit_index(lambda m: dict.fromkeys(m, 3)), "must hold a weight_map"),
+    (edit_index(lambda m: m.update({EXPERT: ""})), "must name files of its own folder, got "),
+    (edit_index(lambda m: m.update({EXPERT: "a\nb"})), "'a\\nb', named by model.safetensors.index.json, is missing"),
+    (outside("{other}/model-0.safetensors"), "must name files of its own folder, got /"),
+    (outside("../{other.name}/model-0.safetensors"), "must name files of its own folder, got .."),
+    (not_finite(EXPERT, float("nan")), f"tensor {EXPERT} in"),
+    (not_finite("model.layers.2.mlp.gate.weight", float("inf")), "tensor model.layers.2.mlp.gate.weight in"),
+    (not_finite("model.layers.1.mlp.gate.expert_bias", -float("inf")), "tensor model.layers.1.mlp.gate.expert_bias in"),
+    (not_finite("model.norm.weight", float("nan")), "must be finite, got NaN or infinity"),
+    (not_finite("lm_head.weight", 1e300, torch.float64), "must be finite, got NaN or infinity as float32"),
+    (edit_tensors(lambda t: t.update({"a\nb": t[EXPERT].clone()})), "tensor 'a\\nb' in"),
     (edit_tensors(lambda t: t.pop(EXPERT)), f"tensor {EXPERT} is missing"),
     (edit_tensors(lambda t: t.update({EXPERT: t[EXPERT].T.contiguous()})), f"tensor {EXPERT} must have shape [16, 32]"),
     (edit_tensors(lambda t: t.update({EXPERT: t[EXPERT].int()})), f"tensor {EXPERT} must be one of"),
@@ -253,6 +311,20 @@ FAULTS = [
     (edit_config(num_experts_per_tok=17), "top_k must be at most"),
     (edit_config(score_function="tanh"), "score_function must be one of"),
     (edit_config(eos_token_id=64), "eos_token_id must be below"),
+    (edit_config(core_threshold=1.5), "core_threshold must be in (0, 1], got 1.5"),
+    (edit_config(core_threshold=0), "core_threshold must be a positive number, got 0"),
+    (edit_config(expert_capacity=-1), "expert_capacity must be an integer"),
+    (edit_config(expert_capacity="8"), "expert_capacity must be an integer"),
+    (edit_config(expert_capacity=8, block_size=0), "block_size must be an integer"),
+    (edit_config(expert_capacity=8, core_threshold=0.6), "policy must be given where a config has core_threshold=0.6"),
+    (edit_config(quantization_config=dict(quant_method="gguf")), "quant_method is not supported, got 'gguf'"),
+    (edit_config(quantization_config=dict(bits=4)), "quantization_config must be null"),
+    (edit_config(quantization_config="int4"), "quantization_config must be an object"),
+    (edit_config(compression_config=dict(format="pack")), "compression_config must be null"),
+    (
+        edit_config(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)),
+        "rope_parameters must be null or of rope_type",
+    ),
 ]
 
 
@@ -276,6 +348,47 @@ def test_a_bad_argument_is_refused_before_anything_is_read(folder):
         LLaDA2ForDiffusion.from_pretrained(folder, top_p=0)
     with pytest.raises(ValueError, match="dtype must be None or"):
         LLaDA2ForDiffusion.from_pretrained(folder, dtype=torch.int8)
+
+
+def test_a_checkpoint_brings_its_own_routing(folder):
+    def loaded(*args, **changes):
+        edit_config(**{"core_threshold": "absent", "expert_capacity": "absent", "block_size": "absent", **changes})(
+            folder
+        )
+        return LLaDA2ForDiffusion.from_pretrained(folder, **dict(args))
+
+    plain = loaded()
+    assert plain.routing == CONFIG.routing("dmoe") and plain.routing.top_p == 0.6 and plain.config.block_length == 32
+
+    trained = loaded(core_threshold=0.4, block_size=16)
+    assert trained.routing == CONFIG.routing("dmoe", top_p=0.4, block_size=16)
+    assert trained.config.block_length == 16 and trained.block_size_follows
+    tokens = trained.generate(prompt(20), gen_length=30, eos_id=None).tokens
+    assert trained.routing.block_size == 16
+    assert torch.equal(tokens, trained.generate(prompt(20), gen_length=30, eos_id=None, block_length=16).tokens)
+    trained.generate(prompt(20), gen_length=8, block_length=8)
+    assert trained.routing.block_size == 8  # follows the decode
+    assert loaded(("top_p", 0.7), core_threshold=0.4).routing.top_p == 0.7
+    assert loaded(("policy", "token"), core_threshold=0.4).routing == CONFIG.routing("token")
+    assert loaded(core_threshold=0.4, min_experts=5).routing.min_experts == 5
+
+    capacity = loaded(expert_capacity=6, block_size=16, n_group=3, topk_group=5)
+    wanted = CONFIG.routing("capacity", capacity=6, block_size=16)
+    assert capacity.routing == wanted and wanted.n_group == wanted.topk_group == 1
+    capacity.generate(prompt(20), gen_length=30, block_length=64)
+    assert capacity.routing == wanted  # a multiple of the routing's block
+    assert loaded(expert_capacity=6).routing == CONFIG.routing("capacity", capacity=6, block_size=32)
+    other = loaded(("policy", "capacity"), ("capacity", 4), expert_capacity=6, n_group=4, topk_group=2)
+    assert other.routing.capacity == 4
+    assert loaded(("policy", "token"), expert_capacity=6).routing == CONFIG.routing("token", n_group=1, topk_group=1)
+
+
+def test_a_config_of_transformers_5(folder):
+    """It keeps the base of the rotary embedding in rope_parameters."""
+    before = LLaDA2Config.from_pretrained(folder)
+    rope = dict(rope_theta=10000.0, rope_type="default", partial_rotary_factor=0.5)
+    edit_config(rope_theta="absent", partial_rotary_factor="absent", rope_parameters=rope)(folder)
+    assert LLaDA2Config.from_pretrained(folder) == before
 
 
 def test_the_released_config_json():
@@ -329,6 +442,14 @@ def test_the_cache_gives_what_a_full_pass_gives(policy):
     third = model(ids[:, 64:], kv_cache=cache).logits
     torch.testing.assert_close(torch.cat([prefill, second, third], 1), full, atol=1e-4, rtol=0)
     assert not torch.allclose(noise, second)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 0), (3, 0), (0, 5)])
+def test_no_tokens_give_empty_results(shape):
+    logits, routed = build()(torch.zeros(shape, dtype=torch.int64))
+    assert logits.shape == (*shape, 64)
+    assert [(a.shape, b.shape) for a, b in routed] == 2 * [((*shape, 16), (*shape, 2))]
 
 
 @torch.no_grad()
@@ -580,6 +701,25 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     )
     assert torch.equal(ours.tokens, same.tokens) and ours.stats == same.stats
     json.dumps(dataclasses.asdict(ours.stats))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model.layers.1.mlp.w13", float("nan")),
+        ("model.layers.2.mlp.gate_weight", float("nan")),
+        ("lm_head.weight", 1e38),
+    ],
+)
+def test_generate_notices_broken_weights(name, value, temperature):
+    """That came into the model after it was read: NaN, and what overflows on the way."""
+    model = build()
+    model.state_dict()[name].view(-1)[::7] = value
+    with pytest.raises(ValueError) as error:
+        model.generate(prompt(40), gen_length=40, temperature=temperature)
+    said = f"weight {name} is not" if value != value else "all weights are, so float32 is too narrow for this model"
+    assert str(error.value) == f"logits of the block at position 32 must be finite: {said}"
 
 
 def test_generate_asks_for_the_mask_where_the_config_has_none():

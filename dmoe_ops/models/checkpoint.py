@@ -27,9 +27,10 @@ def read_json(path: Path) -> dict:
 
 
 class Checkpoint:
-    """The tensors of a folder: the file, shape and dtype of each, read from the headers alone.
+    """The tensors of a folder: the file, shape and dtype of each, read from the headers alone. Of sharded files the index
+    says which tensor lies where.
 
-    Raises ValueError, naming the file, when one is missing, truncated or corrupt.
+    Raises ValueError, naming the file, when one is missing, truncated or corrupt, or when index and files disagree.
     """
 
     def __init__(self, folder: Path):
@@ -37,27 +38,39 @@ class Checkpoint:
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
         self.dtypes: dict[str, str] = {}
-        for path in self._files():
+        shard_of = self._index()
+        for shard in sorted(set(shard_of.values())) if shard_of else [SINGLE]:
+            path = folder / shard
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
+                    if shard_of and name not in shard_of:
+                        raise ValueError(f"tensor {_files.short(name)} in {path} is not in {INDEX}")
+                    if shard_of and shard_of[name] != shard:
+                        continue  # a copy that the index does not mean
                     header = file.get_slice(name)
                     self.file_of[name] = path
                     self.shapes[name], self.dtypes[name] = header.get_shape(), header.get_dtype()
+        for name, shard in shard_of.items():
+            if name not in self.file_of:
+                raise ValueError(f"tensor {_files.short(name)} is not in {_files.short(shard)}, where {INDEX} has it")
 
-    def _files(self) -> list[Path]:
+    def _index(self) -> dict[str, str]:
+        """The shard of every tensor; nothing where the folder holds a single file."""
         index = self.folder / INDEX
         if not _files.is_file(index):
             if not _files.is_file(self.folder / SINGLE):
                 raise ValueError(f"{SINGLE} or {INDEX} is missing in {self.folder}")
-            return [self.folder / SINGLE]
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            return {}
+        shard_of = read_json(index).get("weight_map")
+        if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(v, str) for v in shard_of.values()):
             raise ValueError(f"{index} must hold a weight_map from tensor names to file names")
-        shards = sorted(set(weight_map.values()))
-        for shard in shards:
+        for shard in set(shard_of.values()):
+            # Plain names alone: a path could lead out of the folder.
+            if shard in ("", ".", "..") or any(c in shard for c in "/\\:"):
+                raise ValueError(f"{INDEX} must name files of its own folder, got {_files.short(shard)}")
             if not _files.is_file(self.folder / shard):
                 raise ValueError(f"{_files.short(shard)}, named by {INDEX}, is missing in {self.folder}")
-        return [self.folder / shard for shard in shards]
+        return shard_of
 
     def check(self, targets: dict[str, torch.Tensor], ignore=()) -> None:
         """Raises ValueError, naming the tensor, unless the folder holds exactly the `targets`, in their shapes.
@@ -73,25 +86,36 @@ class Checkpoint:
                 raise ValueError(f"tensor {name} must be one of {', '.join(DTYPES)}, got {self.dtypes[name]}")
         for name in self.file_of:
             if name not in targets and not name.endswith(tuple(ignore)):
-                raise ValueError(f"tensor {name} in {self.file_of[name]} has no place in this model")
+                raise ValueError(f"tensor {_files.short(name)} in {self.file_of[name]} has no place in this model")
 
     def read(self, targets: dict[str, torch.Tensor]) -> None:
         """Fills the targets, cast to their dtypes. A file is mapped anew for each layer, so that the pages of one layer
-        are all that is held besides the targets."""
+        are all that is held besides the targets. Raises ValueError, naming the tensor, for a value that is not finite or
+        becomes infinite in the cast."""
         groups = defaultdict(list)
         for name in targets:
             groups[self.file_of[name], ".".join(name.split(".")[:3])].append(name)
         for (path, _), names in groups.items():
             with _open(path) as file:
                 for name in names:
-                    targets[name].copy_(file.get_tensor(name))
+                    stored = file.get_tensor(name)
+                    targets[name].copy_(stored)
+                    if not is_finite(targets[name]):
+                        why = f" as {targets[name].dtype}".replace("torch.", "") if is_finite(stored) else ""
+                        raise ValueError(f"tensor {name} in {path} must be finite, got NaN or infinity{why}")
+
+
+def is_finite(tensor) -> bool:
+    """One pass over the tensor, and no copy: NaN is the least and the largest of what holds one."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt: {error}") from None
+    except (SafetensorError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} is truncated or corrupt: {_files.short(said)}") from None
 
 
 def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..routing import is_int, is_number
+from .checkpoint import is_finite
 
 FROM_CONFIG = object()
 
@@ -146,7 +147,7 @@ def generate(
     *,
     gen_length: int,
     prompt_lengths=None,
-    block_length: int = 32,
+    block_length: int | None = None,
     steps: int = 32,
     threshold: float = 0.95,
     temperature: float = 0.0,
@@ -163,7 +164,8 @@ def generate(
     input_ids: int64 [bsz, T], the prompts; they may end inside a block, and may be empty.
     prompt_lengths: int64 [bsz], where they differ: of each row of input_ids the first so many tokens, the rest is padding.
     Every sequence comes out as if it were alone: it is its own blocks, and leaves the batch when it is done.
-    gen_length: new tokens at most. block_length: tokens that are unmasked in parallel; blocks start at position 0.
+    gen_length: new tokens at most. block_length: tokens that are unmasked in parallel, by default config.block_length;
+    blocks start at position 0.
     steps: denoising steps per block (at most gen_length of them). Each unmasks every token whose confidence is
     above `threshold`, or, where those are fewer than the step's share of the block, that many of the most confident.
     temperature: 0 takes the most probable token, else the token is drawn (`generator`). top_k, top_p: restrict the choice
@@ -173,12 +175,13 @@ def generate(
     eos_early_stop: stop as soon as no mask is left before an eos, not only at the end of its block.
     progress: show a progress bar.
 
-    Returns `Decoded`. Raises ValueError that names the argument and its value.
+    Returns `Decoded`. Raises ValueError that names the argument and its value, or says that the logits are not finite.
     Source: generate() of the released LLaDA2 code, its greedy form taking the most probable token.
     """
     config = self.config
     eos_id = config.eos_token_id if eos_id is FROM_CONFIG else eos_id
     mask_id = config.mask_token_id if mask_id is None else mask_id
+    block_length = config.block_length if block_length is None else block_length
     _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id)
     lengths = _lengths(input_ids, prompt_lengths)
     _check_prompts(config, input_ids, lengths, gen_length, mask_id)
@@ -227,7 +230,9 @@ def generate(
                 block = x[active, begin:end]
                 hidden, routed = forward(block, prefix)
                 counter.add("denoising", routed)
-                x[active, begin:end] = unmask(block, self.logits(hidden), step)
+                logits = self.logits(hidden)
+                _check_finite(self, logits, routed, begin)
+                x[active, begin:end] = unmask(block, logits, step)
                 bar.update(int((new & (x != mask_id)).sum()) - bar.n)
             done = position[end - 1] + 1 >= lengths[alive] + gen_length
             if eos_id is not None:
@@ -246,6 +251,17 @@ def _decoded(x, lengths, gen_length: int, eos_id: int | None, counter: _Counter,
         answers = [answer[: int(end[0]) + 1] if len(end) else answer for answer, end in zip(answers, ends)]
     tokens = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=eos_id or 0)
     return Decoded(tokens, counter.stats(sum(map(len, answers)), bytes_per_expert))
+
+
+def _check_finite(model, logits, routed, begin: int) -> None:
+    """A softmax of such logits has no most probable token, and an expert with such a score is never chosen."""
+    # The largest of a row is NaN where the row holds one.
+    finite = logits.amax(-1).isfinite().all() & ~torch.stack([router.isnan().any() for router, _ in routed]).any()
+    if not finite:
+        broken = (name for name, value in model.state_dict().items() if not is_finite(value))
+        name = next(broken, None)
+        why = f"weight {name} is not" if name else f"all weights are, so {model.dtype} is too narrow for this model"
+        raise ValueError(f"logits of the block at position {begin} must be finite: {why}".replace("torch.", ""))
 
 
 def sample(logits, temperature: float = 0.0, top_k=None, top_p=None, generator=None):

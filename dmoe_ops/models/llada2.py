@@ -27,15 +27,22 @@ MAY_BE_ZERO = {
     "num_shared_experts",
     "eos_token_id",
     "mask_token_id",
+    "expert_capacity",
+    "min_experts",
 }
+OWN = "own"  # the policy that a checkpoint was trained for
 
 
 @dataclasses.dataclass(frozen=True)
 class LLaDA2Config:
     """Geometry of a LLaDA2 model, by the names of its config.json. Fields without a default have to be there.
 
+    The routing that the weights were trained for: core_threshold is the p of policy dmoe (with min_experts, if given);
+    expert_capacity, where it isn't 0, the capacity of policy capacity, whose model has no groups. block_size: tokens of a
+    block, of the routing with expert_capacity, else of the decode.
+
     Raises ValueError, naming the field and its value, for a value that is out of range or contradicts another, and for an
-    option that is not supported (sliding window, scaled rotary embedding, activations other than SiLU).
+    option that is not supported (sliding window, scaled rotary embedding, activations other than SiLU, quantized weights).
     """
 
     vocab_size: int
@@ -70,6 +77,11 @@ class LLaDA2Config:
     rope_scaling: dict | None = None
     eos_token_id: int | None = None
     mask_token_id: int | None = None
+    core_threshold: float | None = None
+    min_experts: int | None = None
+    expert_capacity: int = 0
+    block_size: int | None = None
+    quantization_config: dict | None = None
     model_type: str = "llada2_moe"
 
     def __post_init__(self):
@@ -105,6 +117,13 @@ class LLaDA2Config:
         check(not self.use_sliding_window, "use_sliding_window", "be false (there is no sliding window here)")
         rope_type = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type", "default"))
         check(rope_type == "default", "rope_scaling", "be null or of type default")
+        quantization = self.quantization_config or {}
+        if quantization:
+            method = quantization.get("quant_method", quantization)
+            raise ValueError(
+                f"quantization_config must be null: its quant_method is not supported, got {method!r:.200}"
+            )
+        check(self.core_threshold is None or self.core_threshold <= 1, "core_threshold", "be in (0, 1]")
         check(self.score_function in SCORES, "score_function", f"be one of {', '.join(SCORES)}")
         if self.num_experts == 0 or self.first_k_dense_replace >= self.num_hidden_layers:
             raise ValueError(
@@ -136,8 +155,17 @@ class LLaDA2Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> LLaDA2Config:
-        """From the contents of a config.json; keys that are not fields are ignored, null stands for the default."""
+        """From the contents of a config.json; null stands for the default. Keys that are not fields are ignored, but for
+        rope_parameters, in which transformers 5 keeps rope_theta and partial_rotary_factor, and compression_config."""
         fields = dataclasses.fields(cls)
+        rope = values.get("rope_parameters")
+        if rope is not None:
+            if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+                raise ValueError(f"rope_parameters must be null or of rope_type default, got {rope!r:.200}")
+            inner = {name: rope.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+            values = {**values, **{name: value for name, value in inner.items() if value is not None}}
+        if values.get("compression_config"):
+            raise ValueError(f"compression_config must be null, got {values['compression_config']!r:.200}")
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and values.get(f.name) is None]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given, got nothing")
@@ -153,19 +181,53 @@ class LLaDA2Config:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def routing(self, policy: str = "dmoe", **overrides) -> BlockRouting:
-        """The policy with this model's experts, top-k, groups and scaling; `overrides` are fields of `BlockRouting`."""
+    @property
+    def own_policy(self) -> str:
+        """The policy that the weights were trained for, or dmoe where the config names none."""
+        if self.expert_capacity and self.core_threshold is not None:
+            raise ValueError(
+                f"policy must be given where a config has core_threshold={self.core_threshold} and "
+                f"expert_capacity={self.expert_capacity}, got {OWN!r}"
+            )
+        return "capacity" if self.expert_capacity else "dmoe"
+
+    @property
+    def block_length(self) -> int:
+        """Tokens that are decoded in parallel unless the caller says otherwise."""
+        if self.expert_capacity and self.block_size:
+            return -(-32 // self.block_size) * self.block_size
+        return self.block_size or 32
+
+    def routing(self, policy: str = OWN, **overrides) -> BlockRouting:
+        """The policy with this model's experts, top-k, groups and scaling; `overrides` are fields of `BlockRouting`.
+        "own": what the weights were trained for, dmoe where the config does not say."""
+        policy = self.own_policy if policy == OWN else policy
         geometry = dict(
             num_experts=self.num_experts,
             top_k=self.num_experts_per_tok,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
+            n_group=1 if self.expert_capacity else self.n_group,
+            topk_group=1 if self.expert_capacity else self.topk_group,
             score=self.score_function,
             # LLaDA2's gate normalises except at top-1.
             norm_topk_prob=self.num_experts_per_tok != 1,
             routed_scaling_factor=float(self.routed_scaling_factor),
         )
-        return BlockRouting.of_model(policy, geometry, **overrides)
+        trained = trained_for(self, policy)
+        return BlockRouting.of_model(policy, geometry, **{**trained, **overrides})
+
+
+def trained_for(config, policy: str) -> dict:
+    """The settings of a policy that a config (ours or a Hugging Face model's) gives, by the fields of `BlockRouting`."""
+
+    def given(**fields):
+        values = {field: getattr(config, name, None) for field, name in fields.items()}
+        return {field: value for field, value in values.items() if value is not None}
+
+    if policy == "dmoe" and getattr(config, "core_threshold", None):
+        return given(top_p="core_threshold", min_experts="min_experts", block_size="block_size")
+    if policy == "capacity" and getattr(config, "expert_capacity", None):
+        return dict(block_size=32) | given(capacity="expert_capacity", block_size="block_size")
+    return {}
 
 
 class LLaDA2Output(NamedTuple):
@@ -270,7 +332,7 @@ class LLaDA2ForDiffusion(nn.Module):
     empty: `from_pretrained` reads them, `init_weights` draws them.
     """
 
-    def __init__(self, config: LLaDA2Config, routing: BlockRouting | str = "dmoe", *, dtype=None, device=None):
+    def __init__(self, config: LLaDA2Config, routing: BlockRouting | str = OWN, *, dtype=None, device=None):
         super().__init__()
         self.config = config
         with torch.device("meta"):  # no time for an initialisation that nobody reads
@@ -287,6 +349,10 @@ class LLaDA2ForDiffusion(nn.Module):
         return self.model.word_embeddings.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.model.word_embeddings.weight.dtype
+
+    @property
     def moe_layers(self) -> list[nn.Module]:
         return [layer.mlp for layer in self.model.layers[self.config.first_k_dense_replace :]]
 
@@ -296,14 +362,17 @@ class LLaDA2ForDiffusion(nn.Module):
         return 3 * self.config.hidden_size * self.config.moe_intermediate_size * size
 
     def set_routing(self, routing: BlockRouting | str, **overrides) -> None:
-        """Routes all MoE layers by a `BlockRouting`, taken as it stands, or by a policy's name with `overrides`. A policy's
-        blocks are those of the decode (`block_length`) unless `block_size` is among the overrides.
+        """Routes all MoE layers by a `BlockRouting`, taken as it stands, or by a policy's name with `overrides`; "own" is
+        the policy that the weights were trained for (`LLaDA2Config`). A policy's blocks are those of the decode
+        (`block_length`) unless `block_size` is among the overrides, or the weights were trained for policy capacity.
 
         Raises ValueError, naming the argument, for an unknown policy or settings of another number of experts.
         """
-        self.block_size_follows = isinstance(routing, str) and "block_size" not in overrides
+        follows = isinstance(routing, str) and "block_size" not in overrides
         if isinstance(routing, str):
-            routing = self.config.routing(routing, **overrides)
+            policy = self.config.own_policy if routing == OWN else routing
+            follows = follows and not (policy == "capacity" and self.config.expert_capacity)
+            routing = self.config.routing(policy, **overrides)
         elif overrides:
             raise ValueError(f"overrides need a policy's name, got {', '.join(overrides)} with {routing!r}")
         if not isinstance(routing, BlockRouting):
@@ -312,6 +381,7 @@ class LLaDA2ForDiffusion(nn.Module):
             raise ValueError(
                 f"routing must have num_experts={self.config.num_experts} like the model, got {routing.num_experts}"
             )
+        self.block_size_follows = follows
         self._use(routing)
 
     def _use(self, routing: BlockRouting) -> None:
@@ -325,12 +395,14 @@ class LLaDA2ForDiffusion(nn.Module):
         sizes = config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim
         return decoding.KVCache(*sizes, dtype=weight.dtype, device=weight.device)
 
-    def forward(self, input_ids, *, kv_cache: decoding.KVCache | None = None, block_length: int = 32) -> LLaDA2Output:
+    def forward(
+        self, input_ids, *, kv_cache: decoding.KVCache | None = None, block_length: int | None = None
+    ) -> LLaDA2Output:
         """Logits of every token under block-causal attention: a token sees its own block and all earlier ones.
 
         input_ids: int64 [bsz, T], at the positions behind `kv_cache`'s committed tokens (from 0 without one); blocks of
-        `block_length` are cut from position 0, and a cache's prefix must end with one. The tokens become part of the
-        prefix by `kv_cache.commit(T)`. A cache needs `torch.no_grad()`.
+        `block_length` (by default config.block_length) are cut from position 0, and a cache's prefix must end with one.
+        The tokens become part of the prefix by `kv_cache.commit(T)`. A cache needs `torch.no_grad()`.
 
         Returns `LLaDA2Output`. Raises ValueError that names the argument and its value.
         """
@@ -338,13 +410,14 @@ class LLaDA2ForDiffusion(nn.Module):
         hidden, routed = self.hidden_states(input_ids, kv_cache=kv_cache, block_length=block_length)
         return LLaDA2Output(self.logits(hidden), routed)
 
-    def hidden_states(self, input_ids, *, kv_cache=None, block_length: int = 32, layout=None):
+    def hidden_states(self, input_ids, *, kv_cache=None, block_length: int | None = None, layout=None):
         """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`.
 
         input_ids, kv_cache, block_length, errors: those of `forward`, which looks at the ids first.
         layout: (position int64 [T], mask bool [T, T]) for sequences that are not one text from position 0, such as the two
         halves of training; without a cache.
         """
+        block_length = self.config.block_length if block_length is None else block_length
         if not is_int(block_length) or block_length < 1:
             raise ValueError(f"block_length must be an integer of at least 1, got {block_length!r}")
         if self.block_size_follows and self.routing.block_size != block_length:
@@ -425,15 +498,15 @@ class LLaDA2ForDiffusion(nn.Module):
         return tensors
 
     @classmethod
-    def from_pretrained(
-        cls, folder, *, policy: str = "dmoe", dtype=None, device=None, **overrides
-    ) -> LLaDA2ForDiffusion:
+    def from_pretrained(cls, folder, *, policy: str = OWN, dtype=None, device=None, **overrides) -> LLaDA2ForDiffusion:
         """Reads a checkpoint folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
 
-        policy, overrides: see `set_routing`. dtype: of the weights; by default that of the stored embedding (expert_bias
-        is fp32 always). Files are memory-mapped and read layer by layer, straight into the stacked weights.
+        policy, overrides: see `set_routing`; by default the policy that the weights were trained for. dtype: of the
+        weights; by default that of the stored embedding (expert_bias is fp32 always). Files are memory-mapped and read
+        layer by layer, straight into the stacked weights.
 
-        Raises ValueError, one line that names the file, the key or the tensor, before any weight is read.
+        Raises ValueError, one line that names the file, the key or the tensor, before any weight is read; a tensor that is
+        not finite shows when it is read.
         """
         if dtype not in (None, *checkpoint.DTYPES.values()):
             raise ValueError(f"dtype must be None or a floating-point type of torch, got {dtype!r}")
@@ -454,10 +527,10 @@ class LLaDA2ForDiffusion(nn.Module):
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
         """Writes config.json and model.safetensors under a checkpoint's names, weights in `dtype` (by default the model's;
         the selection bias stays float32)."""
-        dtype = self.model.word_embeddings.weight.dtype if dtype is None else dtype
+        dtype = self.dtype if dtype is None else dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype must be a torch dtype of floating point numbers, got {dtype!r}")
-        config = dataclasses.asdict(self.config)
+        config = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
         extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=str(dtype).removeprefix("torch."))
         tensors = self.checkpoint_tensors()
         tensors = {name: t if name.endswith("expert_bias") else t.to(dtype) for name, t in tensors.items()}

@@ -24,12 +24,14 @@ def two_halves(tokens: int, block_length: int, device=None) -> tuple[torch.Tenso
     return position, same | (clean[None, :] & (block[None, :] < block[:, None]))
 
 
-def denoising_loss(model: LLaDA2ForDiffusion, clean, masked, *, block_length: int = 32, mask_id: int | None = None):
+def denoising_loss(
+    model: LLaDA2ForDiffusion, clean, masked, *, block_length: int | None = None, mask_id: int | None = None
+):
     """Mean cross entropy of the masked tokens, every block denoised given the clean ones before it.
 
-    clean: int64 [bsz, T], T a multiple of `block_length`; masked: bool [bsz, T], true where the model has to predict. The
-    model's routing policy applies to each block, noisy or clean, as it does in decoding; the selection passes no gradient,
-    the weights of the chosen experts do.
+    clean: int64 [bsz, T], T a multiple of `block_length` (by default config.block_length); masked: bool [bsz, T],
+    true where the model has to predict. The model's routing policy applies to each block, noisy or clean, as it does in
+    decoding; the selection passes no gradient, the weights of the chosen experts do.
 
     Returns (loss, routed): routed as in `LLaDA2Output`, over the 2T - block_length tokens of both halves.
     Raises ValueError that names the argument and its value.
@@ -41,6 +43,7 @@ def denoising_loss(model: LLaDA2ForDiffusion, clean, masked, *, block_length: in
         raise ValueError("mask_id must be given where config.json has no mask_token_id, got None")
     if not is_int(mask_id) or not 0 <= mask_id < vocab_size:
         raise ValueError(f"mask_id must be in [0, vocab_size={vocab_size}), got {mask_id!r}")
+    block_length = model.config.block_length if block_length is None else block_length
     if not is_int(block_length) or block_length < 1:
         raise ValueError(f"block_length must be an integer of at least 1, got {block_length!r}")
     decoding.check_ids(clean, vocab_size, "clean")
