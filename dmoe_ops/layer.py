@@ -170,18 +170,19 @@ class BlockMoE(nn.Module):
     @classmethod
     def from_reference(cls, module: nn.Module, routing: BlockRouting) -> BlockMoE:
         """Takes over the weights of a LLaDA2 sparse MoE block: `gate.weight`, `gate.expert_bias`,
-        `experts[i].{gate,up,down}_proj` and, if there, `shared_experts`.
+        `experts[i].{gate,up,down}_proj` (or stacked, as dFactory has them: `experts.{gate,up}_proj` [E, I, H] and
+        `experts.down_proj` [E, H, I]) and, if there, `shared_experts`.
 
         The weights are held once: the parameters of `module` become views of the stacked ones, so it goes on working
         and the peak is one layer. Raises ValueError, naming the member, before anything is moved.
         """
         _checks.routing(routing)
         check_reference(module, routing)
-        first = module.experts[0].gate_proj.weight
+        first = first_weight(module)
         shared = getattr(module, "shared_experts", None)
         layer = cls(
-            first.shape[1],
-            first.shape[0],
+            first.shape[-1],
+            first.shape[-2],
             routing,
             shared_intermediate_size=0 if shared is None else shared.gate_proj.weight.shape[0],
             dtype=first.dtype,
@@ -193,33 +194,116 @@ class BlockMoE(nn.Module):
             empty = getattr(layer, name)
             if empty is not None:
                 setattr(layer, name, nn.Parameter(torch.empty_like(empty, device=first.device), first.requires_grad))
-        for expert, w13, w2 in zip(module.experts, layer.w13.data, layer.w2.data):
-            _take_over(expert, w13, w2)
-        if shared is not None:
-            _take_over(shared, layer.shared_w13.data, layer.shared_w2.data)
+        for owner, name, stacked, at in _places(module):
+            weight = getattr(owner, name)
+            weight.data = getattr(layer, stacked).data[at].copy_(weight.data)
         return layer.train(module.training)
+
+    def check_give_back(self, module: nn.Module) -> None:
+        """Raises ValueError, naming the weight, unless `give_back` can give everything to the module."""
+        gate = [(module.gate, "weight", "gate_weight", ()), (module.gate, "expert_bias", "expert_bias", ())]
+        for owner, name, held, at in [*gate, *_places(module)]:
+            weight = getattr(self, held, None)
+            try:
+                fits = not weight.is_meta and weight[at].shape == getattr(owner, name).shape
+            except (AttributeError, IndexError):
+                fits = False
+            if not fits:
+                got = f"{list(weight.shape)} on {weight.device}" if isinstance(weight, torch.Tensor) else weight
+                raise ValueError(f"{held} must still hold the weights that the layer took over, got {got}")
+
+    def give_back(self, module: nn.Module) -> None:
+        """Gives a module that `from_reference` has taken the weights of what the layer holds now: values, dtype, device,
+        gradients and, where it has changed, requires_grad. The module's parameters stay the same objects; they are views
+        of the stacked weights (stacked ones are copied where a view would have gaps).
+        """
+        self.check_give_back(module)
+        first = first_weight(module)
+        trained, dtype = first.requires_grad, first.dtype
+        _give(module.gate, "weight", self.gate_weight, (), module.gate.weight.requires_grad)
+        for owner, name, held, at in _places(module):
+            _give(owner, name, getattr(self, held), at, trained)
+        # Held in float32; the module's own dtype holds the same where nothing has changed.
+        bias, own = self.expert_bias.detach(), module.gate.expert_bias
+        narrow = bias.to(own.dtype)
+        same = self.w13.dtype == dtype and torch.equal(narrow.to(bias.dtype), bias)
+        own.data = narrow if same else bias
+        module.train(self.training)
 
     def extra_repr(self) -> str:
         return repr(self.routing)
 
 
-def _take_over(mlp: nn.Module, w13, w2) -> None:
-    """Copies the weights of one expert into w13 [2I, H] and w2 [H, I], and lets its parameters view them."""
-    gate, up = w13.chunk(2)
-    for projection, stacked in ((mlp.gate_proj, gate), (mlp.up_proj, up), (mlp.down_proj, w2)):
-        projection.weight.data = stacked.copy_(projection.weight.data)
+def _give(owner: nn.Module, name: str, held, at: tuple, trained: bool) -> None:
+    """Lets a parameter be (a part of) what a layer holds; `trained`: the requires_grad that the layer began with."""
+    own = getattr(owner, name)
+    if own is held:
+        return
+    moved = own.dtype != held.dtype or own.device != held.device
+    data = held.data[at].contiguous()
+    own.grad = None if moved or held.grad is not None else own.grad
+    try:
+        own.data = data
+    except RuntimeError:  # of another kind of device
+        own = nn.Parameter(data, own.requires_grad)
+        setattr(owner, name, own)
+    if held.grad is not None:
+        own.grad = held.grad[at].contiguous()
+    if held.requires_grad != trained:
+        own.requires_grad_(held.requires_grad)
+
+
+def first_weight(module: nn.Module) -> torch.Tensor:
+    """gate_proj of the first expert [I, H], or of all [E, I, H]."""
+    experts = module.experts
+    return experts[0].gate_proj.weight if isinstance(experts, nn.ModuleList) else experts.gate_proj
+
+
+def _places(module: nn.Module) -> list[tuple[nn.Module, str, str, tuple]]:
+    """Where the matrices of a block go: (owner, its attribute, the weight of `BlockMoE`, the part of that)."""
+
+    def split(owners, names, stacked, intermediate, at):
+        parts = (slice(intermediate), slice(intermediate, None))
+        wide, narrow = stacked
+        spots = [(wide, (*at, parts[0])), (wide, (*at, parts[1])), (narrow, at)]
+        return [(owner, name, *spot) for owner, name, spot in zip(owners, names, spots)]
+
+    def mlp(owner, stacked, at):
+        owners = (owner.gate_proj, owner.up_proj, owner.down_proj)
+        return split(owners, 3 * ("weight",), stacked, owner.gate_proj.weight.shape[0], at)
+
+    experts, routed = module.experts, ("w13", "w2")
+    if isinstance(experts, nn.ModuleList):
+        places = [place for i, expert in enumerate(experts) for place in mlp(expert, routed, (i,))]
+    else:
+        intermediate = experts.gate_proj.shape[1]
+        places = split(3 * (experts,), PROJECTIONS, routed, intermediate, (slice(None),))
+    if getattr(module, "shared_experts", None) is not None:
+        places += mlp(module.shared_experts, ("shared_w13", "shared_w2"), ())
+    return places
+
+
+def taken_parameters(module: nn.Module) -> list[torch.Tensor]:
+    """The parameters that `from_reference` moves into stacked weights."""
+    return [getattr(owner, name) for owner, name, _, _ in _places(module)]
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def is_reference(module: nn.Module) -> bool:
     """Whether a module has the members of LLaDA2's sparse MoE block."""
     gate, experts = getattr(module, "gate", None), getattr(module, "experts", None)
-    return (
-        isinstance(getattr(gate, "weight", None), torch.Tensor)
-        and isinstance(getattr(gate, "expert_bias", None), torch.Tensor)
-        and isinstance(experts, nn.ModuleList)
-        and len(experts) > 0
-        and all(hasattr(experts[0], name) for name in ("gate_proj", "up_proj", "down_proj"))
-    )
+    if not all(isinstance(getattr(gate, name, None), torch.Tensor) for name in ("weight", "expert_bias")):
+        return False
+    if isinstance(experts, nn.ModuleList):
+        return len(experts) > 0 and all(hasattr(experts[0], name) for name in PROJECTIONS)
+    return all(isinstance(getattr(experts, name, None), torch.Tensor) for name in PROJECTIONS)
+
+
+def num_experts(module: nn.Module) -> int:
+    experts = module.experts
+    return len(experts) if isinstance(experts, nn.ModuleList) else experts.gate_proj.shape[0]
 
 
 def check_reference(module: nn.Module, routing: BlockRouting) -> None:
@@ -232,27 +316,46 @@ def check_reference(module: nn.Module, routing: BlockRouting) -> None:
     activation = getattr(getattr(module, "config", None), "hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"config.hidden_act must be silu, got {activation!r}")
-    if len(module.experts) != routing.num_experts:
-        raise ValueError(f"experts must hold num_experts={routing.num_experts} modules, got {len(module.experts)}")
-    first = module.experts[0].gate_proj.weight
-    if first.dim() != 2 or not first.dtype.is_floating_point or first.device.type == "meta":
+    listed = isinstance(module.experts, nn.ModuleList)
+    first, name = first_weight(module), "experts[0].gate_proj.weight" if listed else "experts.gate_proj"
+    if first.dim() != (2 if listed else 3) or first.dtype not in _checks.WEIGHT_DTYPES or first.device.type == "meta":
         raise ValueError(
-            f"experts[0].gate_proj.weight must be a loaded float matrix, got {list(first.shape)} {first.dtype} "
-            f"on {first.device}"
+            f"{name} must be a loaded float {'matrix' if listed else 'tensor [E, I, H]'}, got {list(first.shape)} "
+            f"{first.dtype} on {first.device}"
         )
-    _checks.tensor("gate.weight", module.gate.weight, [routing.num_experts, first.shape[1]], _checks.WEIGHT_DTYPES)
+    if num_experts(module) != routing.num_experts:
+        raise ValueError(f"experts must be num_experts={routing.num_experts}, got {num_experts(module)}")
+    intermediate, hidden = first.shape[-2:]
+    _checks.tensor("gate.weight", module.gate.weight, [routing.num_experts, hidden], _checks.WEIGHT_DTYPES)
     _checks.tensor("gate.expert_bias", module.gate.expert_bias, [routing.num_experts], _checks.WEIGHT_DTYPES)
-    for i, expert in enumerate(module.experts):
-        _check_mlp(f"experts[{i}]", expert, first, first.shape[0])
+    if listed:
+        for i, expert in enumerate(module.experts):
+            _check_mlp(f"experts[{i}]", expert, first, intermediate)
+    else:
+        shapes = dict(
+            gate_proj=[intermediate, hidden], up_proj=[intermediate, hidden], down_proj=[hidden, intermediate]
+        )
+        for projection, shape in shapes.items():
+            weight = getattr(module.experts, projection)
+            shape = [routing.num_experts, *shape]
+            _checks.tensor(f"experts.{projection}", weight, shape, (first.dtype,), first.device)
     if getattr(module, "shared_experts", None) is not None:
         gate_proj = getattr(module.shared_experts, "gate_proj", None)
         weight = getattr(gate_proj, "weight", None)
-        _checks.tensor("shared_experts.gate_proj.weight", weight, ["I_shared", first.shape[1]])
+        _checks.tensor("shared_experts.gate_proj.weight", weight, ["I_shared", hidden])
         _check_mlp("shared_experts", module.shared_experts, first, weight.shape[0])
+    check_own([module])
+
+
+def check_own(modules) -> None:
+    """Raises ValueError where a parameter has more than one place: stacked, the places would come apart."""
+    parameters = [parameter for module in modules for parameter in taken_parameters(module)]
+    if len({id(parameter) for parameter in parameters}) != len(parameters):
+        raise ValueError("experts must each have weights of their own, got a parameter that occurs twice")
 
 
 def _check_mlp(name: str, mlp: nn.Module, like, intermediate: int) -> None:
-    hidden = like.shape[1]
+    hidden = like.shape[-1]
     shapes = dict(gate_proj=[intermediate, hidden], up_proj=[intermediate, hidden], down_proj=[hidden, intermediate])
     for projection, shape in shapes.items():
         linear = getattr(mlp, projection, None)

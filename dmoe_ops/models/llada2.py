@@ -182,16 +182,6 @@ class LLaDA2Config:
             raise ValueError(f"{path}: {error}") from None
 
     @property
-    def own_policy(self) -> str:
-        """The policy that the weights were trained for, or dmoe where the config names none."""
-        if self.expert_capacity and self.core_threshold is not None:
-            raise ValueError(
-                f"policy must be given where a config has core_threshold={self.core_threshold} and "
-                f"expert_capacity={self.expert_capacity}, got {OWN!r}"
-            )
-        return "capacity" if self.expert_capacity else "dmoe"
-
-    @property
     def block_length(self) -> int:
         """Tokens that are decoded in parallel unless the caller says otherwise."""
         if self.expert_capacity and self.block_size:
@@ -201,7 +191,7 @@ class LLaDA2Config:
     def routing(self, policy: str = OWN, **overrides) -> BlockRouting:
         """The policy with this model's experts, top-k, groups and scaling; `overrides` are fields of `BlockRouting`.
         "own": what the weights were trained for, dmoe where the config does not say."""
-        policy = self.own_policy if policy == OWN else policy
+        policy = own_policy(self) if policy == OWN else policy
         geometry = dict(
             num_experts=self.num_experts,
             top_k=self.num_experts_per_tok,
@@ -214,6 +204,17 @@ class LLaDA2Config:
         )
         trained = trained_for(self, policy)
         return BlockRouting.of_model(policy, geometry, **{**trained, **overrides})
+
+
+def own_policy(config) -> str:
+    """The policy that the weights were trained for, or dmoe where the config (ours, a Hugging Face model's, or None) names
+    none."""
+    threshold, capacity = (getattr(config, name, None) for name in ("core_threshold", "expert_capacity"))
+    if capacity and threshold is not None:
+        raise ValueError(
+            f"policy must be given where a config has core_threshold={threshold} and expert_capacity={capacity}, got {OWN!r}"
+        )
+    return "capacity" if capacity else "dmoe"
 
 
 def trained_for(config, policy: str) -> dict:
@@ -370,7 +371,7 @@ class LLaDA2ForDiffusion(nn.Module):
         """
         follows = isinstance(routing, str) and "block_size" not in overrides
         if isinstance(routing, str):
-            policy = self.config.own_policy if routing == OWN else routing
+            policy = own_policy(self.config) if routing == OWN else routing
             follows = follows and not (policy == "capacity" and self.config.expert_capacity)
             routing = self.config.routing(policy, **overrides)
         elif overrides:
