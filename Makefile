@@ -18,7 +18,7 @@ endif
 export MODEL ?=
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint compat miniature miniature-train bench gpu-check clean given-python FORCE
+.PHONY: demo test lint fuzz compat miniature miniature-train bench gpu-check clean given-python FORCE
 .DEFAULT_GOAL := demo
 
 demo: $(SETUP)
@@ -44,6 +44,10 @@ compat:
 	grep -Ev "^(torch|triton|setuptools)==" requirements.txt > $(COMPAT_ENV)/requirements.txt
 	$(COMPAT_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(COMPAT_ENV)/requirements.txt
 	$(MAKE) test PY=$(COMPAT_ENV)/bin/python SITE=$(COMPAT_ENV)/site
+
+# Ends with an error if anything differs or crashes. FUZZ="--count 5000 --seed 3" for fewer cases, or others.
+fuzz: $(SETUP)
+	$(PY) tools/fuzz.py $(FUZZ)
 
 miniature: $(SETUP)
 	$(PY) -m examples.miniature.table

@@ -1,0 +1,171 @@
+"""What tools/mutate.py runs: the tests of each module, mutants by hand, and the mutants that no test can kill."""
+
+# The tests that state what a module does; a mutant that these miss counts as a survivor.
+TESTS = {
+    "dmoe_ops/reference.py": ["test_router", "test_experts", "test_layer", "test_golden", "test_bad_input"],
+    "dmoe_ops/routing.py": ["test_routing", "test_router", "test_bad_input"],
+    "dmoe_ops/router.py": ["test_router", "test_layer", "test_bad_input"],
+    "dmoe_ops/experts.py": ["test_experts", "test_layer", "test_bad_input"],
+    "dmoe_ops/layer.py": ["test_layer", "test_bad_input", "test_patch"],
+    "dmoe_ops/models/checkpoint.py": ["test_llada2"],
+    "dmoe_ops/models/decoding.py": ["test_llada2"],
+    "dmoe_ops/models/llada2.py": ["test_llada2", "test_training"],
+    "dmoe_ops/engines/hf.py": ["test_layer", "test_bad_input", "test_patch"],
+}
+
+# By file and the test file that has to fail: text that occurs in the file once, and what takes its place.
+HAND = {
+    ("bench/compare.py", "test_bench"): [
+        (
+            'apart = b["p10"] > a["p90"] or b["p90"] < a["p10"]',
+            'apart = b["median"] > a["p90"] or b["median"] < a["p10"]',
+        ),
+    ],
+    ("bench/timing.py", "test_bench"): [
+        ("zip(slower, faster)", "zip(sorted(slower), sorted(faster))"),
+        ("p10=deciles[0], p90=deciles[-1]", "p10=deciles[1], p90=deciles[-2]"),
+    ],
+    ("examples/miniature/table.py", "test_miniature"): [
+        ("(0.025, 0.975)", "(0.25, 0.75)"),
+        (
+            "sum(s.unique_experts_denoising * n for s, n in zip(stats, steps)) / sum(steps)",
+            "sum(s.unique_experts_denoising for s in stats) / len(stats)",
+        ),
+    ],
+    ("dmoe_ops/reference.py", "test_router"): [
+        ("logits.isnan() | selection.isnan()", "logits.isnan()"),
+        ("size = (covered <= threshold)", "size = (covered.double() <= routing.top_p)"),
+    ],
+    ("dmoe_ops/engines/hf.py", "test_layer"): [
+        ("module.train(self.layers[name].training)", "pass"),
+    ],
+    ("dmoe_ops/models/llada2.py", "test_llada2"): [
+        ("norm(dim=0, keepdim=True)", "norm(dim=1, keepdim=True)"),
+    ],
+    ("dmoe_ops/models/decoding.py", "test_llada2"): [
+        ("sure = confidence > threshold", "sure = confidence >= threshold"),
+        ("(1, 0)) > top_p", "(1, 0)) >= top_p"),
+    ],
+    ("csrc/cpu/router.cpp", "test_router"): [
+        ("value > values_[at - 1]", "value >= values_[at - 1]"),
+        ("if (std::isnan(logits[e])) score[e] = 0;", ""),
+        ("std::isnan(logits[e]) || std::isnan(r) ? kOut : r", "std::isnan(logits[e]) ? kOut : r"),
+        ("std::isinf(top) ? 0.0 : std::exp(logit - top)", "std::exp(logit - top)"),
+        ("routing.aggregate == Aggregate::union_ ? routing.union_k : routing.top_k", "routing.top_k"),
+        ("|| value[e] > 0;", "|| value[e] >= 0;"),
+        ("static_cast<float>(covered) <= routing.top_p", "static_cast<float>(covered) < routing.top_p"),
+        (
+            "std::min(std::max(size, routing.min_experts), routing.max_experts)",
+            "std::max(std::min(size, routing.max_experts), routing.min_experts)",
+        ),
+        ("best_group_.offer(first + second,", "best_group_.offer(first,"),
+        ("routing_.n_group && free > 0", "routing_.n_group && free > 1"),
+        ("if (inside < routing_.top_k)", "if (false)"),
+        ("const float norm = static_cast<float>(sum) + kEps;", "const float norm = static_cast<float>(sum);"),
+        ("std::fill(ids + size, ids + args.coreset_width, -1);", ""),
+        ("std::vector<double> total_;", "std::vector<float> total_;"),
+    ],
+    ("csrc/select.h", "test_select_host"): [
+        ("dev::bits(value + 0.0f)", "dev::bits(value)"),
+        ("if (wide == top) return 1.0;", ""),
+        ("is_nan(logit) || is_nan(r) ? kNever : r", "is_nan(logit) ? kNever : r"),
+        ("if (keys[i] > best) {", "if (keys[i] >= best) {"),
+        ("count ? routing.union_k : routing.top_k", "routing.top_k"),
+        ("r > best ? best : r > second ? r : second", "r > second ? r : second"),
+        ("second > kNever ? best + second : kNever", "best + second"),
+        ("routing.norm_topk_prob ? s / norm : s", "s / norm"),
+    ],
+    ("csrc/cuda/router_kernel.h", "test_select_host"): [
+        ("if (value != value) b |= 0x00400000u;", ""),
+        ("if (p + q > 2) continue;", "if (p + q > 0) continue;"),
+        ("dev::popcount(word & (bit - 1))", "dev::popcount(word & bit)"),
+        ("key[other] > mine - (other < e)", "key[other] > mine"),
+    ],
+    ("csrc/cuda/experts_kernel.h", "test_experts_host"): [
+        ("weight == 0 ? 0.0f : gate", "gate"),
+        ("weight += a.topk_weights[", "weight = a.topk_weights["),
+        ("tile.member < 0 ? 1.0f : 0.0f", "tile.member < 0 ? 0.5f : 0.0f"),
+        ("gate / (1.0f + expf(-gate)) * up", "up / (1.0f + expf(-up)) * gate"),
+        ("total += dev::load_fresh(", "total = dev::load_fresh("),
+        ("static_cast<uint32_t>(p.up_tiles)", "static_cast<uint32_t>(p.up_tiles - 1)"),
+    ],
+    ("triton_kernels/router.py", "test_triton_router"): [
+        ("value = tl.where(value == 0, 0.0, value)", "value = value"),
+        ("return tl.where(score == score, score, 0.0), selection, keys", "return score, selection, keys"),
+        ('UNION_K if AGGREGATE == "union" else K)', "K)"),
+        ("return real & (value > 0)", "return real & (value >= 0)"),
+        ("tl.float32) <= top_p", "tl.float32) < top_p"),
+        (
+            "tl.minimum(tl.maximum(size, MIN_EXPERTS), MAX_EXPERTS)",
+            "tl.maximum(tl.minimum(size, MAX_EXPERTS), MIN_EXPERTS)",
+        ),
+        ("tl.where(other_key >= keys[:, None]", "tl.where(other_key > keys[:, None]"),
+        ("tl.where(second > NONE, value_of(first)", "tl.where(first > NONE, value_of(first)"),
+        ("outside = tl.where(kept, NONE, candidates)", "outside = candidates"),
+        ('tl.where(infinite, tl.where(wide == top, 0.0, -float("inf")), wide - top)', "wide - top"),
+    ],
+    ("triton_kernels/schedule.py", "test_triton_experts"): [
+        ("& 0x3F)", "& 0x1F)"),
+        ("popcount(bits & ((one << bit) - 1))", "popcount(bits & (one << bit))"),
+        ("tl.minimum(begin + (i + 1) * TILE, begin + total)", "begin + (i + 1) * TILE"),
+        ("mask=real, other=-1) >= 0)", "mask=real, other=-1) > 0)"),
+        ("mask=inside & (j < slot % K)", "mask=inside & (j <= slot % K)"),
+    ],
+    ("triton_kernels/experts.py", "test_triton_experts"): [
+        ("return tl.where(weight != 0, hidden * weight, 0.0)", "return hidden * weight"),
+        ("return gate / (1.0 + tl.exp(-gate)) * up", "return up / (1.0 + tl.exp(-up)) * gate"),
+        ("tl.sum(tl.where(ids == expert, weights, 0.0), 1)", "tl.max(tl.where(ids == expert, weights, 0.0), 1)"),
+    ],
+}
+
+# By module: a part of a survivor's name, as tools/mutate.py gives it, and why no test can tell it from the original.
+DEVICE = "the tests have no device but the CPU, where tensors are made anyway"
+STABLE = "on the CPU torch sorts stably either way; elsewhere the order of equal values would be arbitrary"
+EQUIVALENT: dict[str, dict[str, str]] = {
+    "dmoe_ops/router.py": {
+        "if logits.shape[0]: | 0 -> 1": "spares a GPU empty launches; the CPU's backends take no rows too",
+        "ctx.mark_non_differentiable": "integers are never differentiable; it spares autograd the look",
+        "reference.EPS -> picked.sum(1, keepdim=True) - reference.EPS": "shows only where all weights are 0",
+        "ctx.n_inputs - 1 -> ctx.n_inputs + 1": "autograd drops a None beyond the inputs",
+    },
+    "dmoe_ops/layer.py": {
+        "ctx.mark_non_differentiable": "integers are never differentiable; it spares autograd the look",
+        "'bias' -> 'biasX'": "nobody asks for that name: the bias has no gradient",
+        "ones = topk_weights.new_ones(x.shape[0], 1) | 1 -> 2": "all entries are 1, and the first T are read",
+        "ctx.n_inputs - 7 -> ctx.n_inputs + 7": "autograd drops a None beyond the inputs",
+        "device='meta": "the result is the same; memory peaks higher",
+    },
+    "dmoe_ops/models/decoding.py": {
+        "-> torch.zeros(layers, blocks, self.num_experts + 1, device": (
+            "ones and zeros sum up to the same counts in float32"
+        ),
+        "blocks, self.num_experts + 1, dtype=torch.bool)": DEVICE,
+        "device=self.device) -> torch.arange(": DEVICE,
+        "device=input_ids.device) -> torch.arange(input_ids.shape[1])": DEVICE,
+        "begin:end -> :end": "no mask is left in the blocks before the current one",
+        "top_k < logits.shape[1] -> top_k <= logits.shape[1]": "the k most probable of k tokens are all of them",
+        "logits.sort(descending=True, stable=True) -> logits.sort(descending=True)": STABLE,
+        "ordered, order = logits.sort(descending=True, stable=True) | True -> False (2)": STABLE,
+        "confidence.sort(descending=True, stable=True) -> confidence.sort(descending=True)": STABLE,
+        ".indices[..., :share] | True -> False (2)": STABLE,
+        ">= share -> sure.sum(-1, keepdim=True) > share": "sure tokens are the most confident ones",
+        "prompts = input_ids.masked_fill(padding, 0) | 0 -> 1": "any token will do: padding is not looked at",
+    },
+    "dmoe_ops/models/checkpoint.py": {
+        'groups[self.file_of[name], ".".join(name.split(".")[:3])]': "decides only how long a file stays mapped",
+        "encoding='utf-8') -> (folder": "JSON is written in ASCII",
+    },
+    "dmoe_ops/routing.py": {
+        "dict(aggregate='topk_sum', select='top_n') -> dict(select='top_n')": "topk_sum is the default",
+        "dict(aggregate='topk_sum', select='top_p') -> dict(select='top_p')": "topk_sum is the default",
+        "dict(aggregate='topk_sum', select='top_p') -> dict(aggregate='topk_sum')": "top_p is the default",
+    },
+    "csrc/cpu/router.cpp": {
+        "std::isnan(r) ? kOut": "a NaN is no candidate anyway: it is not above -inf",
+        "std::isinf(top) ? 0.0": "exp of minus infinity is 0, and where the top is -inf every logit equals it",
+    },
+    "csrc/select.h": {
+        "dev::bits(value + 0.0f) -> dev::bits(value)": "no score or vote is -0",
+        "is_nan(r) ? kNever : r": "a NaN is no candidate anyway: it is not above -inf",
+    },
+}
