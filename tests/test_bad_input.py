@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -150,7 +153,7 @@ def refused(call, name, says):
     message = str(error.value)
     assert "\n" not in message
     assert says in message
-    assert name in message.split("got")[0]
+    assert re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message.split("got")[0]), message
 
 
 @pytest.mark.usefixtures("backend")
@@ -263,6 +266,31 @@ def test_the_arguments_that_the_faults_start_from_are_good(op):
     getattr(reference, op)(**good(op))
 
 
+@pytest.mark.parametrize("op", FAULTS)
+def test_an_op_is_documented_where_its_contract_is(op):
+    assert getattr(dmoe_ops, op).__doc__ is getattr(reference, op).__doc__
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("seq_len", [0, -1, 4, 12])
+def test_sequences_have_to_fill_the_rows(seq_len):
+    """Of the ops themselves: the functions derive the length of a sequence from a shape."""
+    x, *weights = list(good("block_moe").values())[:7]
+    refused(
+        lambda: torch.ops.dmoe.block_route(torch.randn(T, E), None, None, seq_len, *ROUTING.args()), "seq_len", "T=6"
+    )
+    refused(lambda: torch.ops.dmoe.block_moe(x, *weights, None, seq_len, *ROUTING.args()), "seq_len", "T=6")
+
+
+@pytest.mark.parametrize("module", [dmoe_ops, reference])
+@pytest.mark.parametrize("op, name, shape", [("block_moe", "x", "H"), ("block_route", "logits", "E")])
+def test_the_shapes_that_are_taken_are_told(op, name, shape, module):
+    with pytest.raises(
+        ValueError, match=rf"^{name} must have shape \[T, {shape}\] or \[bsz, seq, {shape}\], got \[8\]$"
+    ):
+        getattr(module, op)(**{**good(op), name: torch.zeros(8)})
+
+
 @pytest.mark.parametrize("backend_name", ["", "fast", "CPP"])
 def test_an_unknown_backend_is_refused(backend_name, monkeypatch):
     monkeypatch.setenv("DMOE_BACKEND", backend_name)
@@ -294,9 +322,14 @@ BROKEN_BLOCKS = [
     ("experts[5].up_proj.weight", "meta", put("experts.5.up_proj.weight", 8, 16, device="meta")),
     ("experts[2].up_proj.weight", "None", put("experts.2.up_proj", value=nn.Identity())),
     ("experts[7].up_proj", "[8]", set_bias),
+    ("experts[0].gate_proj.weight", "meta", put("experts.0.gate_proj.weight", 8, 16, device="meta")),
+    ("experts[0].gate_proj.weight", "int32", put("experts.0.gate_proj.weight", 8, 16, dtype=torch.int32)),
+    ("experts[0].gate_proj.weight", "[8]", put("experts.0.gate_proj.weight", 8)),
+    ("config.hidden_act", "'gelu'", put("config", value=types.SimpleNamespace(hidden_act="gelu"))),
+    ("shared_experts.gate_proj.weight", "None", put("shared_experts.gate_proj", value=nn.Identity())),
     ("gate.weight", "[7, 16]", put("gate.weight", 7, 16)),
     ("gate.expert_bias", "[7]", put("gate.expert_bias", value=torch.zeros(7))),
-    ("shared_experts.gate_proj.weight", "[8, 15]", put("shared_experts.gate_proj.weight", 8, 15)),
+    ("shared_experts.gate_proj.weight", "[I_shared, 16], got [8, 15]", put("shared_experts.gate_proj.weight", 8, 15)),
     ("shared_experts.down_proj.weight", "[16, 9]", put("shared_experts.down_proj.weight", 16, 9)),
     ("n_group", "3", put("gate.n_group", value=3)),
     ("top_k", "9", put("gate.top_k", value=9)),
@@ -353,6 +386,25 @@ def test_patch_refuses_a_patched_model(model):
         dmoe_ops.patch(model)
     handle.undo()
     dmoe_ops.patch(model).undo()
+
+
+@pytest.mark.parametrize("missing", ["gate_proj", "up_proj", "down_proj", "experts"])
+def test_a_block_that_lacks_a_member_is_none(missing, make_block):
+    block = make_block()
+    for expert in block.experts:
+        if missing != "experts":
+            delattr(expert, missing)
+    if missing == "experts":
+        block.experts = nn.ModuleList()
+    routing = BlockRouting(num_experts=8, top_k=2, n_group=2, topk_group=1)
+    refused(lambda: BlockMoE.from_reference(block, routing), "module", "Module")
+    refused(lambda: dmoe_ops.patch(nn.Sequential(block)), "model", "without any")
+
+
+def test_swish_is_silu(make_block):
+    block = make_block()
+    block.config = types.SimpleNamespace(hidden_act="swish")
+    BlockMoE.from_reference(block, BlockRouting(num_experts=8, top_k=2, n_group=2, topk_group=1))
 
 
 @pytest.mark.parametrize("routing, says", [(None, "None"), (BlockRouting(), "8"), ("dmoe", "'dmoe'")])

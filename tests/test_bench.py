@@ -159,6 +159,11 @@ def test_work_of_llada2_mini():
 
 def test_ratios_are_taken_within_a_round():
     assert timing.ratio([2, 4, 20], [1, 2, 10]) == dict(median=2, p10=2, p90=2)
+    assert timing.ratio([3, 8, 2], [3, 1, 1]) == pytest.approx(dict(median=2, p10=1.2, p90=6.8))  # of 1, 8 and 2
+
+
+def test_a_spread_is_the_median_and_the_outer_deciles():
+    assert timing.spread([7, 0, 3, 10, 5, 1, 9, 2, 8, 4, 6]) == dict(median=5, p10=1, p90=9)
 
 
 def test_interleaving_lets_everyone_begin():
@@ -247,6 +252,25 @@ def test_compare(layer_json, tmp_path, capsys):
     assert changed("ratio", 1e-3, "eager") == 1
     assert changed("ratio", 1000, "eager") == 0
     assert "worse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        ((12.5, 11, 14), "same"),  # a median outside the other's range is not enough
+        ((7.5, 6, 9), "same"),
+        ((14, 12, 15), "same"),  # ranges that touch overlap
+        ((14, 12.1, 15), "worse"),
+        ((7, 6, 7.9), "better"),
+    ],
+)
+def test_a_change_counts_when_the_ranges_are_apart(after, verdict):
+    def out(median, p10, p90):
+        row = dict(op="layer", tokens=32, key="dmoe_ops @ token", median_us=median, p10_us=p10, p90_us=p90)
+        return dict(rows=[row])
+
+    (entry,) = compare.compare(out(10, 8, 12), out(*after), "time")
+    assert entry["verdict"] == verdict and entry["change"] == after[0] / 10
 
 
 def test_compare_leaves_times_of_another_machine_alone(layer_json):

@@ -220,6 +220,12 @@ def test_each_gradient_by_itself(name):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_weights_that_nobody_wants_are_empty():
+    x, w13, w2, ids, weights = inputs(5, 8, 4, 3, 2)
+    d_x, d_w13, d_w2, d_weights = torch.ops.dmoe._moe_experts_backward(x, x, w13, w2, ids, weights, False)
+    assert (d_x.shape, d_w13.shape, d_w2.shape, d_weights.shape) == (x.shape, (0,), (0,), weights.shape)
+
+
 def test_opcheck():
     torch.library.opcheck(torch.ops.dmoe.moe_experts.default, leaves(inputs(5, 8, 4, 3, 2)))
 

@@ -173,6 +173,19 @@ def test_gradients_are_those_of_the_reference(shared, dtype):
             assert error <= tolerance, (name, error)
 
 
+@pytest.mark.parametrize("name", ["x", *(name for name in WEIGHTS if name != "expert_bias")])
+def test_each_gradient_by_itself(name):
+    """More tokens than columns, and gradients of one argument alone."""
+    grads = []
+    for function in (block_moe, reference.block_moe):
+        arguments = dict(zip(("x", *WEIGHTS), (tokens(29, 24), *weights())))
+        arguments[name].requires_grad_()
+        y, routed, _ = function(**arguments, routing=ROUTING)
+        assert not any(part.requires_grad for part in (routed.topk_ids, routed.coreset_ids, routed.coreset_sizes))
+        grads += torch.autograd.grad(y.square().sum(), arguments[name])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_changes_nothing():
     """Inside the region, backward too: a region's dtype would reach the torch ops within an op."""
 
@@ -298,6 +311,22 @@ def test_forward_returns_what_llada2s_own_block_returns(dtype):
     assert torch.equal(y, block_moe(x[0], *weights(dtype=dtype), routing=ROUTING, block_offsets=offsets)[0])
 
 
+def test_a_new_module_is_where_and_what_it_is_asked_to_be():
+    layer = BlockMoE(24, 10, ROUTING, shared_intermediate_size=14, dtype=torch.bfloat16, device="meta")
+    assert {name: value.dtype for name, value in layer.state_dict().items()} == {
+        **dict.fromkeys(WEIGHTS, torch.bfloat16),
+        "expert_bias": torch.float32,
+    }
+    assert all(value.is_meta for value in layer.state_dict().values())
+    torch.set_default_dtype(torch.float64)
+    try:
+        bias = BlockMoE(24, 10, ROUTING).expert_bias
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(bias, torch.zeros(12, dtype=torch.float32)) and bias.dtype == torch.float32
+    assert "top_k=3" in repr(layer)
+
+
 def test_a_module_in_float64():
     layer, x = module(torch.float64), tokens(2, 9, 24, dtype=torch.float64)
     y, (router_logits, _) = layer(x)
@@ -347,6 +376,23 @@ def test_from_reference_takes_over_a_block(shared, make_block):
     # Held once: the block's own parameters are views of the layer's.
     stacked = layer.w13.untyped_storage().data_ptr()
     assert all(e.up_proj.weight.untyped_storage().data_ptr() == stacked for e in block.experts)
+
+
+def test_a_block_of_one_expert_is_taken_over(make_block):
+    block = make_block(experts=1, top_k=1, n_group=1)
+    block.gate.weight.requires_grad_(False)
+    layer = BlockMoE.from_reference(block, BlockRouting(num_experts=1, top_k=1, n_group=1, topk_group=1))
+    assert torch.equal(layer.w2[0], block.experts[0].down_proj.weight)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_undo_carries_the_mode_over(training, make_block):
+    model = torch.nn.Sequential(make_block(), make_block()).train(not training)
+    handle = patch(model, "dmoe", min_experts=4)
+    assert all(layer.training != training for layer in model)
+    model.train(training)
+    handle.undo()
+    assert all(module.training == training for module in model.modules())
 
 
 def test_patch_and_undo_restore_every_module_and_bit(make_block):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import types
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dmoe_ops import BlockRouting
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
-from dmoe_ops.models.decoding import choose, sample
+from dmoe_ops.models.decoding import KVCache, _check_finite, _Counter, _decoded, _ended, choose, sample
 
 MASK, EOS = 62, 63
 SIZES = dict(
@@ -171,6 +172,17 @@ def test_saved_in_another_dtype(tmp_path):
         assert torch.equal(saved, ours if name.endswith("expert_bias") else ours.bfloat16())
     with pytest.raises(ValueError, match="dtype must be a torch dtype of floating point numbers"):
         model.save_pretrained(tmp_path, dtype=torch.int8)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which transformers asks for
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_loads_in_its_own_dtype(dtype, tmp_path):
+    folder = tmp_path / "a" / "new one"
+    build().save_pretrained(folder, dtype=dtype)
+    assert LLaDA2ForDiffusion.from_pretrained(folder).moe_layers[0].w13.dtype == dtype
+    text = (folder / "config.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2) + "\n"
 
 
 def test_shards_equal_the_single_file(folder):
@@ -278,7 +290,12 @@ FAULTS = [
     (edit_index(lambda m: m.update(stray="model-0.safetensors")), "tensor stray is not in model-0.safetensors"),
     (edit_index(lambda m: {n: f for n, f in m.items() if n != EXPERT}), f"tensor {EXPERT} in"),
     (edit_index(lambda m: dict.fromkeys(m, 3)), "must hold a weight_map"),
-    (edit_index(lambda m: m.update({EXPERT: ""})), "must name files of its own folder, got "),
+    (edit_index(lambda m: m.update({EXPERT: 3})), "must hold a weight_map from tensor names to file names"),
+    *[
+        (edit_index(lambda m, name=name: m.update({EXPERT: name})), f"must name files of its own folder, got {name}")
+        for name in ("", ".", "..", "a\\b", "c:d")
+    ],
+    (edit_index(lambda m: m.update({EXPERT: "X"})), "X, named by model.safetensors.index.json, is missing"),
     (edit_index(lambda m: m.update({EXPERT: "a\nb"})), "'a\\nb', named by model.safetensors.index.json, is missing"),
     (outside("{other}/model-0.safetensors"), "must name files of its own folder, got /"),
     (outside("../{other.name}/model-0.safetensors"), "must name files of its own folder, got .."),
@@ -339,6 +356,26 @@ def test_a_broken_folder_is_refused_in_one_line(fault, says, folder):
 def test_a_folder_name_that_no_file_system_takes():
     with pytest.raises(ValueError, match=r"^config.json is missing in x+\.\.\.x+$"):
         LLaDA2ForDiffusion.from_pretrained("x" * 5000)
+
+
+@pytest.mark.parametrize(
+    "fault, ends",
+    [
+        (edit_tensors(lambda t: t.pop(EXPERT)), "is missing in {folder}"),
+        (edit_tensors(lambda t: (t.pop(EXPERT), t.pop("lm_head.weight"))), "is missing in {folder} (and 1 more)"),
+        (not_finite(EXPERT, float("nan")), "must be finite, got NaN or infinity"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"1"),
+            "corrupt: Error while deserializing header: header too small",
+        ),
+    ],
+    ids=["one is missing", "two are missing", "NaN", "one byte"],
+)
+def test_how_an_error_ends(fault, ends, folder):
+    fault(folder)
+    with pytest.raises(ValueError) as error:
+        LLaDA2ForDiffusion.from_pretrained(folder)
+    assert str(error.value).endswith(ends.format(folder=folder))
 
 
 def test_a_bad_argument_is_refused_before_anything_is_read(folder):
@@ -415,6 +452,15 @@ def test_options_of_the_head_and_of_attention(tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (option != "tie_word_embeddings")
     assert build(dataclasses.replace(CONFIG, use_qk_norm=False))(ids).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_norm_head_gives_the_columns_of_the_head_length_1():
+    """The weights that one hidden value is multiplied with, over the vocabulary."""
+    model = build(dataclasses.replace(CONFIG, norm_head=True))
+    columns = model.logits(torch.eye(32))  # [H, V]
+    torch.testing.assert_close(columns.norm(dim=1), torch.ones(32))
+    torch.testing.assert_close(columns, torch.nn.functional.normalize(model.lm_head.weight, dim=0).T)
 
 
 def test_weights_are_the_same_for_a_seed_and_differ_for_another():
@@ -557,6 +603,7 @@ def test_decoding_equals_a_recount_without_cache(length, gen_length, block_lengt
     counts = torch.tensor([[len(ids.unique()) for ids in layers] for layers in seen]).double()
     assert stats.unique_experts_denoising_by_layer == pytest.approx(counts.mean(0).tolist())
     assert stats.unique_experts_denoising == pytest.approx(counts.mean().item())
+    assert stats.unique_experts == pytest.approx(sum(stats.unique_experts_by_layer) / 2)
     assert stats.expert_bytes_per_step == pytest.approx(counts.mean(0).sum().item() * 3 * 32 * 16 * 4)
     # The blocks that were prefilled and committed count once more, with their final tokens.
     text = torch.cat([ids, tokens], 1)[:, : last * block_length]
@@ -612,6 +659,97 @@ def test_a_batch_of_prompts_decodes_as_each_alone(block_length, threshold, eos, 
     assert together.stats.prefill_forwards == sum(length // block_length for length in lengths)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["logits", "router"])
+def test_one_value_that_is_not_finite_is_noticed(value, where):
+    values = dict(logits=torch.zeros(1, 4, 8), router=torch.zeros(1, 4, 6))
+    _check_finite(build(), values["logits"], [(values["router"], None)], 32)
+    values[where][0, 2, 3] = value
+    if where == "router" and value == float("inf"):  # a score of 1
+        _check_finite(build(), values["logits"], [(values["router"], None)], 32)
+    else:
+        with pytest.raises(ValueError, match="logits of the block at position 32 must be finite"):
+            _check_finite(build(), values["logits"], [(values["router"], None)], 32)
+
+
+def test_a_text_stops_as_soon_as_its_end_is_certain():
+    """In the block of the first eos; with eos_early_stop in the step that leaves no mask before it."""
+    model, ids = build(), prompt(20)
+    options = dict(gen_length=100, threshold=1.0)  # one token a step
+    every = model.generate(ids, eos_id=None, **options)
+    text = every.tokens[0].tolist()
+    first = {token: text.index(token) for token in text if token != MASK}
+    eos = min(first, key=lambda token: abs(first[token] - 20))
+    late = model.generate(ids, eos_id=eos, eos_early_stop=False, **options)
+    early = model.generate(ids, eos_id=eos, **options)
+    assert early.tokens.tolist() == late.tokens.tolist() == [text[: first[eos] + 1]]
+    block = (20 + first[eos]) // 32
+    assert late.stats.commit_forwards == block < every.stats.commit_forwards
+    assert late.stats.denoising_forwards == 12 + 32 * block
+    assert 12 + 32 * (block - 1) < early.stats.denoising_forwards < late.stats.denoising_forwards
+
+
+def test_the_end_of_a_text():
+    """An eos among the new tokens, and no mask among those before it."""
+    e, m = EOS, MASK
+    rows = torch.tensor([[e, 1, e, m], [e, m, e, 3], [1, 2, 3, 4], [e, 1, m, 2], [m, e, 1, m], [1, m, e, e]])
+    new = torch.tensor([[False, True, True, True]] * 6)
+    new[4, 0] = False
+    assert _ended(rows, new, e, m).tolist() == [True, False, False, False, True, False]
+
+
+def test_slots_without_an_expert_are_not_counted():
+    counter = _Counter(num_experts=4, block_length=2)
+    ids = torch.tensor([[[3, -1], [-1, -1], [0, 3], [1, -1]]])  # [1, tokens, k]: blocks of {3} and {0, 1, 3}
+    counter.add("denoising", [(None, ids)])
+    counter.add("denoising", [(None, torch.cat([ids, ids]))], torch.tensor([False, True]))
+    assert counter.mean("denoising") == (2.0,)
+    stats = counter.stats(tokens=4, bytes_per_expert=10)
+    assert (stats.forwards, stats.unique_experts, stats.expert_bytes_per_step) == (2, 2.0, 20.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.tokens = 5
+
+
+def test_answers_are_filled_up_with_eos():
+    x = torch.tensor([[9, 5, 0, 7, 7], [9, 9, 1, 2, 3]])
+    counter = types.SimpleNamespace(stats=lambda *args: args)
+    tokens, stats = _decoded(x, torch.tensor([1, 2]), 3, 0, counter, 10)
+    assert tokens.tolist() == [[5, 0, 0], [1, 2, 3]] and stats == (5, 10)
+
+
+def test_a_cache_is_as_large_as_the_blocks_and_of_the_models_dtype(monkeypatch):
+    model, made = build(), []
+    monkeypatch.setattr(
+        model, "new_cache", lambda *args: made.append(args) or LLaDA2ForDiffusion.new_cache(model, *args)
+    )
+    model.generate(torch.cat([prompt(40), prompt(40)]), gen_length=9, prompt_lengths=torch.tensor([5, 30]))
+    assert made == [(64, 2)]
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = LLaDA2ForDiffusion(CONFIG, dtype=dtype, device="meta").new_cache(8)
+        assert all(part.dtype == dtype and part.device.type == "meta" for part in (cache.keys, cache.values))
+    assert KVCache(1, 1, 1, 4, 2, dtype=torch.float16).values.dtype == torch.float16
+
+
+def test_columns_behind_the_longest_prompt_are_padding():
+    model, ids = build(), prompt(9)
+    wide = model.generate(ids, gen_length=8, prompt_lengths=torch.tensor([5]))
+    assert torch.equal(wide.tokens, model.generate(ids[:, :5], gen_length=8).tokens)
+
+
+@torch.no_grad()
+def test_a_single_moe_layer():
+    model = build(dataclasses.replace(CONFIG, num_hidden_layers=2))
+    stats = model.generate(prompt(5), gen_length=8).stats
+    assert stats.unique_experts_by_layer == (stats.unique_experts,)
+
+
+def test_the_defaults_are_those_of_the_released_generate():
+    defaults = {name: p.default for name, p in inspect.signature(LLaDA2ForDiffusion.generate).parameters.items()}
+    assert CONFIG.block_length == 32 and (defaults["steps"], defaults["threshold"]) == (32, 0.95)
+    assert defaults["temperature"] == 0 and defaults["eos_early_stop"] is True and defaults["progress"] is False
+    assert all(defaults[name] is None for name in ("top_k", "top_p", "mask_id", "prompt_lengths", "generator"))
+
+
 def test_drawing_repeats_with_the_generator():
     model, ids = build(), prompt(8)
 
@@ -633,8 +771,17 @@ def test_sampling_filters():
     assert set(sample(logits, 1.0, generator=generator)[0].tolist()) == {0, 1, 2, 3}
     assert set(sample(logits, 1.0, top_k=3, generator=generator)[0].tolist()) == {0, 1, 2}
     assert set(sample(logits, 1.0, top_p=0.6, generator=generator)[0].tolist()) == {0, 1}
-    token, confidence = sample(logits, 2.0, generator=generator)
-    torch.testing.assert_close(confidence, (logits / 2).softmax(1).gather(1, token[:, None])[:, 0])
+    # top_p keeps the first token that crosses it: of 1/4 each, 2 do not cross 0.5.
+    for top_p, kept in ((0.49, 2), (0.5, 3), (0.51, 3), (0.75, 4)):
+        assert sample(torch.zeros(1, 4), top_p=top_p)[1].item() == pytest.approx(1 / kept)
+    for temperature in (0.5, 2.0):
+        token, confidence = sample(logits, temperature, generator=generator)
+        expected = (logits / temperature).softmax(1).gather(1, token[:, None])[:, 0]
+        torch.testing.assert_close(confidence, expected)
+    assert (sample(logits, 1.0, top_k=1, generator=generator)[0] == 0).all()  # nothing else is left to draw
+    # All of them at 1, whatever the rounding of the sum.
+    many = torch.randn(8, 3000, generator=generator)
+    assert torch.equal(sample(many, top_p=1.0)[1], sample(many)[1])
 
 
 def test_choosing_what_to_unmask():
@@ -648,6 +795,7 @@ def test_choosing_what_to_unmask():
     assert chosen(0.95, 1) == [0]
     assert chosen(0.8, 2) == [0, 2]  # ties to the earlier position
     assert chosen(0.95, 9) == [0, 1, 2, 3]
+    assert chosen(confidence[2].item(), 1) == [0]  # at the threshold is not above it
 
 
 BAD_ARGUMENTS = [
@@ -673,7 +821,13 @@ BAD_ARGUMENTS = [
     (dict(prompt_lengths=torch.tensor([4, 4])), "prompt_lengths must be an int64 tensor [bsz=1]"),
     (dict(prompt_lengths=torch.tensor([5])), "prompt_lengths must be in [0, T=4], got [5]"),
     (dict(prompt_lengths=torch.tensor([-1])), "prompt_lengths must be in [0, T=4], got [-1]"),
+    (dict(temperature=float("inf")), "temperature must be a number of at least 0, got inf"),
+    (dict(prompt_lengths=torch.tensor([-1, 4]), input_ids=torch.ones(2, 4).long()), "must be in [0, T=4], got [-1, 4]"),
+    (dict(prompt_lengths=torch.tensor([2, 5]), input_ids=torch.ones(2, 4).long()), "must be in [0, T=4], got [2, 5]"),
+    (dict(prompt_lengths=torch.tensor([2, 249]), input_ids=torch.ones(2, 249).long()), "256 tokens, got 249 + 8"),
     (dict(input_ids=torch.tensor([[64]])), "input_ids must be in [0, vocab_size=64), got 64 to 64"),
+    (dict(input_ids=torch.tensor([[-1, 3]])), "input_ids must be in [0, vocab_size=64), got -1 to 3"),
+    (dict(input_ids=torch.tensor([[1, 64]])), "input_ids must be in [0, vocab_size=64), got 1 to 64"),
     (dict(input_ids=torch.tensor([[1, MASK]])), f"input_ids must not hold mask_id={MASK}"),
 ]
 
@@ -722,6 +876,23 @@ def test_generate_notices_broken_weights(name, value, temperature):
     assert str(error.value) == f"logits of the block at position 32 must be finite: {said}"
 
 
+def test_generate_takes_the_limits_of_its_arguments():
+    model = build(dataclasses.replace(CONFIG, max_position_embeddings=12))
+    limits = dict(gen_length=1, block_length=1, steps=1, threshold=0, temperature=0, top_k=1, top_p=1)
+    ids = prompt(4).clamp(min=1)
+    for more in (dict(mask_id=0, eos_id=5), dict(eos_id=0), dict(eos_id=MASK - 1, threshold=1)):
+        assert model.generate(ids, **{**limits, **more}).tokens.shape == (1, 1)
+    for length in (0, 4):
+        assert model.generate(ids, prompt_lengths=torch.tensor([length]), **limits).tokens.shape == (1, 1)
+    assert model.generate(ids, gen_length=8, block_length=4, eos_id=None).tokens.shape == (1, 8)  # just fits
+
+
+@pytest.mark.parametrize("ids", [prompt(4).int(), prompt(4)[0], [[1]]])
+def test_a_forward_refuses_what_are_no_ids(ids):
+    with pytest.raises(ValueError, match="input_ids must be an int64 tensor"):
+        build()(ids)
+
+
 def test_generate_asks_for_the_mask_where_the_config_has_none():
     model = build(dataclasses.replace(CONFIG, mask_token_id=None, eos_token_id=None))
     with pytest.raises(ValueError, match="mask_id must be given"):
@@ -748,4 +919,5 @@ def test_progress_is_shown_when_asked_for(capsys):
     model.generate(prompt(4), gen_length=8)
     assert capsys.readouterr().err == ""
     model.generate(prompt(4), gen_length=8, progress=True)
-    assert "8/8" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "8/8" in shown and "token/s" in shown

@@ -9,6 +9,7 @@ import json
 import random
 import re
 import sys
+import types
 
 import numpy
 import pytest
@@ -240,6 +241,33 @@ def test_kept_accuracy():
     half = base._replace(right=right & (numpy.arange(400) % 2 == 0))
     share, low, high = table.kept(half, base)
     assert low < share < high and share == pytest.approx(0.5, abs=0.05) and high - low < 0.1
+
+
+def test_the_interval_of_what_is_kept_holds_95_percent():
+    """Half of 400 prompts against all of them: a normal distribution of deviation sqrt(0.25 / 400)."""
+    right = numpy.arange(400)[None] % 2 == 0
+    base = table.Run({"sum": 40.0}, numpy.ones((1, 400), bool), 10.0, 24576)
+    share, low, high = table.kept(base._replace(right=right), base)
+    assert share == 0.5
+    assert (0.5 - low, high - 0.5) == pytest.approx((1.96 * 0.025,) * 2, rel=0.1)
+
+
+def test_experts_are_counted_over_the_denoising_forwards_of_all_prompts(monkeypatch):
+    """A batch that takes longer weighs more: 10 experts in 1 forward and 20 in 3 are 17.5."""
+
+    def answer(net, tokenizer, prompts, blocks, block_length):
+        found = [types.SimpleNamespace(unique_experts_denoising=e, denoising_forwards=n) for e, n in ((10, 1), (20, 3))]
+        return ["right", "wrong"], found
+
+    monkeypatch.setattr(table, "answer", answer)
+    bench = object.__new__(table.Bench)
+    net = types.SimpleNamespace(set_routing=lambda *a, **k: None, bytes_per_expert=100)
+    examples = [tasks.Example("sum", "prompt", "right")] * 2
+    bench.tokenizer, bench.models, bench.runs, bench.bar = None, {"base": net}, {}, table.tqdm(disable=True)
+    bench.examples = dict.fromkeys(tasks.TASKS, examples)
+    run = bench.run("base", "dmoe")
+    assert run.experts == dict.fromkeys(tasks.TASKS, 17.5) and run.mean_experts == 17.5
+    assert run.forwards == 2 and run.right.tolist() == [[True, False]] * len(run.experts)
 
 
 def test_what_a_new_training_is_expected_to_do():

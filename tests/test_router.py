@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ BIASES = {
     "normal": None,
     "negative": [-0.9, -0.8, -2.0],  # votes below zero, and sums around it
     "cancel": [-0.5, 0.5],  # with equal logits of 0 votes sum to exactly zero
-    "banned": [float("-inf"), 0.0, 0.1],
+    "banned": [float("-inf"), float("nan"), 0.0, 0.1],
     "infinite": [float("-inf"), float("inf"), 0.0],
 }
 
@@ -241,6 +242,41 @@ def test_a_group_of_one_candidate_ranks_last_even_where_that_one_is_infinite(rou
     routing = BlockRouting(num_experts=4, top_k=3, block_size=4, n_group=2, topk_group=1, select="all")
     logits, bias = torch.zeros(1, 4), torch.tensor([0.0, 0.0, float("inf"), -float("inf")])
     assert route(logits, bias, routing=routing).topk_ids.tolist() == [[0, 1, 2]]
+    bias = torch.tensor([float("inf"), -float("inf"), 0.0, -float("inf")])  # of two such groups the lower one
+    assert route(logits, bias, routing=routing).topk_ids.tolist() == [[0, 2, -1]]
+
+
+def test_top_p_is_compared_as_the_nearest_float32():
+    """3 of 5 votes are the float32 nearest to 0.6, which is above the double 0.6: they do not cross the threshold."""
+    routing = BlockRouting(num_experts=4, top_k=1, block_size=5, n_group=1, topk_group=1, min_experts=0)
+    logits = torch.full((5, 4), -float("inf"))
+    logits[range(5), [1, 1, 1, 3, 3]] = float("inf")
+    result = block_route(logits, routing=routing)
+    assert result.coreset_ids[0].tolist() == [1, 3, -1, -1]
+
+
+def test_votes_are_summed_in_double_precision():
+    """1 and 16 times 5e-8 are more than 1 and 2e-7, though no single 5e-8 changes a 1 in float32."""
+    routing = BlockRouting(num_experts=3, top_k=1, block_size=19, n_group=1, topk_group=1, select="top_n", capacity=1)
+    logits = torch.full((19, 3), -float("inf"))
+    logits[[0, 17], [1, 0]] = float("inf")
+    logits[1:17, 1], logits[18, 0] = math.log(5e-8), math.log(2e-7)
+    assert block_route(logits, routing=routing).coreset_ids.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("aggregate, select", SELECTIONS)
+def test_an_expert_with_a_nan_bias_is_never_chosen(aggregate, select):
+    """It neither votes nor routes, and nothing else changes: as with a bias of -inf."""
+    rng = np.random.default_rng(7)
+    settings = dict(
+        num_experts=12, top_k=3, block_size=4, n_group=3, topk_group=2, min_experts=4, capacity=5, union_k=2
+    )
+    routing = BlockRouting(aggregate=aggregate, select=select, **settings)
+    logits, bias = fill(rng, [9, 12], None), fill(rng, [12], None)
+    bias[[2, 7]] = float("nan")
+    result = block_route(logits, bias, routing=routing)
+    assert not set(result.topk_ids.flatten().tolist()) & {2, 7}
+    equal(result, block_route(logits, bias.nan_to_num(-float("inf")), routing=routing))
 
 
 @pytest.mark.parametrize("votes_of", [-1.0, -0.5, 0.0])

@@ -100,7 +100,19 @@ def test_an_override_wins_over_a_policy():
     assert BlockRouting.policy("des_seq", union_k=1).union_k == 1
     assert BlockRouting.policy("des_vote", num_experts=64, capacity=7).capacity == 7
     assert BlockRouting.policy("des_vote", num_experts=64).capacity == 10  # 0.15 E
+    assert BlockRouting.policy("des_vote", num_experts=1, top_k=1, n_group=1, topk_group=1).capacity == 1
     assert BlockRouting.policy("capacity", capacity=24).capacity == 24
+
+
+def test_a_models_geometry_gives_way_to_what_makes_the_policy():
+    geometry = dict(num_experts=64, top_k=6, n_group=4, topk_group=2)
+    found = {name: BlockRouting.of_model(name, geometry) for name in ("dmoe", "top4", "capacity")}
+    assert [(r.num_experts, r.top_k, r.n_group, r.topk_group) for r in found.values()] == [
+        (64, 6, 4, 2),
+        (64, 4, 4, 2),
+        (64, 6, 1, 1),
+    ]
+    assert BlockRouting.of_model("top4", geometry, top_k=2, n_group=8).top_k == 2
 
 
 @pytest.mark.parametrize(
@@ -131,7 +143,7 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, settings):
     with pytest.raises(ValueError) as error:
         BlockRouting(**{**settings, field: value})
     message = str(error.value)
-    assert message.startswith(field) and repr(value) in message and "\n" not in message
+    assert message.startswith(f"{field} must") and repr(value) in message and "\n" not in message
 
 
 @pytest.mark.parametrize("policy", ["dMoE", "", None, "top_p"])
@@ -148,6 +160,8 @@ def test_an_unknown_or_bad_override_is_refused():
         BlockRouting.policy("dmoe", top_p=1.5)
     with pytest.raises(ValueError, match=r"num_experts .*0"):
         BlockRouting.policy("des_vote", num_experts=0)
+    with pytest.raises(ValueError, match=r"num_experts must .*'8'"):
+        BlockRouting.policy("des_vote", num_experts="8")
 
 
 @pytest.mark.parametrize(

@@ -264,15 +264,25 @@ def test_both_forms_of_the_gate_agree_to_the_bit(emulator):
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
-def test_a_nan_in_x_stays_in_its_block(emulator):
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001])
+def test_a_nan_in_x_stays_in_its_block(emulator, bits):
+    """Also one whose only bits are those that bf16 cuts off."""
     torch.manual_seed(4)
     routing = BlockRouting(num_experts=32, block_size=4, top_k=2, n_group=1, topk_group=1)
     x, gate = torch.randn(1, 8, 64), torch.randn(32, 64)
-    x[0, 1, 3] = torch.nan
+    x.view(torch.int32)[0, 1, 3] = bits
     logits = torch.empty(1, 8, 32)
     result, _ = route(emulator, logits, None, routing, x=x, gate=gate, cluster=2)
     assert logits[0, 1].isnan().all() and logits[0, [0, *range(2, 8)]].isfinite().all()
     assert (result.topk_ids[1] == -1).all() and (result.topk_weights[1] == 0).all()
+
+
+def test_the_lower_of_two_groups_without_a_pair_is_kept(emulator):
+    """Whatever its only candidate is, inf too: both groups rank last, and ties go to the lower group."""
+    routing = BlockRouting(num_experts=4, top_k=2, block_size=4, n_group=2, topk_group=1, select="all")
+    logits, bias = torch.zeros(1, 1, 4), torch.tensor([torch.inf, -torch.inf, 0.0, -torch.inf])
+    result, _ = route(emulator, logits, bias, routing, cluster=1)
+    assert result.topk_ids.tolist() == [[0, 2]]
 
 
 def test_schedule_of_bare_ids(emulator):

@@ -149,6 +149,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "confidence.sort(descending=True, stable=True) -> confidence.sort(descending=True)": STABLE,
         ".indices[..., :share] | True -> False (2)": STABLE,
         ">= share -> sure.sum(-1, keepdim=True) > share": "sure tokens are the most confident ones",
+        "for router, _ in routed]).any() | -1 -> 1": "the largest of all are looked at, along whichever dimension",
+        "for router, _ in routed]).any() | 1 -> 2": "the largest of all are looked at, along whichever dimension",
+        "if top_p is not None and top_p < 1: |": "at 1 it could leave out only what vanishes in the rounding of a sum",
         "prompts = input_ids.masked_fill(padding, 0) | 0 -> 1": "any token will do: padding is not looked at",
     },
     "dmoe_ops/models/checkpoint.py": {

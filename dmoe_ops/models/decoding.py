@@ -121,7 +121,7 @@ class _Counter:
     def mean(self, *kinds: str) -> tuple[float, ...]:
         """Unique experts per block, layer by layer."""
         blocks = sum(self.blocks[kind] for kind in kinds)
-        total = sum(self.unique[kind] for kind in kinds if self.blocks[kind])
+        total = sum(self.unique[kind] for kind in kinds)
         return tuple((total.double() / blocks).tolist())
 
     def stats(self, tokens: int, bytes_per_expert: int) -> DecodingStats:
@@ -169,8 +169,8 @@ def generate(
     steps: denoising steps per block (at most gen_length of them). Each unmasks every token whose confidence is
     above `threshold`, or, where those are fewer than the step's share of the block, that many of the most confident.
     temperature: 0 takes the most probable token, else the token is drawn (`generator`). top_k, top_p: restrict the choice
-    to the k most probable tokens, and to the fewest that reach probability top_p. The confidence of a token is its
-    probability among those that remain.
+    to the k most probable tokens, and to the fewest whose probabilities sum to more than top_p. The confidence of a token
+    is its probability among those that remain.
     eos_id: ends the text (None: nothing does); by default config.eos_token_id. mask_id: by default config.mask_token_id.
     eos_early_stop: stop as soon as no mask is left before an eos, not only at the end of its block.
     progress: show a progress bar.
@@ -271,9 +271,9 @@ def sample(logits, temperature: float = 0.0, top_k=None, top_p=None, generator=N
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=1, descending=True, stable=True)
-        before = F.pad(ordered.softmax(1).cumsum(1)[:, :-1], (1, 0))  # of all that are more probable
-        logits = logits.masked_fill((before > top_p).scatter(1, order, before > top_p), -torch.inf)
+        ordered, order = logits.sort(descending=True, stable=True)
+        beyond = F.pad(ordered.softmax(1).cumsum(1)[:, :-1], (1, 0)) > top_p  # what all that are more probable sum to
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
     probability = logits.softmax(1)
     if temperature > 0:
         token = torch.multinomial(probability, 1, generator=generator)
@@ -287,7 +287,7 @@ def choose(confidence, active, threshold: float, share: int) -> torch.Tensor:
     fewer, the `share` most confident ones."""
     confidence = confidence.masked_fill(~active, -torch.inf)
     sure = confidence > threshold
-    best = confidence.sort(dim=-1, descending=True, stable=True).indices[..., :share]
+    best = confidence.sort(descending=True, stable=True).indices[..., :share]
     best = torch.zeros_like(active).scatter(-1, best, True) & active
     return torch.where(sure.sum(-1, keepdim=True) >= share, sure, best)
 
