@@ -136,7 +136,13 @@ void gate_out(const Tensor x, const Tensor gate_weight, Tensor logits) {
 }
 
 void moe_experts_out(const Tensor x, const Tensor w13, const Tensor w2, const std::optional<Tensor> shared_w13,
-                     const std::optional<Tensor> shared_w2, const Tensor topk_ids, const Tensor topk_weights, Tensor y) {
+                     const std::optional<Tensor> shared_w2, const std::optional<Tensor> w13_scale,
+                     const std::optional<Tensor> w2_scale, const std::optional<Tensor> shared_w13_scale,
+                     const std::optional<Tensor> shared_w2_scale, bool quantize_activations, const Tensor topk_ids,
+                     const Tensor topk_weights, Tensor y) {
+  STD_TORCH_CHECK(!w13_scale && !w2_scale && !shared_w13_scale && !shared_w2_scale && !quantize_activations &&
+                      w13.scalar_type() == x.scalar_type(),
+                  "dmoe: the C++ kernels do not take quantised experts");
   check(x, "x", {-1, -1});
   check_hidden(x);
   const int64_t tokens = x.size(0), hidden = x.size(1);

@@ -11,9 +11,11 @@ import importlib.util
 import os
 
 import torch
+import torch.nn.functional as F
 
 from . import reference
 from ._library import _C, WHY_NO_C, packed_routing
+from .formats import ExpertWeights
 from .routing import RoutingResult
 
 
@@ -33,21 +35,16 @@ class Reference:
             written.copy_(value)
 
     @staticmethod
-    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
-        y.copy_(reference.moe_experts(x, w13, w2, topk_ids, topk_weights))
+    def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
+        y.copy_(reference.all_experts(x.to(topk_weights.dtype), weights, topk_ids, topk_weights))
 
     moe_experts_backward = staticmethod(reference.moe_experts_backward)
 
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
-        rows = x.view(-1, seq_len, x.shape[1]) if seq_len else x
-        value, routed, logits = reference.block_moe(
-            rows, gate_weight, expert_bias, *weights, routing=routing, block_offsets=block_offsets
-        )
-        y.copy_(value.view(x.shape))
-        router_logits.copy_(logits)
-        for written, value in zip(out, routed):
-            written.copy_(value)
+        router_logits.copy_(F.linear(x.to(router_logits.dtype), gate_weight.to(router_logits.dtype)))
+        Reference.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
+        Reference.moe_experts(x, weights, out.topk_ids, out.topk_weights, y)
 
 
 class Cpp:
@@ -66,8 +63,15 @@ class Cpp:
         torch.ops.dmoe._block_route_out(logits, expert_bias, block_offsets, seq_len, *packed_routing(routing), *out)
 
     @staticmethod
-    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
-        torch.ops.dmoe._moe_experts_out(x, w13, w2, None, None, topk_ids, topk_weights, y)
+    def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
+        if Cpp._takes(weights):
+            torch.ops.dmoe._moe_experts_out(x, *weights, topk_ids, topk_weights, y)
+        else:
+            Reference.moe_experts(x, weights, topk_ids, topk_weights, y)
+
+    @staticmethod
+    def _takes(weights: ExpertWeights) -> bool:
+        return not weights.quantized
 
     moe_experts_backward = staticmethod(reference.moe_experts_backward)  # its products are torch's own, and fast
 
@@ -75,7 +79,7 @@ class Cpp:
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
         torch.ops.dmoe._gate_out(x, gate_weight, router_logits)
         Cpp.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
-        torch.ops.dmoe._moe_experts_out(x, *weights, out.topk_ids, out.topk_weights, y)
+        Cpp.moe_experts(x, weights, out.topk_ids, out.topk_weights, y)
 
 
 class Triton:
@@ -96,16 +100,29 @@ class Triton:
         _triton_backend().block_route(*args)
 
     @staticmethod
-    def moe_experts(*args) -> None:
-        _triton_backend().moe_experts(*args)
+    def moe_experts(x, weights: ExpertWeights, *args) -> None:
+        if Triton._takes(weights):
+            _triton_backend().moe_experts(x, weights.w13, weights.w2, *args)
+        else:
+            Reference.moe_experts(x, weights, *args)
 
     @staticmethod
-    def moe_experts_backward(*args) -> None:
-        _triton_backend().moe_experts_backward(*args)
+    def moe_experts_backward(d_y, x, weights: ExpertWeights, *args) -> None:
+        if Triton._takes(weights):
+            _triton_backend().moe_experts_backward(d_y, x, weights.w13, weights.w2, *args)
+        else:
+            reference.moe_experts_backward(d_y, x, weights, *args)
 
     @staticmethod
-    def block_moe(*args) -> None:
-        _triton_backend().block_moe(*args)
+    def block_moe(x, gate_weight, expert_bias, weights: ExpertWeights, *args) -> None:
+        if Triton._takes(weights):
+            _triton_backend().block_moe(x, gate_weight, expert_bias, weights[:4], *args)
+        else:
+            Reference.block_moe(x, gate_weight, expert_bias, weights, *args)
+
+    @staticmethod
+    def _takes(weights: ExpertWeights) -> bool:
+        return not weights.quantized
 
 
 @functools.cache
@@ -144,12 +161,12 @@ class Cuda:
             Cpp.block_route(logits, expert_bias, block_offsets, seq_len, routing, out)
 
     @staticmethod
-    def moe_experts(x, w13, w2, topk_ids, topk_weights, y) -> None:
-        if _cuda_experts_refuse(x, w13, w2, None):
-            _without_cuda().moe_experts(x, w13, w2, topk_ids, topk_weights, y)
+    def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
+        if _cuda_experts_refuse(x, weights):
+            _without_cuda().moe_experts(x, weights, topk_ids, topk_weights, y)
         else:
-            schedule = _cuda_schedule(x, w13)
-            Cuda._experts(x, (w13, w2, None, None), topk_ids, topk_weights, schedule, False, y)
+            schedule = _cuda_schedule(x, weights.w13)
+            Cuda._experts(x, weights, topk_ids, topk_weights, schedule, False, y)
 
     @staticmethod
     def moe_experts_backward(*args) -> None:
@@ -157,17 +174,16 @@ class Cuda:
 
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
-        w13, w2, _, shared_w2 = weights
         if (
             _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, x.shape[1])
-            or _cuda_experts_refuse(x, w13, w2, shared_w2)
+            or _cuda_experts_refuse(x, weights)
             or gate_weight.dtype == torch.float64
         ):
             _without_cuda().block_moe(
                 x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits
             )
             return
-        schedule = _cuda_schedule(x, w13)
+        schedule = _cuda_schedule(x, weights.w13)
         torch.ops.dmoe._gate_route_out(
             x,
             gate_weight,
@@ -178,22 +194,25 @@ class Cuda:
             router_logits,
             *out,
             schedule,
-            w13,
+            weights.w13,
         )
         Cuda._experts(x, weights, out.topk_ids, out.topk_weights, schedule, True, y)
 
     @staticmethod
     def _experts(x, weights, topk_ids, topk_weights, schedule, scheduled: bool, y) -> None:
-        w13, w2, _, shared_w2 = weights
+        w13, w2, _, shared_w2 = weights[:4]
         shared = 0 if shared_w2 is None else shared_w2.shape[1]
         size = _C.cuda_workspace_bytes(*x.shape, w2.shape[2], shared, w13.shape[0], topk_ids.shape[1])
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        torch.ops.dmoe._block_dense_out(x, *weights, topk_ids, topk_weights, schedule, workspace, scheduled, y)
+        torch.ops.dmoe._block_dense_out(x, *weights[:4], topk_ids, topk_weights, schedule, workspace, scheduled, y)
 
 
-def _cuda_experts_refuse(x, w13, w2, shared_w2) -> str | None:
+def _cuda_experts_refuse(x, weights: ExpertWeights) -> str | None:
+    if weights.quantized:
+        return "quantised weights"
     if not _is_hopper(x.device):
         return "a GPU that is not Hopper"
+    w13, w2, _, shared_w2 = weights[:4]
     shared = 0 if shared_w2 is None else shared_w2.shape[1]
     return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], x.element_size())
 

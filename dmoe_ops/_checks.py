@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from .formats import QUANTIZED, ExpertWeights, scale_dtypes, scale_shape, stored_columns
 from .routing import BlockRouting
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -98,25 +99,105 @@ def route(logits, expert_bias, offsets, settings: BlockRouting) -> None:
     block_offsets(offsets, logits.shape[0], logits.device)
 
 
-def experts(x, w13, w2, topk_ids, topk_weights) -> None:
+def activations(value, w13) -> None:
+    if value is None:
+        return
+    if value != "int8":
+        raise ValueError(f"activations must be None or 'int8', got {value!r}")
+    if getattr(w13, "dtype", None) != torch.int8:
+        raise ValueError(f"activations must be None unless w13 is int8, got 'int8' with {_dtype_of(w13)}")
+
+
+def _dtype_of(value) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _shape_of(value) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def experts(x, weights: ExpertWeights, topk_ids, topk_weights) -> None:
     tensor("x", x, ["T", "H"], WEIGHT_DTYPES)
     columns("x", x, "H")
-    expert_weights("w13", "w2", w13, w2, x)
+    expert_weights(x, weights)
     tensor("topk_ids", topk_ids, [x.shape[0], "top_k"], (torch.int32,), x.device)
     weight_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     tensor("topk_weights", topk_weights, list(topk_ids.shape), (weight_dtype,), x.device)
 
 
-def expert_weights(name13: str, name2: str, w13, w2, x) -> None:
-    """w13 [E, 2I, H] and w2 [E, H, I], like x in dtype and device."""
+def expert_weights(x, weights: ExpertWeights) -> None:
+    """w13 [E, 2I, H] and w2 [E, H, I], and the shared expert's without E, like x in dtype and device or quantised."""
+    _swiglu("", ["E"], (x.dtype, *QUANTIZED), x, weights)
+    if (weights.shared_w13 is None) != (weights.shared_w2 is None):
+        order = ("shared_w13", "shared_w2") if weights.shared_w13 is None else ("shared_w2", "shared_w13")
+        raise ValueError(f"{order[0]} must be given together with {order[1]}, got None")
+    if weights.shared_w13 is not None:
+        own = (weights.w13.dtype,) if weights.quantized else ()
+        _swiglu("shared_", [], (x.dtype, *own), x, weights)
+    for name in ("shared_w13_scale", "shared_w2_scale") if weights.shared_w13 is None else ():
+        if getattr(weights, name) is not None:
+            raise ValueError(f"{name} must be None without a shared expert, got {_shape_of(getattr(weights, name))}")
+
+
+def _swiglu(prefix: str, lead: list, dtypes, x, weights: ExpertWeights) -> None:
+    """The pair {prefix}w13 and {prefix}w2 with their scales; `lead`: the dimensions in front."""
+    w13, w2, name13, name2 = *(getattr(weights, prefix + name) for name in ("w13", "w2")), prefix + "w13", prefix + "w2"
+    inter = "I_shared" if prefix else "I"
+    tensor(name13, w13)
     hidden = x.shape[1]
-    tensor(name13, w13, ["E", "2I", hidden], (x.dtype,), x.device)
-    num_experts, double, _ = w13.shape
+    tensor(name13, w13, [*lead, f"2{inter}", stored_columns(w13.dtype, hidden)], dtypes, x.device)
+    *count, double, _ = w13.shape
     if double % 2:
-        raise ValueError(f"{name13} must have an even second dimension 2I, got {list(w13.shape)}")
-    tensor(name2, w2, [num_experts, hidden, double // 2], (x.dtype,), x.device)
+        raise ValueError(f"{name13} must have an even number of rows 2{inter}, got {list(w13.shape)}")
+    if w13.dtype == torch.uint8 and (hidden % 2 or double % 4):
+        raise ValueError(
+            f"{name13} must have even H and {inter} as it is int4 (uint8), got H={hidden} and {inter}={double // 2}"
+        )
+    tensor(name2, w2, [*count, hidden, stored_columns(w13.dtype, double // 2)], (w13.dtype,), x.device)
     contiguous(name13, w13)
     contiguous(name2, w2)
+    scale(name13, w13, getattr(weights, name13 + "_scale"), [*count, double, hidden], 2)
+    scale(name2, w2, getattr(weights, name2 + "_scale"), [*count, hidden, double // 2], 1)
+
+
+def scale(name: str, weight, value, shape: list[int], halves: int) -> None:
+    """The scale of a weight that holds `shape` values: there exactly where it is quantised."""
+    if weight.dtype not in QUANTIZED:
+        if value is not None:
+            raise ValueError(f"{name}_scale must be None as {name} is {_dtype_of(weight)}, got {_shape_of(value)}")
+        return
+    if value is None:
+        raise ValueError(f"{name}_scale must be given as {name} is {_dtype_of(weight)}, got None")
+    *count, rows, columns = shape
+    want = [*count, *scale_shape(weight.dtype, rows, columns, halves)]
+    tensor(f"{name}_scale", value, want, scale_dtypes(weight.dtype), weight.device)
+    contiguous(f"{name}_scale", value)
+
+
+def quantized(weight, value, halves: int) -> None:
+    tensor("weight", weight, None, QUANTIZED)
+    if weight.dim() < 2 or halves not in (1, 2) or weight.shape[-2] % halves:
+        raise ValueError(
+            f"weight must have shape [..., rows, columns], rows in {halves!r} parts, got {list(weight.shape)}"
+        )
+    *lead, rows, columns = weight.shape
+    columns *= 2 if weight.dtype == torch.uint8 else 1
+    want = [*lead, *scale_shape(weight.dtype, rows, columns, halves)]
+    tensor("scale", value, want, scale_dtypes(weight.dtype), weight.device)
+
+
+def differentiable(weights: ExpertWeights, **others) -> None:
+    """That no gradient is asked for which there is none of: of quantised weights, or through rounded activations."""
+    fixed = {name: value for name, value in weights._asdict().items() if name.endswith("_scale")}
+    for name, scale_of in list(fixed.items()):
+        if scale_of is not None:
+            fixed[name.removesuffix("_scale")] = getattr(weights, name.removesuffix("_scale"))
+    for name, value in fixed.items():
+        if value is not None and value.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: quantised weights have none, got requires_grad=True")
+    for name, value in others.items() if weights.quantize_activations else ():
+        if value.requires_grad:
+            raise ValueError(f"{name} must not require a gradient with activations='int8', got requires_grad=True")
 
 
 def contiguous(name: str, value) -> None:
@@ -125,29 +206,14 @@ def contiguous(name: str, value) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
 
 
-def layer(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, offsets, settings: BlockRouting) -> None:
+def layer(x, gate_weight, expert_bias, weights: ExpertWeights, offsets, settings: BlockRouting) -> None:
     tensor("x", x, ["T", "H"], WEIGHT_DTYPES)
     columns("x", x, "H")
     tensor("gate_weight", gate_weight, [settings.num_experts, x.shape[1]], WEIGHT_DTYPES, x.device)
     if expert_bias is not None:
         bias_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         tensor("expert_bias", expert_bias, [settings.num_experts], (bias_dtype,), x.device)
-    expert_weights("w13", "w2", w13, w2, x)
-    if w13.shape[0] != settings.num_experts:
-        raise ValueError(f"w13 must have num_experts={settings.num_experts} experts, got {list(w13.shape)}")
-    if (shared_w13 is None) != (shared_w2 is None):
-        missing, there = ("shared_w13", "shared_w2") if shared_w13 is None else ("shared_w2", "shared_w13")
-        raise ValueError(f"{missing} must be given together with {there}, got None")
-    if shared_w13 is not None:
-        shared_weights(shared_w13, shared_w2, x)
+    expert_weights(x, weights)
+    if weights.w13.shape[0] != settings.num_experts:
+        raise ValueError(f"w13 must have num_experts={settings.num_experts} experts, got {list(weights.w13.shape)}")
     block_offsets(offsets, x.shape[0], x.device)
-
-
-def shared_weights(shared_w13, shared_w2, x) -> None:
-    """shared_w13 [2I_shared, H] and shared_w2 [H, I_shared]."""
-    tensor("shared_w13", shared_w13, ["2I_shared", x.shape[1]], (x.dtype,), x.device)
-    if shared_w13.shape[0] % 2:
-        raise ValueError(f"shared_w13 must have an even first dimension, got {list(shared_w13.shape)}")
-    tensor("shared_w2", shared_w2, [x.shape[1], shared_w13.shape[0] // 2], (x.dtype,), x.device)
-    contiguous("shared_w13", shared_w13)
-    contiguous("shared_w2", shared_w2)

@@ -5,39 +5,51 @@ from __future__ import annotations
 import torch
 
 from . import _backends, _checks, _library, reference
+from .formats import ExpertWeights
 
 
-def moe_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
-    _checks.tensors(x=x, w13=w13, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights)
-    return torch.ops.dmoe.moe_experts(x, w13, w2, topk_ids, topk_weights)
+def moe_experts(x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=None, activations=None) -> torch.Tensor:
+    optional = dict(w13_scale=w13_scale, w2_scale=w2_scale)
+    _checks.tensors(x=x, w13=w13, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights, optional=optional)
+    _checks.activations(activations, w13)
+    return torch.ops.dmoe.moe_experts(x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale, activations is not None)
 
 
 moe_experts.__doc__ = reference.moe_experts.__doc__
 
 
-def fake(x, w13, w2, topk_ids, topk_weights):
-    _checks.experts(x, w13, w2, topk_ids, topk_weights)
+def of_op(w13, w2, w13_scale, w2_scale, quantize_activations=False) -> ExpertWeights:
+    return ExpertWeights(w13, w2, w13_scale=w13_scale, w2_scale=w2_scale, quantize_activations=quantize_activations)
+
+
+def fake(x, w13, w2, topk_ids, topk_weights, w13_scale=None, w2_scale=None, quantize_activations=False):
+    _checks.experts(x, of_op(w13, w2, w13_scale, w2_scale, quantize_activations), topk_ids, topk_weights)
     return x.new_empty(x.shape)
 
 
-def impl(x, w13, w2, topk_ids, topk_weights):
-    y = fake(x, w13, w2, topk_ids, topk_weights)
+def impl(x, w13, w2, topk_ids, topk_weights, w13_scale=None, w2_scale=None, quantize_activations=False):
+    y = fake(x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale, quantize_activations)
     if not topk_ids.numel():
         return y.zero_()
     x, topk_ids, topk_weights = _library.contiguous(x, topk_ids, topk_weights)
-    _backends.backend(x).moe_experts(x, w13, w2, topk_ids, topk_weights, y)
+    weights = of_op(w13, w2, w13_scale, w2_scale, quantize_activations)
+    _backends.backend(x).moe_experts(x, weights, topk_ids, topk_weights, y)
     return y
 
 
 def setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale, quantize_activations = inputs
+    weights = of_op(w13, w2, w13_scale, w2_scale, quantize_activations)
+    _checks.differentiable(weights, x=x, topk_weights=topk_weights)
+    ctx.save_for_backward(x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale)
 
 
 @_library.once_differentiable
 def backward(ctx, d_y):
-    needs_x, needs_w13, needs_w2, _, needs_topk_weights = ctx.needs_input_grad
+    needs_x, needs_w13, needs_w2, _, needs_topk_weights, *_ = ctx.needs_input_grad
+    *inputs, w13_scale, w2_scale = ctx.saved_tensors
     d_x, d_w13, d_w2, d_topk_weights = torch.ops.dmoe._moe_experts_backward(
-        d_y, *ctx.saved_tensors, needs_w13 or needs_w2
+        d_y, *inputs, needs_w13 or needs_w2, w13_scale, w2_scale
     )
     return (
         d_x if needs_x else None,
@@ -45,10 +57,13 @@ def backward(ctx, d_y):
         d_w2 if needs_w2 else None,
         None,
         d_topk_weights if needs_topk_weights else None,
+        None,
+        None,
+        None,
     )
 
 
-def gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights):
+def gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights, w13_scale=None, w2_scale=None):
     return (
         x.new_empty(x.shape),
         w13.new_empty(w13.shape if of_weights else (0,)),
@@ -57,19 +72,21 @@ def gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights):
     )
 
 
-def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool):
+def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool, w13_scale=None, w2_scale=None):
     """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights."""
     d_x, d_w13, d_w2, d_topk_weights = out = gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
     if not topk_ids.numel():
         return tuple(grad.zero_() for grad in out)
     d_y, x, topk_ids, topk_weights = _library.contiguous(d_y, x, topk_ids, topk_weights)
     wanted = (d_x, d_w13, d_w2, d_topk_weights) if of_weights else (d_x, None, None, d_topk_weights)
-    _backends.backend(x).moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, wanted)
+    weights = of_op(w13, w2, w13_scale, w2_scale)
+    _backends.backend(x).moe_experts_backward(d_y, x, weights, topk_ids, topk_weights, wanted)
     return out
 
 
 _library.define(
-    "moe_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights) -> Tensor",
+    "moe_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights, Tensor? w13_scale=None, "
+    "Tensor? w2_scale=None, bool quantize_activations=False) -> Tensor",
     impl,
     fake,
     setup_context,
@@ -77,6 +94,7 @@ _library.define(
 )
 _library.lib.define(
     "_moe_experts_backward(Tensor d_y, Tensor x, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights, "
-    "bool of_weights) -> (Tensor d_x, Tensor d_w13, Tensor d_w2, Tensor d_topk_weights)"
+    "bool of_weights, Tensor? w13_scale=None, Tensor? w2_scale=None) -> (Tensor d_x, Tensor d_w13, Tensor d_w2, "
+    "Tensor d_topk_weights)"
 )
 _library.implement("dmoe::_moe_experts_backward", gradient, gradient_fake)

@@ -6,19 +6,52 @@ import torch
 from torch import nn
 
 from . import _backends, _checks, _library, reference, router
+from .formats import ExpertWeights
 from .routing import BlockRouting, RoutingResult
 
 
 def block_moe(
-    x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, *, routing: BlockRouting, block_offsets=None
+    x,
+    gate_weight,
+    expert_bias,
+    w13,
+    w2,
+    shared_w13,
+    shared_w2,
+    *,
+    routing: BlockRouting,
+    block_offsets=None,
+    w13_scale=None,
+    w2_scale=None,
+    shared_w13_scale=None,
+    shared_w2_scale=None,
+    activations=None,
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     _checks.routing(routing)
     _checks.rows("x", x, "H")
+    scales = dict(
+        w13_scale=w13_scale,
+        w2_scale=w2_scale,
+        shared_w13_scale=shared_w13_scale,
+        shared_w2_scale=shared_w2_scale,
+    )
     optional = dict(expert_bias=expert_bias, shared_w13=shared_w13, shared_w2=shared_w2, block_offsets=block_offsets)
-    _checks.tensors(gate_weight=gate_weight, w13=w13, w2=w2, optional=optional)
+    _checks.tensors(gate_weight=gate_weight, w13=w13, w2=w2, optional=optional | scales)
+    _checks.activations(activations, w13)
     rows = x.reshape(-1, x.shape[-1])
     y, *routed, router_logits = torch.ops.dmoe.block_moe(
-        rows, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, x.shape[-2], *routing.args()
+        rows,
+        gate_weight,
+        expert_bias,
+        w13,
+        w2,
+        shared_w13,
+        shared_w2,
+        block_offsets,
+        x.shape[-2],
+        *routing.args(),
+        *scales.values(),
+        activations is not None,
     )
     return y.view(x.shape), router.result(routed), router_logits
 
@@ -26,9 +59,17 @@ def block_moe(
 block_moe.__doc__ = reference.block_moe.__doc__
 
 
-def fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *routing_args):
-    routing = _library.unpack_routing(routing_args)
-    _checks.layer(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, routing)
+N_ROUTING = len(BlockRouting().args())
+
+
+def settings(experts: tuple, rest: tuple) -> tuple[ExpertWeights, BlockRouting]:
+    """From the op's arguments w13 to shared_w2, and those behind seq_len, where torch leaves out trailing defaults."""
+    return ExpertWeights(*experts, *rest[N_ROUTING:]), _library.unpack_routing(rest[:N_ROUTING])
+
+
+def fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
+    weights, routing = settings((w13, w2, shared_w13, shared_w2), rest)
+    _checks.layer(x, gate_weight, expert_bias, weights, block_offsets, routing)
     router.check_seq_len(seq_len, x.shape[0])
     logits_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     routed = router.allocate(x.shape[0], seq_len, block_offsets, routing, x)
@@ -36,9 +77,9 @@ def fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offs
     return x.new_empty(x.shape), *router.outputs(routed), router_logits
 
 
-def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *routing_args):
-    routing = _library.unpack_routing(routing_args)
-    out = fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *routing_args)
+def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
+    weights, routing = settings((w13, w2, shared_w13, shared_w2), rest)
+    out = fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest)
     _checks.block_offset_values(block_offsets, x.shape[0], routing.block_size)
     if x.shape[0]:
         y, *routed, router_logits = out
@@ -47,7 +88,7 @@ def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offs
             x,
             gate_weight,
             expert_bias,
-            (w13, w2, shared_w13, shared_w2),
+            weights,
             block_offsets,
             seq_len,
             routing,
@@ -59,22 +100,26 @@ def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offs
 
 
 def setup_context(ctx, inputs, output):
-    x, gate_weight, _, w13, w2, shared_w13, shared_w2 = inputs[:7]
+    x, gate_weight = inputs[:2]
+    weights, ctx.routing = settings(inputs[3:7], inputs[9:])
+    _checks.differentiable(weights, x=x, gate_weight=gate_weight)
+    ctx.n_inputs = len(inputs)
     _, topk_weights, topk_ids, coreset_ids, coreset_sizes, router_logits = output
     ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
-    ctx.routing, ctx.n_inputs = _library.unpack_routing(inputs[9:]), len(inputs)
-    ctx.save_for_backward(
-        x, gate_weight, w13, w2, shared_w13, shared_w2, topk_ids, topk_weights.detach(), router_logits.detach()
-    )
+    ctx.save_for_backward(x, gate_weight, topk_ids, topk_weights.detach(), router_logits.detach(), *weights[:-1])
 
 
 @_library.once_differentiable
 def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_router_logits):
-    x, gate_weight, w13, w2, shared_w13, shared_w2, topk_ids, topk_weights, router_logits = ctx.saved_tensors
+    x, gate_weight, topk_ids, topk_weights, router_logits, *weights = ctx.saved_tensors
+    weights = ExpertWeights(*weights)
     needs = dict(zip(("x", "gate_weight", "bias", "w13", "w2", "shared_w13", "shared_w2"), ctx.needs_input_grad))
     expert_gradient = torch.ops.dmoe._moe_experts_backward
 
-    d_x, d_w13, d_w2, d_weights = expert_gradient(d_y, x, w13, w2, topk_ids, topk_weights, needs["w13"] or needs["w2"])
+    of_weights, scales = needs["w13"] or needs["w2"], (weights.w13_scale, weights.w2_scale)
+    d_x, d_w13, d_w2, d_weights = expert_gradient(
+        d_y, x, weights.w13, weights.w2, topk_ids, topk_weights, of_weights, *scales
+    )
     d_logits = d_router_logits + router.weights_backward(
         d_weights + d_topk_weights, router_logits, topk_ids, ctx.routing
     )
@@ -82,11 +127,15 @@ def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_rou
     d_gate = (d_logits.T @ x.to(d_logits.dtype)).to(gate_weight.dtype) if needs["gate_weight"] else None
 
     d_shared_w13 = d_shared_w2 = None
-    if shared_w13 is not None:  # one more expert, taken by every token with weight 1
+    if weights.shared_w13 is not None:  # one more expert, taken by every token with weight 1
         ids = topk_ids.new_zeros(x.shape[0], 1)
         ones = topk_weights.new_ones(x.shape[0], 1)
+        w13, w2, *scales = (
+            tensor if tensor is None else tensor[None]
+            for tensor in (weights.shared_w13, weights.shared_w2, weights.shared_w13_scale, weights.shared_w2_scale)
+        )
         d_shared_x, d_shared_w13, d_shared_w2, _ = expert_gradient(
-            d_y, x, shared_w13[None], shared_w2[None], ids, ones, needs["shared_w13"] or needs["shared_w2"]
+            d_y, x, w13, w2, ids, ones, needs["shared_w13"] or needs["shared_w2"], *scales
         )
         d_x = d_x + d_shared_x
         d_shared_w13 = d_shared_w13[0] if needs["shared_w13"] else None
@@ -105,8 +154,10 @@ def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_rou
 
 _library.define(
     "block_moe(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor w13, Tensor w2, Tensor? shared_w13, "
-    f"Tensor? shared_w2, Tensor? block_offsets, SymInt seq_len, {_library.ROUTING}) -> (Tensor y, Tensor topk_weights, "
-    "Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
+    f"Tensor? shared_w2, Tensor? block_offsets, SymInt seq_len, {_library.ROUTING}, Tensor? w13_scale=None, "
+    "Tensor? w2_scale=None, Tensor? shared_w13_scale=None, Tensor? shared_w2_scale=None, "
+    "bool quantize_activations=False) -> (Tensor y, Tensor topk_weights, Tensor topk_ids, Tensor coreset_ids, "
+    "Tensor coreset_sizes, Tensor router_logits)",
     impl,
     fake,
     setup_context,

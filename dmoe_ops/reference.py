@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _checks
+from .formats import GROUP, ExpertWeights
 from .routing import BlockRouting, RoutingResult
 
 EPS = 1e-20
@@ -67,27 +68,42 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
     )
 
 
-def moe_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
+def moe_experts(x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=None, activations=None) -> torch.Tensor:
     """y_t = sum_j topk_weights[t, j] * W_down[e] (silu(W_gate[e] x_t) * (W_up[e] x_t)), e = topk_ids[t, j].
 
     x: [T, H] float32, bfloat16 or float16 (float64 too, for gradcheck).
-    w13: [E, 2I, H], gate rows first; w2: [E, H, I]; contiguous, dtype of x.
+    w13: [E, 2I, H], gate rows first; w2: [E, H, I]; contiguous, dtype of x, or both quantised (see `dmoe_ops.formats`):
+        float8_e4m3fn with w13_scale float32 [E, 2 ceil(I/128), ceil(H/128)], w2_scale float32 [E, ceil(H/128), ceil(I/128)];
+        int8 with w13_scale float32 [E, 2I], w2_scale float32 [E, H];
+        int4 as uint8 [E, 2I, H/2] and [E, H, I/2], w13_scale [E, 2I, ceil(H/128)], w2_scale [E, H, ceil(I/128)], bfloat16 or
+        float32; H and I even.
     topk_ids: int32 [T, k], -1 adds nothing; topk_weights: float32 [T, k].
+    activations: None, or with int8 weights "int8": each token's x, and each slot's h = silu(gate) * up, is rounded to int8
+        by a scale of its own, see `quantize_rows`.
 
-    Returns y [T, H] in the dtype of x; products accumulate in fp32 and y is rounded once. Differentiable with respect
-    to x, w13, w2 and topk_weights. Raises ValueError, naming the argument and its value.
+    Returns y [T, H] in the dtype of x; quantised weights are widened to fp32, products accumulate in fp32 and y is rounded
+    once. Differentiable with respect to x, topk_weights, and w13 and w2 unless they are quantised; with `activations`
+    not at all. Raises ValueError, naming the argument and its value.
     """
-    _checks.experts(x, w13, w2, topk_ids, topk_weights)
-    return routed_experts(x.to(topk_weights.dtype), w13, w2, topk_ids, topk_weights).to(x.dtype)
+    _checks.activations(activations, w13)
+    weights = ExpertWeights(
+        w13, w2, w13_scale=w13_scale, w2_scale=w2_scale, quantize_activations=activations is not None
+    )
+    _checks.experts(x, weights, topk_ids, topk_weights)
+    if torch.is_grad_enabled():
+        _checks.differentiable(weights, x=x, topk_weights=topk_weights)
+    return all_experts(x.to(topk_weights.dtype), weights, topk_ids, topk_weights).to(x.dtype)
 
 
-def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
-    """The gradient of `moe_experts`: fills out = (d_x, d_w13, d_w2, d_topk_weights); d_w13 and d_w2 may both be None.
+def moe_experts_backward(d_y, x, weights: ExpertWeights, topk_ids, topk_weights, out) -> None:
+    """The gradient of `moe_experts`: fills out = (d_x, d_w13, d_w2, d_topk_weights); d_w13 and d_w2 may both be None, and
+    are for quantised weights.
 
-    d_y: [T, H], the dtype of x; else as `moe_experts`. Each sum is accumulated in the dtype of topk_weights and rounded
-    once; tokens are gathered by expert, so that each product is one matrix multiplication.
+    d_y: [T, H], the dtype of x; weights without a shared expert; else as `moe_experts`. Each sum is accumulated in the dtype
+    of topk_weights and rounded once; tokens are gathered by expert, so that each product is one matrix multiplication.
     """
     d_x, d_w13, d_w2, d_topk_weights = out
+    w13 = weights.w13
     top_k, num_experts, acc_type = topk_ids.shape[1], w13.shape[0], topk_weights.dtype
     order = topk_ids.flatten().argsort(stable=True)
     counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1, minlength=num_experts + 1)[: num_experts + 1].tolist()
@@ -97,10 +113,15 @@ def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
     rows, scale = order // top_k, topk_weights.flatten()[order, None]
     tokens, d_out = x[rows].to(acc_type), d_y[rows].to(acc_type)
 
-    gate_up, d_hidden = (tokens.new_empty(len(rows), n) for n in (w13.shape[1], w2.shape[2]))
+    def wide(name: str, e: int):
+        scale_of = getattr(weights, f"{name}_scale")
+        wide = widen(getattr(weights, name)[e], None if scale_of is None else scale_of[e], 2 if name == "w13" else 1)
+        return wide.to(acc_type)
+
+    gate_up, d_hidden = (tokens.new_empty(len(rows), n) for n in (w13.shape[1], w13.shape[1] // 2))
     for e, part in used:
-        torch.mm(tokens[part], w13[e].to(acc_type).T, out=gate_up[part])
-        torch.mm(d_out[part], w2[e].to(acc_type), out=d_hidden[part])
+        torch.mm(tokens[part], wide("w13", e).T, out=gate_up[part])
+        torch.mm(d_out[part], wide("w2", e), out=d_hidden[part])
     gate, up = gate_up.chunk(2, dim=1)
     silu = F.silu(gate)
     hidden = silu * up
@@ -113,7 +134,7 @@ def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
         d_w2.zero_()
     d_slots = tokens.new_zeros(topk_ids.numel(), x.shape[1])
     for e, part in used:
-        d_slots[order[part]] = d_gate_up[part] @ w13[e].to(acc_type)
+        d_slots[order[part]] = d_gate_up[part] @ wide("w13", e)
         if d_w13 is not None:
             d_w13[e] = d_gate_up[part].T @ tokens[part]
             d_w2[e] = d_out[part].T @ hidden[part]
@@ -121,46 +142,110 @@ def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
 
 
 def block_moe(
-    x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, *, routing: BlockRouting, block_offsets=None
+    x,
+    gate_weight,
+    expert_bias,
+    w13,
+    w2,
+    shared_w13,
+    shared_w2,
+    *,
+    routing: BlockRouting,
+    block_offsets=None,
+    w13_scale=None,
+    w2_scale=None,
+    shared_w13_scale=None,
+    shared_w2_scale=None,
+    activations=None,
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     """The whole layer: gate, block routing, experts and the shared expert.
 
-    x: [T, H] or [bsz, seq, H]; gate_weight: [E, H], any float dtype; expert_bias: float32 [E] or None; w13, w2, and the
-    dtypes of x: see `moe_experts`; shared_w13 [2I_shared, H] and shared_w2 [H, I_shared], dtype of x, or both None.
+    x: [T, H] or [bsz, seq, H]; gate_weight: [E, H], any float dtype; expert_bias: float32 [E] or None; w13, w2, their
+    scales, activations, and the dtypes of x: see `moe_experts`; shared_w13 [2I_shared, H] and shared_w2 [H, I_shared], or
+    both None: in the dtype of x, or quantised like w13 with scales of the same formats (without E), activations included.
     routing, block_offsets: see `block_route`.
 
     Returns (y like x, `RoutingResult`, router_logits float32 [T, E]); y is rounded once, with the shared expert in it.
     Differentiable with respect to x, the gate weight (through the weights of the chosen experts), the expert weights
-    and the shared expert's. Raises ValueError, naming the argument and its value.
+    and the shared expert's unless they are quantised. Raises ValueError, naming the argument and its value.
     """
     _checks.routing(routing)
     _checks.rows("x", x, "H")
+    _checks.activations(activations, w13)
+    scales = w13_scale, w2_scale, shared_w13_scale, shared_w2_scale
+    weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None)
     flat = x.reshape(-1, x.shape[-1])
-    _checks.layer(flat, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, routing)
+    _checks.layer(flat, gate_weight, expert_bias, weights, block_offsets, routing)
+    if torch.is_grad_enabled():
+        _checks.differentiable(weights, x=x, gate_weight=gate_weight)
     acc = flat.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     logits = F.linear(acc, gate_weight.to(acc.dtype))
     routed = block_route(logits.view(*x.shape[:-1], -1), expert_bias, routing=routing, block_offsets=block_offsets)
     # In the accumulator's dtype, so that the routed and the shared part are rounded together.
-    y = routed_experts(acc, w13, w2, routed.topk_ids, routed.topk_weights)
-    if shared_w13 is not None:
-        y = y + mlp(acc, shared_w13, shared_w2)
+    y = all_experts(acc, weights, routed.topk_ids, routed.topk_weights)
     return y.to(x.dtype).view(x.shape), routed, logits
 
 
-def routed_experts(x, w13, w2, topk_ids, topk_weights) -> torch.Tensor:
-    """`moe_experts` in the dtype of x, that of topk_weights; the weights are widened one expert at a time."""
+def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights) -> torch.Tensor:
+    """The routed experts and the shared one in the dtype of x, that of topk_weights; the weights are widened one expert at
+    a time."""
     y = torch.zeros_like(x)
-    for expert in range(w13.shape[0]):
+    for expert in range(weights.w13.shape[0]):
         rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
         if len(rows):
-            y = y.index_add(0, rows, topk_weights[rows, slots, None] * mlp(x[rows], w13[expert], w2[expert]))
+            scales = (scale if scale is None else scale[expert] for scale in (weights.w13_scale, weights.w2_scale))
+            out = mlp(x[rows], weights.w13[expert], weights.w2[expert], *scales, weights.quantize_activations)
+            y = y.index_add(0, rows, topk_weights[rows, slots, None] * out)
+    if weights.shared_w13 is not None:
+        scales = weights.shared_w13_scale, weights.shared_w2_scale
+        y = y + mlp(x, weights.shared_w13, weights.shared_w2, *scales, weights.quantize_activations)
     return y
 
 
-def mlp(x, w13, w2) -> torch.Tensor:
+def mlp(x, w13, w2, w13_scale=None, w2_scale=None, quantize_activations: bool = False) -> torch.Tensor:
     """W_down (silu(W_gate x) * (W_up x)) for x [T, H], w13 [2I, H], w2 [H, I], computed in the dtype of x."""
-    gate, up = F.linear(x, w13.to(x.dtype)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, w2.to(x.dtype))
+    gate, up = linear(x, w13, w13_scale, quantize_activations, halves=2).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, w2, w2_scale, quantize_activations)
+
+
+def linear(x, weight, scale=None, quantize_activations: bool = False, halves: int = 1) -> torch.Tensor:
+    """x [T, columns] times weight [rows, columns], quantised where it has a scale; see `dequantize` for `halves`.
+    quantize_activations counts where the weight is quantised (then it is int8)."""
+    if scale is None or not quantize_activations:
+        return F.linear(x, widen(weight, scale, halves).to(x.dtype))
+    rounded, row_scale = quantize_rows(x)
+    product = F.linear(rounded.double(), weight.double()).to(x.dtype)  # in float64: a sum of integers, exact
+    return product * row_scale * scale.to(x.dtype)
+
+
+def quantize_rows(x) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, n] as (whole numbers from -127 to 127 in the dtype of x, scale [T, 1]): scale = max |x| / 127 of the row, 1
+    where that is 0; q = x / scale rounded half to even. A row with NaN or inf becomes NaN."""
+    scale = x.abs().amax(1, keepdim=True) / 127
+    scale = scale.masked_fill(scale == 0, 1)
+    return (x / scale).round().clamp(-127, 127), scale
+
+
+def widen(weight, scale, halves: int = 1) -> torch.Tensor:
+    """A weight as it stands, dequantised where it has a scale."""
+    return weight if scale is None else dequantize(weight, scale, halves=halves)
+
+
+def dequantize(weight, scale, *, halves: int = 1) -> torch.Tensor:
+    """float32 [..., rows, columns]: the values of a quantised weight, each float32(q) * float32(scale), rounded once.
+
+    weight, scale: of one of `dmoe_ops.formats`, with the same leading dimensions. halves: 2 for a w13, whose gate and up
+    rows are blocked apart in fp8; 1 for any other. Raises ValueError, naming the argument and its value.
+    """
+    _checks.quantized(weight, scale, halves)
+    if weight.dtype == torch.int8:
+        return weight.float() * scale[..., None]
+    if weight.dtype == torch.uint8:
+        weight = torch.stack([weight & 15, weight >> 4], -1).flatten(-2).float() - 8
+    else:
+        rows = weight.shape[-2] // halves
+        scale = scale.unflatten(-2, (halves, -1)).repeat_interleave(GROUP, -2)[..., :rows, :].flatten(-3, -2)
+    return weight.float() * scale.float().repeat_interleave(GROUP, -1)[..., : weight.shape[-1]]
 
 
 def scores(logits, kind: str) -> torch.Tensor:

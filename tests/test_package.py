@@ -32,7 +32,7 @@ LAYERS = [
     {"_library"},
     {"_C"},
     {"_checks"},
-    {"routing", "_files"},
+    {"routing", "_files", "formats"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

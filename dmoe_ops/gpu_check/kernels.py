@@ -133,7 +133,8 @@ def stand_in() -> None:
         torch.ops.dmoe._block_route_out(logits, bias, offsets, seq_len, ints, floats, ids, weights, coreset_ids, sizes)
 
     def block_dense(x, w13, w2, shared_w13, shared_w2, ids, weights, _schedule, _workspace, _scheduled, y):
-        torch.ops.dmoe._moe_experts_out(x, w13, w2, shared_w13, shared_w2, ids, weights, y)
+        no_scales = (None,) * 4
+        torch.ops.dmoe._moe_experts_out(x, w13, w2, shared_w13, shared_w2, *no_scales, False, ids, weights, y)
 
     library.impl("_gate_route_out", gate_route, "CPU")
     library.impl("_block_dense_out", block_dense, "CPU")

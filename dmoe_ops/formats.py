@@ -1,0 +1,60 @@
+"""The formats of quantised expert weights, and the tuple in which the weights of a layer travel.
+
+The dtype of a weight [..., rows, columns] decides its format; dequantised, it is float32(q) * float32(scale).
+
+| format | dtype | scale |
+|---|---|---|
+| fp8 | float8_e4m3fn | float32 [..., ceil(rows / 128), ceil(columns / 128)], one per 128 x 128 block |
+| int8 | int8 | float32 [..., rows], one per output row |
+| int4 | uint8 [..., rows, columns / 2] | bfloat16 or float32 [..., rows, ceil(columns / 128)], one per 128 columns |
+
+fp8 is the layout of DeepSeek-V3's checkpoints; the gate rows and the up rows of a w13 are blocked apart in it: 2 *
+ceil(I / 128) rows of scales. int4 holds two values per byte, q = nibble - 8, the even column in the low nibble; columns
+must be even. The last block or group may be ragged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+GROUP = 128
+FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
+QUANTIZED = tuple(FORMATS.values())
+
+
+def stored_columns(dtype: torch.dtype, columns: int) -> int:
+    """Elements of a row of `columns` weights."""
+    return -(-columns // 2) if dtype == torch.uint8 else columns
+
+
+def scale_shape(dtype: torch.dtype, rows: int, columns: int, halves: int = 1) -> list[int]:
+    """Shape of the scale of one quantised weight [rows, columns]; halves: 2 for a w13, else 1."""
+    if dtype == torch.int8:
+        return [rows]
+    groups = -(-columns // GROUP)
+    return [rows if dtype == torch.uint8 else halves * -(-(rows // halves) // GROUP), groups]
+
+
+def scale_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (torch.bfloat16, torch.float32) if dtype == torch.uint8 else (torch.float32,)
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of a layer, in the order of `dmoe::_moe_experts_out`. Scales stand beside quantised weights alone;
+    `quantize_activations`: x and h are rounded to int8 as well."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    shared_w13: torch.Tensor | None = None
+    shared_w2: torch.Tensor | None = None
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    shared_w13_scale: torch.Tensor | None = None
+    shared_w2_scale: torch.Tensor | None = None
+    quantize_activations: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        return self.w13.dtype in QUANTIZED
