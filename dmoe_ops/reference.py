@@ -54,7 +54,7 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
         chosen, valid = choose(selection.masked_fill(~coreset[block_of], -torch.inf), routing)
         width = routing.coreset_width
         members = torch.arange(num_experts, device=logits.device).expand(n_blocks, -1)
-        coreset_ids = members.masked_fill(~coreset, num_experts).sort(dim=1).values[:, :width]
+        coreset_ids = members.masked_fill(~coreset, num_experts).sort().values[:, :width]
         coreset_ids = coreset_ids.masked_fill(coreset_ids == num_experts, -1)
 
     weights = score.gather(1, chosen).masked_fill(~valid, 0)
@@ -106,7 +106,7 @@ def moe_experts_backward(d_y, x, weights: ExpertWeights, topk_ids, topk_weights,
     w13 = weights.w13
     top_k, num_experts, acc_type = topk_ids.shape[1], w13.shape[0], topk_weights.dtype
     order = topk_ids.flatten().argsort(stable=True)
-    counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1, minlength=num_experts + 1)[: num_experts + 1].tolist()
+    counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1)[: num_experts + 1].tolist()
     order = order[counts[0] : sum(counts)]  # the slots that have an expert
     ends = list(itertools.accumulate(counts[1:]))
     used = [(e, slice(end - count, end)) for e, (end, count) in enumerate(zip(ends, counts[1:])) if count]
@@ -204,7 +204,7 @@ def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights) -> torch.Tens
 
 def mlp(x, w13, w2, w13_scale=None, w2_scale=None, quantize_activations: bool = False) -> torch.Tensor:
     """W_down (silu(W_gate x) * (W_up x)) for x [T, H], w13 [2I, H], w2 [H, I], computed in the dtype of x."""
-    gate, up = linear(x, w13, w13_scale, quantize_activations, halves=2).chunk(2, dim=-1)
+    gate, up = linear(x, w13, w13_scale, quantize_activations, halves=2).chunk(2, dim=1)
     return linear(F.silu(gate) * up, w2, w2_scale, quantize_activations)
 
 
@@ -301,7 +301,7 @@ def select(value, routing: BlockRouting) -> torch.Tensor:
         return torch.ones_like(value, dtype=torch.bool)
     if routing.select == "nonzero":
         return value > 0
-    ordered, order = value.sort(dim=1, descending=True, stable=True)
+    ordered, order = value.sort(descending=True, stable=True)
     if routing.select == "top_n":
         size = torch.full((n_blocks, 1), routing.capacity, device=value.device)
     else:
@@ -312,7 +312,7 @@ def select(value, routing: BlockRouting) -> torch.Tensor:
         size = (covered <= threshold).sum(1, keepdim=True) + 1
         size = size.clamp(min=routing.min_experts).clamp(max=routing.max_experts or num_experts)
     first = torch.arange(num_experts, device=value.device) < size
-    return torch.zeros_like(first).scatter(1, order, first)
+    return first.scatter(1, order, first)
 
 
 def choose(candidates, routing: BlockRouting) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,20 +327,20 @@ def choose(candidates, routing: BlockRouting) -> tuple[torch.Tensor, torch.Tenso
         group_score = two.sum(2).masked_fill(two[:, :, 1] == -torch.inf, -torch.inf)
     else:
         group_score = torch.full(grouped.shape[:2], -torch.inf, device=candidates.device)
-    order = group_score.sort(dim=1, descending=True, stable=True).indices[:, : routing.topk_group]
+    order = group_score.sort(descending=True, stable=True).indices[:, : routing.topk_group]
     kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, order, True)
     kept = kept[:, :, None].expand_as(grouped).reshape(candidates.shape)
     inside, inside_valid = best(candidates.masked_fill(~kept, -torch.inf), routing.top_k)
     outside, outside_valid = best(candidates.masked_fill(kept, -torch.inf), routing.top_k)
     # The valid slots of both, in order: a stable sort brings them to the front.
     ids, valid = torch.cat([inside, outside], 1), torch.cat([inside_valid, outside_valid], 1)
-    front = valid.int().sort(dim=1, descending=True, stable=True).indices[:, : routing.top_k]
+    front = valid.int().sort(descending=True, stable=True).indices[:, : routing.top_k]
     return ids.gather(1, front), valid.gather(1, front)
 
 
 def best(value, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of the k largest of each row, ties to the lower id, and the mask of those that are not -inf."""
-    ordered, order = value.sort(dim=1, descending=True, stable=True)
+    ordered, order = value.sort(descending=True, stable=True)
     return order[:, :k], ordered[:, :k] > -torch.inf
 
 

@@ -156,7 +156,12 @@ def is_int(value) -> bool:
 
 
 def is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """An integer that no float can hold is none."""
+    return (
+        isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+        and not (is_int(value) and abs(value) >= 2**1023)
+    )
 
 
 def plain(value):
@@ -166,6 +171,13 @@ def plain(value):
     return int(value) if is_int(value) else float(value)
 
 
-def _check_int(name: str, value, least: int) -> None:
+def int_rule(value, least: int) -> str | None:
+    """What a setting must be where `value` is not; C++ and CUDA count in 32 bits."""
     if not is_int(value) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        return f"an integer of at least {least}"
+    return "an integer below 2**31" if value >= 2**31 else None
+
+
+def _check_int(name: str, value, least: int) -> None:
+    if rule := int_rule(value, least):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")

@@ -220,6 +220,25 @@ def test_each_gradient_by_itself(name):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_many_narrow_experts(oracle):
+    """More experts than rows of w13, and only some of them used."""
+    x, w13, w2, ids, weights = inputs(6, 8, 2, 11, 2)
+    arguments = dict(zip(NAMES, (x, w13.requires_grad_(), w2, ids, weights)))
+    grads = [torch.autograd.grad(f(**arguments).square().sum(), w13)[0] for f in (moe_experts, reference.moe_experts)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_ids_of_no_expert_have_no_gradient():
+    """As those of -1: what a forward leaves out, a gradient does too."""
+    x, w13, w2, ids, weights = inputs(6, 8, 4, 3, 2, empty=0.4)
+    gradient = torch.ops.dmoe._moe_experts_backward
+    strange = torch.where(ids < 0, torch.arange(12, dtype=torch.int32).view(6, 2) + 3, ids)
+    for plain, other in zip(
+        gradient(x, x, w13, w2, ids, weights, True), gradient(x, x, w13, w2, strange, weights, True)
+    ):
+        assert torch.equal(plain, other)
+
+
 def test_gradients_of_weights_that_nobody_wants_are_empty():
     x, w13, w2, ids, weights = inputs(5, 8, 4, 3, 2)
     d_x, d_w13, d_w2, d_weights = torch.ops.dmoe._moe_experts_backward(x, x, w13, w2, ids, weights, False)

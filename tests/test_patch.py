@@ -216,6 +216,52 @@ def test_undo_gives_back_gradients_and_what_is_trained(model):
     torch.optim.SGD(model.parameters(), 0.1).step()
 
 
+@pytest.mark.parametrize("change", ["nothing", "half", "a new gradient"])
+def test_undo_and_a_gradient_from_before(change, model):
+    """It stays where the weight is still of its kind, and gives way to a newer one."""
+    weight = model.layers[1].experts[2].up_proj.weight
+    weight.grad = torch.full((I, H), 3.0)
+    handle = patch(model)
+    if change == "half":
+        model.half()
+    elif change == "a new gradient":
+        model.layers[1].w13.grad = torch.full_like(model.layers[1].w13, 5)
+    handle.undo()
+    assert (weight.grad is None) == (change == "half")
+    if change != "half":
+        assert (weight.grad == (3 if change == "nothing" else 5)).all()
+
+
+def test_stacked_experts_that_are_fewer_than_their_width(make_block):
+    model = network(Block(make_block(intermediate=12, experts=4, top_k=2), FORMS["y"], stacked=True))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    layer = BlockMoE.from_reference(
+        model.layers[1], BlockRouting(num_experts=4, top_k=2, n_group=2, topk_group=1, min_experts=2)
+    )
+    assert layer.w13.shape == (4, 24, H)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("missing", ["gate.expert_bias", "gate.weight", "experts.up_proj", "experts.down_proj"])
+def test_a_block_that_lacks_a_tensor_is_none(missing, stacked, make_block):
+    block = Block(make_block(), FORMS["y"], stacked)
+    owner, _, name = missing.partition(".")
+    for module in [block.gate] if owner == "gate" else [block.experts] if stacked else block.experts:
+        delattr(module, name)
+    with pytest.raises(ValueError, match="module must have the members of LLaDA2's sparse MoE block"):
+        BlockMoE.from_reference(block, BlockRouting(num_experts=E, top_k=2, n_group=2, topk_group=1))
+    with pytest.raises(ValueError, match="without any"):
+        patch(network(block))
+
+
+def test_a_weight_in_two_places_is_refused(make_block):
+    block = make_block()
+    block.experts[3].up_proj.weight = block.experts[5].up_proj.weight
+    with pytest.raises(ValueError, match="experts must each have weights of their own"):
+        BlockMoE.from_reference(block, BlockRouting(num_experts=E, top_k=2, n_group=2, topk_group=1))
+
+
 def test_undo_keeps_what_was_trained_of_each_expert(model):
     model.layers[1].experts[3].requires_grad_(False)
     patch(model).undo()
@@ -234,6 +280,13 @@ def test_undo_refuses_layers_that_are_gone_or_empty(model):
     with pytest.raises(ValueError, match=r"^layers\.2: w2 must still hold the weights"):
         handle.undo()
     assert isinstance(model.layers[1], BlockMoE)
+    for value, got in ((None, "None"), (nn.Parameter(torch.zeros(1)), r"\[1\] on cpu")):
+        layer.w2 = value
+        for undo in (handle.undo, lambda: layer.give_back(handle._originals["layers.2"])):
+            with pytest.raises(
+                ValueError, match=rf"w2 must still hold the weights that the layer took over, got {got}$"
+            ):
+                undo()
     layer.w2 = nn.Parameter(torch.zeros(E, H, I))
     handle.undo()
     assert not any(isinstance(module, BlockMoE) for module in model.modules())

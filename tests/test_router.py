@@ -291,6 +291,15 @@ def test_top_p_by_the_formula_for_votes_that_sum_below_or_to_zero(votes_of, orac
         check_against_oracle(Case(torch.zeros(4, 6), bias, settings, None), oracle)
 
 
+def test_votes_that_cancel_out():
+    """Their sum is 0, so the shares are votes / 1e-20: the first two are above any p, and what follows sums to 0."""
+    routing = BlockRouting(
+        num_experts=3, top_k=3, block_size=1, n_group=1, topk_group=1, aggregate="max", min_experts=0
+    )
+    result = block_route(torch.zeros(1, 3), torch.tensor([0.0, -0.5, -1.0]), routing=routing)
+    assert result.coreset_ids.tolist() == [[0, 1, -1]]
+
+
 def test_max_experts_wins_over_min_experts():
     logits = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     routing = BlockRouting(num_experts=16, top_k=4, n_group=1, topk_group=1, min_experts=9, max_experts=3)

@@ -153,7 +153,27 @@ CONFIG = LLaDA2Config(
     max_position_embeddings=64,
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-JUNK = (None, True, -1, 0, 1.5, 2**31, 2**63, 10**400, "", "x", "F32", "../x", [], [0], [[0]], {}, {"a": 1})
+JUNK = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    2**20,
+    2**31 - 1,
+    2**31,
+    2**63,
+    10**400,
+    "",
+    "x",
+    "F32",
+    "../x",
+    [],
+    [0],
+    [[0]],
+    {},
+    {"a": 1},
+)
 
 
 def make_checkpoint(folder: Path, rng) -> None:

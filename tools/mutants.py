@@ -133,7 +133,12 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "'bias' -> 'biasX'": "nobody asks for that name: the bias has no gradient",
         "ones = topk_weights.new_ones(x.shape[0], 1) | 1 -> 2": "all entries are 1, and the first T are read",
         "ctx.n_inputs - 7 -> ctx.n_inputs + 7": "autograd drops a None beyond the inputs",
-        "device='meta": "the result is the same; memory peaks higher",
+        '3 * ("weight",)': "zip ends with the three projections",
+        "3 * (experts,)": "zip ends with the three projections",
+        "return False | return False -> return": "None is as false",
+        "dict(gate_proj=[intermediate, hidden], up_proj": "the sizes are those of gate_proj",
+        "setattr(owner, name, own) | ": DEVICE,
+        "device='me": "the result is the same; memory peaks higher",
     },
     "dmoe_ops/models/decoding.py": {
         "-> torch.zeros(layers, blocks, self.num_experts + 1, device": (
@@ -152,11 +157,29 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for router, _ in routed]).any() | -1 -> 1": "the largest of all are looked at, along whichever dimension",
         "for router, _ in routed]).any() | 1 -> 2": "the largest of all are looked at, along whichever dimension",
         "if top_p is not None and top_p < 1: |": "at 1 it could leave out only what vanishes in the rounding of a sum",
+        "torch.multinomial(probability, 1, generator=generator) | 1 -> 2": "the first of two is the one that is drawn alone",
         "prompts = input_ids.masked_fill(padding, 0) | 0 -> 1": "any token will do: padding is not looked at",
     },
     "dmoe_ops/models/checkpoint.py": {
         'groups[self.file_of[name], ".".join(name.split(".")[:3])]': "decides only how long a file stays mapped",
         "encoding='utf-8') -> (folder": "JSON is written in ASCII",
+    },
+    "dmoe_ops/reference.py": {
+        "device=logits.device) -> torch.arange(num_experts)": DEVICE,
+        "device=device) -> torch.arange(tokens)": DEVICE,
+        "device=score.device) -> torch.zeros(": DEVICE,
+        "device=value.device) -> torch.": DEVICE,
+        "device=candidates.device) -> torch.full(": DEVICE,
+        "torch.tensor(routing.top_p, dtype=value.dtype, device=value.device) -> torch.tensor(routing.top_p, device": (
+            "float32 is torch's default, and one number takes the dtype of what it is compared with"
+        ),
+        "weights = weights / (round_sum(weights, 1, keepdim=True) + EPS) |": "shows only where all weights are 0",
+        "votes = score / (round_sum(score, 1, keepdim=True) + EPS) |": "shows only where all scores are 0",
+        "order = topk_ids.flatten().argsort(stable=True) |": "any order within an expert gives the same sum",
+        ":num_experts + 1 -> num": "an id above the experts is no valid one",
+        "zip(ends, counts[1:])) if count ->  for": "an expert without tokens multiplies empty matrices",
+        "0.0, -torch.inf), wide) | 0.0 -> 1.0": "a softmax is the same for logits that are all larger by 1",
+        "if routing.select == \"all\": | 'all' -> 'allX'": "spares the votes, which nothing looks at then",
     },
     "dmoe_ops/routing.py": {
         "dict(aggregate='topk_sum', select='top_n') -> dict(select='top_n')": "topk_sum is the default",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layer import BlockMoE
-from ..routing import SCORES, BlockRouting, is_int, is_number, plain
+from ..routing import SCORES, BlockRouting, int_rule, is_int, is_number, plain
 from . import checkpoint, decoding
 
 # What LLaDA2.0's generate() falls back to: its config.json names neither token.
@@ -101,8 +101,8 @@ class LLaDA2Config:
                 continue
             if kind == "int":
                 least = 0 if field.name in MAY_BE_ZERO else 1
-                fits = is_int(value) and value >= least
-                check(fits, field.name, f"be an integer of at least {least}")
+                rule = int_rule(value, least)
+                check(rule is None, field.name, f"be {rule}")
             elif kind == "float":
                 fits = is_number(value) and math.isfinite(value) and value > 0
                 check(fits, field.name, "be a positive number")
@@ -515,8 +515,15 @@ class LLaDA2ForDiffusion(nn.Module):
         config = LLaDA2Config.from_pretrained(folder)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
         stored = checkpoint.Checkpoint(folder)
+        for name in ("num_hidden_layers", "num_experts"):  # each has tensors of its own
+            if getattr(config, name) > len(stored.file_of):
+                raise ValueError(f"{name} must fit {len(stored.file_of)} stored tensors, got {getattr(config, name)}")
         # Shapes first: nothing is allocated for a checkpoint that does not fit.
-        targets = cls(config, device="meta").checkpoint_tensors()
+        try:
+            targets = cls(config, device="meta").checkpoint_tensors()
+        except RuntimeError as error:  # a size of more than 64 bits
+            why = " ".join(str(error).splitlines()[:1])
+            raise ValueError(f"{folder / 'config.json'} asks for weights that no memory holds: {why}") from None
         stored.check(targets, ignore=("rotary_emb.inv_freq", *(["lm_head.weight"] * config.tie_word_embeddings)))
         dtype = dtype or checkpoint.DTYPES[stored.dtypes["model.word_embeddings.weight"]]
         model = cls(config, dtype=dtype, device=device)
