@@ -31,7 +31,7 @@ LAYERS = [
     {"triton_kernels", "reference"},
     {"_library"},
     {"_C"},
-    {"_checks"},
+    {"_checks", "quantize"},
     {"routing", "_files", "formats"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
