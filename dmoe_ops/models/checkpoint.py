@@ -16,6 +16,18 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def dtype_of(value) -> torch.dtype | None:
+    """A dtype of torch, or the name of one ("bfloat16", "torch.bfloat16"); None and "auto" are None: as stored."""
+    if value is None or value == "auto":
+        return None
+    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    found = by_name.get(str(value).removeprefix("torch.")) if isinstance(value, (str, torch.dtype)) else None
+    if found is None:
+        names = ", ".join(by_name)
+        raise ValueError(f"dtype must be None or a floating-point type of torch ({names}) or its name, got {value!r}")
+    return found
+
+
 def read_json(path: Path) -> dict:
     """Raises ValueError, naming the file, when it is missing or holds no JSON object."""
     if not _files.is_file(path):

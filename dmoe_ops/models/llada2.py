@@ -499,18 +499,23 @@ class LLaDA2ForDiffusion(nn.Module):
         return tensors
 
     @classmethod
-    def from_pretrained(cls, folder, *, policy: str = OWN, dtype=None, device=None, **overrides) -> LLaDA2ForDiffusion:
+    def from_pretrained(
+        cls, folder, *, policy: str = OWN, dtype=None, torch_dtype=None, device=None, **overrides
+    ) -> LLaDA2ForDiffusion:
         """Reads a checkpoint folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
 
         policy, overrides: see `set_routing`; by default the policy that the weights were trained for. dtype: of the
-        weights; by default that of the stored embedding (expert_bias is fp32 always). Files are memory-mapped and read
+        weights, of torch or by name ("bfloat16"); torch_dtype is another name for it. By default, and for "auto", it is that
+        of the stored embedding (expert_bias is fp32 always). device: by default torch's. Files are memory-mapped and read
         layer by layer, straight into the stacked weights.
 
         Raises ValueError, one line that names the file, the key or the tensor, before any weight is read; a tensor that is
         not finite shows when it is read.
         """
-        if dtype not in (None, *checkpoint.DTYPES.values()):
-            raise ValueError(f"dtype must be None or a floating-point type of torch, got {dtype!r}")
+        if dtype is not None and torch_dtype is not None:
+            raise ValueError(f"dtype must be given alone, got dtype={dtype!r} and torch_dtype={torch_dtype!r}")
+        dtype = checkpoint.dtype_of(torch_dtype if dtype is None else dtype)
+        device = usable(device)
         folder = Path(folder)
         config = LLaDA2Config.from_pretrained(folder)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
@@ -532,17 +537,27 @@ class LLaDA2ForDiffusion(nn.Module):
             stored.read(model.checkpoint_tensors())
         return model.eval()
 
-    def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder, *, dtype: torch.dtype | str | None = None) -> None:
         """Writes config.json and model.safetensors under a checkpoint's names, weights in `dtype` (by default the model's;
         the selection bias stays float32)."""
-        dtype = self.dtype if dtype is None else dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a torch dtype of floating point numbers, got {dtype!r}")
+        dtype = checkpoint.dtype_of(dtype) or self.dtype
         config = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
         extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=str(dtype).removeprefix("torch."))
         tensors = self.checkpoint_tensors()
         tensors = {name: t if name.endswith("expert_bias") else t.to(dtype) for name, t in tensors.items()}
         checkpoint.write(Path(folder), {**extra, **config}, tensors)
+
+
+def usable(device) -> torch.device | None:
+    """A device that can hold weights and give them back; None stays None. Raises ValueError for any other."""
+    if device is None:
+        return None
+    try:
+        torch.zeros(1, device=device).cpu()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"device must be one that torch can use here, got {str(device)!r}: {why[:300]}") from None
 
 
 def _projections(prefix: str, stacked: str, weight) -> dict[str, torch.Tensor]:
