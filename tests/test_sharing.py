@@ -1,18 +1,25 @@
-"""Checkpoints that come from elsewhere or go there: other dtypes and devices."""
+"""Checkpoints that come from elsewhere or go there: transformers, other dtypes and devices."""
 
 from __future__ import annotations
 
+import ast
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
+from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, checkpoint
 
 SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, moe_intermediate_size=16)
 SIZES.update(num_experts=16, num_experts_per_tok=2, rope_theta=1e4, rms_norm_eps=1e-6, n_group=4, topk_group=2)
 SIZES.update(first_k_dense_replace=1, intermediate_size=48, num_shared_experts=1, mask_token_id=62, eos_token_id=63)
+# What the released modeling and SGLang's models/llada2.py read of a config beside the geometry.
+READ_BY_OTHERS = {
+    *("norm_topk_prob", "moe_router_enable_expert_bias", "router_dtype", "attention_dropout", "embedding_dropout"),
+    *("output_dropout", "pad_token_id", "output_router_logits", "use_cache", "sliding_window", "max_window_layers"),
+    *("rope_scaling", "num_shared_experts", "intermediate_size", "auto_map", "architectures"),
+}
 
 
 @pytest.fixture
@@ -55,3 +62,43 @@ def test_bad_dtypes_and_devices_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="dtype must be None or"):
         LLaDA2ForDiffusion.from_pretrained(folder).save_pretrained(tmp_path / "x", dtype="int8")
     assert not (tmp_path / "x").exists()
+
+
+# Folders for others ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_saved_folder_has_what_others_read(top_k, tmp_path):
+    config = LLaDA2Config(**{**SIZES, "num_experts_per_tok": top_k})
+    LLaDA2ForDiffusion(config).init_weights(0).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert set(saved) >= READ_BY_OTHERS
+    assert saved["norm_topk_prob"] is (top_k > 1) and saved["router_dtype"] == "fp32"
+    assert saved["moe_router_enable_expert_bias"] is True and saved["pad_token_id"] == 63
+    assert saved["architectures"] == ["LLaDA2MoeModelLM"]
+    for reference in saved["auto_map"].values():
+        file, name = reference.split(".")
+        tree = ast.parse((tmp_path / f"{file}.py").read_text())
+        assert name in [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert LLaDA2Config.from_pretrained(tmp_path) == config
+
+
+def test_auto_classes_read_a_saved_folder(folder, monkeypatch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    for name in READ_BY_OTHERS:
+        getattr(config, name)
+    assert config.num_experts == 16 and config.rope_theta == 1e4 and config.model_type == "llada2_moe"
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted = LLaDA2ForDiffusion.from_pretrained(folder, policy="token")(ids).logits
+        options = dict(trust_remote_code=True, dtype=torch.float32, policy="token", device_map="cpu")
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        assert isinstance(model, LLaDA2ForDiffusion)
+        assert torch.equal(model(ids).logits, wanted)
+
+
+def test_the_files_for_others_are_there():
+    files = {file.name for file in checkpoint.AUTO_CLASSES.glob("*.py")}
+    assert files == {"configuration_llada2_moe.py", "modeling_llada2_moe.py"}

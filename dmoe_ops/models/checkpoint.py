@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from .. import _files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# By which transformers finds the classes of a folder that `write` wrote; the files are copies of those in AUTO_CLASSES.
+AUTO_CLASSES = Path(__file__).resolve().parent / "auto_classes"
+AUTO_MAP = {
+    "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+    "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+}
 
 
 def dtype_of(value) -> torch.dtype | None:
@@ -131,7 +138,10 @@ def _open(path: Path):
 
 
 def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes config.json and model.safetensors."""
+    """Writes config.json, model.safetensors and the files of AUTO_CLASSES."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    for reference in AUTO_MAP.values():
+        name = reference.split(".")[0] + ".py"
+        shutil.copyfile(AUTO_CLASSES / name, folder / name)

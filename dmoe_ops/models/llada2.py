@@ -20,6 +20,22 @@ from . import checkpoint, decoding
 
 # What LLaDA2.0's generate() falls back to: its config.json names neither token.
 RELEASED_VOCAB_SIZE, RELEASED_EOS, RELEASED_MASK = 157184, 156892, 156895
+# Keys of config.json that the released code and SGLang's read, null ones too, with what they are here.
+READ_BY_OTHERS = dict(
+    rope_scaling=None,
+    num_shared_experts=None,
+    intermediate_size=None,
+    moe_router_enable_expert_bias=True,
+    router_dtype="fp32",
+    attention_dropout=0.0,
+    embedding_dropout=0.0,
+    output_dropout=0.0,
+    output_router_logits=False,
+    sliding_window=None,
+    max_window_layers=0,
+    use_cache=False,
+    use_rmsnorm=True,
+)
 MAY_BE_ZERO = {
     "num_key_value_heads",
     "num_experts",
@@ -539,10 +555,13 @@ class LLaDA2ForDiffusion(nn.Module):
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | str | None = None) -> None:
         """Writes config.json and model.safetensors under a checkpoint's names, weights in `dtype` (by default the model's;
-        the selection bias stays float32)."""
+        the selection bias stays float32), and two files of Python by which AutoConfig (SGLang asks it) and
+        AutoModelForCausalLM read the folder under trust_remote_code=True. The tokenizer's files are the caller's to add."""
         dtype = checkpoint.dtype_of(dtype) or self.dtype
         config = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
         extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=str(dtype).removeprefix("torch."))
+        extra |= dict(auto_map=checkpoint.AUTO_MAP, pad_token_id=self.config.eos_token_id, **READ_BY_OTHERS)
+        extra |= dict(norm_topk_prob=self.config.routing("token").norm_topk_prob)
         tensors = self.checkpoint_tensors()
         tensors = {name: t if name.endswith("expert_bias") else t.to(dtype) for name, t in tensors.items()}
         checkpoint.write(Path(folder), {**extra, **config}, tensors)
