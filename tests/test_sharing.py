@@ -1,15 +1,18 @@
-"""Checkpoints that come from elsewhere or go there: transformers, other dtypes and devices."""
+"""Checkpoints that come from elsewhere or go there: the Hugging Face hub, transformers, other dtypes and devices."""
 
 from __future__ import annotations
 
 import ast
 import json
+import shutil
+import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, checkpoint
+from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, checkpoint, hub
 
 SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, moe_intermediate_size=16)
 SIZES.update(num_experts=16, num_experts_per_tok=2, rope_theta=1e4, rms_norm_eps=1e-6, n_group=4, topk_group=2)
@@ -32,6 +35,68 @@ def refused(says: str, *args, **kwargs):
     with pytest.raises(ValueError) as error:
         LLaDA2ForDiffusion.from_pretrained(*args, **kwargs)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+# The hub -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_hub(folder, monkeypatch, tmp_path):
+    """huggingface_hub with one model, owner/model; calls: what was asked of it."""
+    calls = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        calls.append((name, revision, allow_patterns))
+        if name != "owner/model":
+            raise RuntimeError(f"404 for {name}\nor no network")
+        snapshot = tmp_path / "snapshot"
+        snapshot.mkdir(exist_ok=True)
+        for file in folder.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    return calls
+
+
+def test_a_hub_id_is_fetched(fake_hub, folder, tmp_path):
+    assert LLaDA2Config.from_pretrained("owner/model") == LLaDA2Config(**SIZES)
+    assert fake_hub == [("owner/model", None, ["config.json"])]
+    assert [file.name for file in (tmp_path / "snapshot").iterdir()] == ["config.json"]
+    fake_hub.clear()
+    refused("policy must be one of", "owner/model", policy="best")
+    assert [patterns for _, _, patterns in fake_hub] == [["config.json"]]  # no weights for a call that is wrong
+    model = LLaDA2ForDiffusion.from_pretrained("owner/model", revision="v1")
+    assert fake_hub[-1] == ("owner/model", "v1", list(hub.EVERYTHING))
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in model.checkpoint_tensors().items())
+
+
+def test_what_the_hub_does_not_give_is_one_line(fake_hub):
+    says = "owner/other is no folder here, and the Hugging Face hub did not give it: 404 for owner/other or no network"
+    refused(says, "owner/other")
+
+
+def test_a_folder_comes_before_the_hub(fake_hub, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    LLaDA2ForDiffusion.from_pretrained(f"{folder.parent.name}/model")
+    for name in ("nowhere", "a/b/c", "../b", "./b", "a/..", "~/b", str(folder.parent / "none"), "a/b c", "a\\b"):
+        refused("config.json is missing in", name)
+    assert not fake_hub
+
+
+def test_without_huggingface_hub_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused("owner/model is no folder here, and fetching it from the Hugging Face hub takes", "owner/model")
+    refused("pip install 'dmoe-ops[hub]'", "owner/model")
+
+
+def test_offline_is_one_line(monkeypatch, tmp_path):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refused("owner/model is no folder here, and the Hugging Face hub did not give it: ", "owner/model")
 
 
 # Dtypes and devices ----------------------------------------------------------------------------------------------------

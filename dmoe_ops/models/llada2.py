@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layer import BlockMoE
 from ..routing import SCORES, BlockRouting, int_rule, is_int, is_number, plain
-from . import checkpoint, decoding
+from . import checkpoint, decoding, hub
 
 # What LLaDA2.0's generate() falls back to: its config.json names neither token.
 RELEASED_VOCAB_SIZE, RELEASED_EOS, RELEASED_MASK = 157184, 156892, 156895
@@ -188,9 +188,10 @@ class LLaDA2Config:
         return cls(**{f.name: values[f.name] for f in fields if values.get(f.name) is not None})
 
     @classmethod
-    def from_pretrained(cls, folder) -> LLaDA2Config:
-        """From FOLDER/config.json. Raises ValueError that names the file and the key."""
-        path = Path(folder) / "config.json"
+    def from_pretrained(cls, folder, *, revision: str | None = None) -> LLaDA2Config:
+        """From FOLDER/config.json, or that of a model on the Hugging Face hub (owner/model). Raises ValueError that names
+        the file and the key."""
+        path = hub.folder_of(folder, revision, files=("config.json",)) / "config.json"
         values = checkpoint.read_json(path)
         try:
             return cls.from_dict(values)
@@ -516,9 +517,11 @@ class LLaDA2ForDiffusion(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder, *, policy: str = OWN, dtype=None, torch_dtype=None, device=None, **overrides
+        cls, folder, *, policy: str = OWN, dtype=None, torch_dtype=None, device=None, revision=None, **overrides
     ) -> LLaDA2ForDiffusion:
         """Reads a checkpoint folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
+        "owner/model", where it is no folder, is a model on the Hugging Face hub (`revision`: which state of it); that takes
+        the package huggingface_hub.
 
         policy, overrides: see `set_routing`; by default the policy that the weights were trained for. dtype: of the
         weights, of torch or by name ("bfloat16"); torch_dtype is another name for it. By default, and for "auto", it is that
@@ -532,9 +535,9 @@ class LLaDA2ForDiffusion(nn.Module):
             raise ValueError(f"dtype must be given alone, got dtype={dtype!r} and torch_dtype={torch_dtype!r}")
         dtype = checkpoint.dtype_of(torch_dtype if dtype is None else dtype)
         device = usable(device)
-        folder = Path(folder)
-        config = LLaDA2Config.from_pretrained(folder)
+        config = LLaDA2Config.from_pretrained(folder, revision=revision)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
+        folder = hub.folder_of(folder, revision)
         stored = checkpoint.Checkpoint(folder)
         for name in ("num_hidden_layers", "num_experts"):  # each has tensors of its own
             if getattr(config, name) > len(stored.file_of):
