@@ -60,7 +60,11 @@ def interleave(contenders: list[Contender], seconds: float, label: str = "") -> 
     for contender in contenders:
         contender.run(0)
     one_round = time.perf_counter() - begin
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / one_round)))
+    take_turns(contenders, min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / one_round))), label)
+
+
+def take_turns(contenders: list, rounds: int, label: str = "") -> None:
+    """`rounds` rounds: adds what run(turn) of each contender returns to its samples."""
     for turn in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
         # Another one begins each round: nobody always follows the same neighbour.
         first = turn % len(contenders)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import _backends, _files
+from .bench import timing
 from .layer import BlockMoE
-from .models import Decoded, LLaDA2ForDiffusion
+from .models import Decoded, LLaDA2Config, LLaDA2ForDiffusion, TextCodec, hub
+from .models.llada2 import usable
+from .models.text import padded
 from .routing import POLICIES
 
 # Trained by examples/miniature, which says what it has learned and what each policy costs and keeps. An installed package
@@ -28,14 +35,19 @@ SHIPPED_PROMPTS = (
     "close {}[[]<{}>({[:",
 )
 PROMPTS = ("Why do diffusion language models decode several tokens at once?",)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
+# Speeds are shown from so many rounds on: fewer have no spread to speak of.
+MIN_ROUNDS, MAX_ROUNDS = 5, 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FOLDER", help="a LLaDA2 checkpoint (default: the small one that ships)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a folder or a hub id of LLaDA2 (default: the small checkpoint that ships)"
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", nargs="+", help="decoded together, as one batch")
     prompt.add_argument("--prompt-ids", metavar="ID", type=int, nargs="+", help="token ids, instead of a text")
+    parser.add_argument("--raw", action="store_true", help="leave the model's chat template out")
     parser.add_argument("--gen-length", metavar="N", type=int, default=160, help="new tokens at most (default: 160)")
     parser.add_argument("--block-length", metavar="N", type=int, default=32)
     parser.add_argument("--threshold", metavar="P", type=float, default=0.95, help="confidence that unmasks a token")
@@ -46,11 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the weights (default: as stored; the shipped ones in float32)"
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--seconds", metavar="S", type=float, default=20, help="for repeated, interleaved timing (default: 20; 0: none)"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
+        if not 0 <= args.seconds < math.inf:
+            raise ValueError(f"--seconds must be a number of at least 0, got {args.seconds:g}")
+        if args.json:
+            _files.check_writable(args.json)
         report = decode_three_ways(args)
     except ValueError as error:
         print(f"dmoe demo: {error}", file=sys.stderr)
@@ -63,73 +82,120 @@ def run(args: argparse.Namespace) -> int:
 
 
 def decode_three_ways(args: argparse.Namespace) -> dict:
-    folder = Path(args.model) if args.model else shipped_checkpoint()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = hub.folder_of(args.model) if args.model else shipped_checkpoint()
+    device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _backends.name_for(device)
+    # What can be refused is refused before the weights are read.
+    settings = settings_of(args, LLaDA2Config.from_pretrained(folder))
+    codec = TextCodec(folder, chat=not args.raw)
+    if codec.why_no_text and not args.prompt_ids:
+        raise ValueError(f"--prompt-ids must be given: {codec.why_no_text}")
+    prompts = args.prompt or (PROMPTS if args.model else SHIPPED_PROMPTS)
+    ids = [args.prompt_ids] if args.prompt_ids else [codec.encode(text) for text in prompts]
+    questions = [codec.decode(args.prompt_ids)] if args.prompt_ids else list(prompts)
+
     dtype = args.dtype or (None if args.model else "float32")
     print(f"loading {folder} on {device}", flush=True)
-    model = LLaDA2ForDiffusion.from_pretrained(
-        folder, policy="token", dtype=DTYPES.get(dtype), device=torch.device(device)
-    )
+    model = LLaDA2ForDiffusion.from_pretrained(folder, policy="token", dtype=dtype, device=device)
+    about(model, ids, codec)
+    input_ids, lengths = padded(ids)
+    options = dict(block_length=args.block_length, gen_length=args.gen_length, threshold=args.threshold)
+    decode = functools.partial(model.generate, input_ids.to(device), prompt_lengths=lengths, **options)
+    ways = ways_of(model, args.policy, settings, decode)
+    for way in ways:
+        print(f"decoding up to {args.gen_length} tokens: {way.what}", flush=True)
+        way.first = way.decode(progress=True)  # also builds what is built lazily
+    seconds = sum(way.first.seconds for way in ways)
+    rounds = min(MAX_ROUNDS, int(args.seconds / seconds))
+    if rounds >= MIN_ROUNDS:
+        print(f"timing {rounds} rounds of all three in turn, about {rounds * seconds:.0f} s", flush=True)
+        timing.take_turns(ways, rounds, "timing")
+    runs = [figures(way, ways[0], codec, model.config.eos_token_id) for way in ways]
+    about_run = dict(model=str(folder), device=str(device), dtype=str(model.model.word_embeddings.weight.dtype))
+    return dict(**about_run, prompts=questions, prompt_ids=ids, seconds_of_a_round=seconds, runs=runs)
+
+
+def settings_of(args: argparse.Namespace, config: LLaDA2Config) -> dict:
+    """The settings of the policy to show. Raises ValueError for one that is out of range."""
+    settings = {}
+    if args.policy == "dmoe":
+        least = 2 * config.num_experts_per_tok if args.min_experts is None else args.min_experts
+        settings = dict(top_p=args.top_p, min_experts=least)
+    config.routing(args.policy, **settings)
+    return settings
+
+
+def about(model: LLaDA2ForDiffusion, ids: list[list[int]], codec: TextCodec) -> None:
     config = model.config
-    weight = model.model.word_embeddings.weight
+    dtype = str(model.model.word_embeddings.weight.dtype).removeprefix("torch.")
     print(
         f"  {config.num_hidden_layers} layers, {len(model.moe_layers)} with {config.num_experts} experts of which a token "
         f"takes {config.num_experts_per_tok}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights in "
-        f"{str(weight.dtype).removeprefix('torch.')}; {torch.get_num_threads()} CPU threads"
+        f"{dtype}; {torch.get_num_threads()} CPU threads"
     )
-    codec = Codec(folder)
-    prompts = args.prompt or (PROMPTS if args.model else SHIPPED_PROMPTS)
-    ids = [args.prompt_ids] if args.prompt_ids else [codec.encode(text) for text in prompts]
-    lengths = torch.tensor([len(row) for row in ids])
-    input_ids = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64, device=device)
-    for row, values in zip(input_ids, ids):
-        row[: len(values)] = torch.tensor(values)
-    print(f"{len(ids)} prompts, {int(lengths.sum())} tokens" if len(ids) > 1 else f"prompt, {len(ids[0])} tokens")
+    what = f"{len(ids)} prompts" if len(ids) > 1 else "prompt"
+    chat = ", the chat template's among them" if codec.template else ""
+    print(f"{what}, {sum(map(len, ids))} tokens{chat}")
 
+
+class Run(NamedTuple):
+    decoded: Decoded
+    seconds: float
+    moe_seconds: float
+
+
+class Way:
+    """One way to decode: a policy, and the MoE layers that follow it. samples: seconds of each timed decode."""
+
+    def __init__(self, model, name: str, policy: str, settings: dict, layers: list, what: str, generate):
+        self.model, self.name, self.policy, self.settings = model, name, policy, settings
+        self.layers, self.what, self.generate = layers, what, generate
+        self.samples: list[float] = []
+        self.moe_samples: list[float] = []
+
+    def decode(self, **options) -> Run:
+        for layer, moe in zip(self.model.model.layers[self.model.config.first_k_dense_replace :], self.layers):
+            layer.mlp = moe
+        self.model.set_routing(self.policy, **self.settings)
+        with Stopwatch(self.layers) as watch:
+            begin = time.perf_counter()
+            decoded = self.generate(**options)
+            return Run(decoded, time.perf_counter() - begin, watch.seconds)
+
+    def run(self, turn: int) -> float:
+        """What `timing.take_turns` calls."""
+        done = self.decode()
+        self.moe_samples.append(done.moe_seconds)
+        return done.seconds
+
+
+def ways_of(model, policy: str, settings: dict, generate) -> list[Way]:
     ours = model.moe_layers
     stock = [EagerMoE(moe) for moe in ours]
-    plan = [
-        ("stock", "token", stock, "token routing, one expert after the other in eager torch"),
-        ("ours, token", "token", ours, "token routing, dmoe_ops"),
-        (f"ours, {args.policy}", args.policy, ours, f"{args.policy} routing, dmoe_ops"),
+    return [
+        Way(model, "stock", "token", {}, stock, "token routing, one expert after the other in eager torch", generate),
+        Way(model, "ours, token", "token", {}, ours, "token routing, dmoe_ops", generate),
+        Way(model, f"ours, {policy}", policy, settings, ours, f"{policy} routing, dmoe_ops", generate),
     ]
-    runs = []
-    for name, policy, layers, what in plan:
-        print(f"decoding up to {args.gen_length} tokens: {what}", flush=True)
-        for layer, moe in zip(model.model.layers[config.first_k_dense_replace :], layers):
-            layer.mlp = moe
-        settings = {}
-        if policy == "dmoe":
-            least = 2 * config.num_experts_per_tok if args.min_experts is None else args.min_experts
-            settings = dict(top_p=args.top_p, min_experts=least)
-        model.set_routing(policy, **settings)
-        options = dict(prompt_lengths=lengths, block_length=args.block_length)
-        model.generate(input_ids, gen_length=1, steps=1, **options)  # warms up what is built lazily
-        options.update(gen_length=args.gen_length, threshold=args.threshold)
-        with Stopwatch(layers) as watch:
-            begin = time.perf_counter()
-            decoded = model.generate(input_ids, progress=True, **options)
-            seconds = time.perf_counter() - begin
-        runs.append(figures(name, policy, decoded, seconds, watch.seconds, codec, config.eos_token_id))
-    for entry in runs:
-        entry["speedup"] = entry["tokens_per_second"] / runs[0]["tokens_per_second"]
-        entry["equal_tokens"] = equal_share(entry["tokens"], runs[0]["tokens"])
-    questions = [codec.decode(row) for row in ids]
-    return dict(model=str(folder), device=device, dtype=str(weight.dtype), prompts=questions, prompt_ids=ids, runs=runs)
 
 
-def figures(name: str, policy: str, decoded: Decoded, seconds: float, moe_seconds: float, codec: Codec, eos) -> dict:
-    answers = [row[: row.index(eos)] if eos in row else row for row in decoded.tokens.tolist()]
-    return dict(
-        name=name,
-        policy=policy,
-        tokens=answers,
-        texts=[codec.decode(answer) for answer in answers],
-        seconds=seconds,
-        tokens_per_second=decoded.stats.tokens / seconds,
-        moe_seconds=moe_seconds,
-        stats=dataclasses.asdict(decoded.stats),
-    )
+def figures(way: Way, stock: Way, codec: TextCodec, eos: int | None) -> dict:
+    """The times are null where there were too few rounds; spreads are over the rounds, a speed-up is taken within each."""
+    answers, stats = answers_of(way, eos), way.first.decoded.stats
+    entry = dict(name=way.name, policy=way.policy, tokens=answers, texts=[codec.decode(answer) for answer in answers])
+    entry.update(rounds=len(way.samples), seconds=None, tokens_per_second=None, moe_seconds=None, speedup=None)
+    if way.samples:
+        # By tokens, as the ways need not give the same number of them.
+        rates = [stats.tokens / seconds for seconds in way.samples]
+        stock_rates = [stock.first.decoded.stats.tokens / seconds for seconds in stock.samples]
+        entry.update(seconds=timing.spread(way.samples), tokens_per_second=timing.spread(rates))
+        entry.update(moe_seconds=timing.spread(way.moe_samples), speedup=timing.ratio(rates, stock_rates))
+    entry.update(stats=dataclasses.asdict(stats), equal_tokens=equal_share(answers, answers_of(stock, eos)))
+    return entry
+
+
+def answers_of(way: Way, eos: int | None) -> list[list[int]]:
+    return [row[: row.index(eos)] if eos in row else row for row in way.first.decoded.tokens.tolist()]
 
 
 def equal_share(answers: list[list[int]], others: list[list[int]]) -> float:
@@ -141,29 +207,38 @@ def equal_share(answers: list[list[int]], others: list[list[int]]) -> float:
 def table(report: dict) -> str:
     rows = [
         ("", "tokens/s", "vs stock", "in MoE", "unique experts", "expert MB", "forwards", "tokens"),
-        ("", "", "", "seconds", "per block", "per step", "", "as stock"),
+        ("", "(p10–p90)", "(p10–p90)", "", "per block", "per step", "", "as stock"),
     ]
+    texts = []
     for entry in report["runs"]:
-        stats = entry["stats"]
+        stats, timed = entry["stats"], entry["seconds"] is not None
         rows.append(
             (
                 entry["name"],
-                f"{entry['tokens_per_second']:.1f}",
-                f"{entry['speedup']:.2f}x",
-                f"{entry['moe_seconds']:.3f} ({entry['moe_seconds'] / entry['seconds']:.0%})",
+                spread(entry["tokens_per_second"], "{:.1f}") if timed else "-",
+                spread(entry["speedup"], "{:.2f}") if timed else "-",
+                f"{entry['moe_seconds']['median'] / entry['seconds']['median']:.0%}" if timed else "-",
                 f"{stats['unique_experts_denoising']:.1f}",
                 f"{stats['expert_bytes_per_step'] / 1e6:.2f}",
                 f"{stats['forwards']}",
                 f"{entry['equal_tokens']:.0%}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    texts = []
-    for entry in report["runs"]:
         texts += ["", f"{entry['name']}:"]
         texts += [f"  {question} {answer}" for question, answer in zip(report["prompts"], entry["texts"])]
-    return "\n".join([*texts, "", *lines])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    rounds, one = report["runs"][0]["rounds"], report["seconds_of_a_round"]
+    note = f"speeds: medians of {rounds} rounds, all three in turn; vs stock is taken within each round"
+    if not rounds:
+        enough = math.ceil(1.1 * MIN_ROUNDS * one)
+        note = f"speeds: not measured, as one round took {one:.2g} s (--seconds {enough} is enough for {MIN_ROUNDS})"
+    return "\n".join([*texts, "", *lines, note])
+
+
+def spread(value: dict, form: str) -> str:
+    median, low, high = (form.format(value[part]) for part in ("median", "p10", "p90"))
+    return f"{median} ({low}–{high})"
 
 
 def shipped_checkpoint() -> Path:
@@ -171,30 +246,6 @@ def shipped_checkpoint() -> Path:
         if folder.is_dir():
             return folder
     raise ValueError(f"--model must be given: the checkpoint that ships is not in {SHIPPED[0]}")
-
-
-class Codec:
-    """Text to tokens and back by the folder's tokenizer.json; without one, tokens are shown as numbers."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.tokenizer = folder, None
-        if (folder / "tokenizer.json").is_file():
-            try:
-                from tokenizers import Tokenizer
-            except ImportError:
-                print("  the folder has a tokenizer.json, but the package tokenizers is not installed")
-            else:
-                self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-    def encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise ValueError(f"--prompt-ids must be given: no tokenizer for {self.folder}")
-        return self.tokenizer.encode(text).ids
-
-    def decode(self, ids: list[int]) -> str:
-        if self.tokenizer is None:
-            return " ".join(map(str, ids))
-        return self.tokenizer.decode(ids)
 
 
 class EagerMoE(nn.Module):
