@@ -11,6 +11,7 @@
 
 #include "cpu/experts.h"
 #include "cpu/isa.h"
+#include "cpu/matrix.h"
 #include "cpu/router.h"
 #ifdef USE_CUDA
 #include "cuda/ops.h"
@@ -135,45 +136,90 @@ void gate_out(const Tensor x, const Tensor gate_weight, Tensor logits) {
                         x.size(1), gate_weight.size(0), static_cast<float*>(logits.mutable_data_ptr()), parallel_for);
 }
 
+dmoe::cpu::Format format_of(const Tensor& weight) {
+  switch (weight.scalar_type()) {
+    case ScalarType::Float8_e4m3fn:
+      return dmoe::cpu::Format::fp8;
+    case ScalarType::Char:
+      return dmoe::cpu::Format::int8;
+    case ScalarType::Byte:
+      return dmoe::cpu::Format::int4;
+    default:
+      return dmoe::cpu::Format::plain;
+  }
+}
+
+dmoe::cpu::Weight weight_of(const Tensor& weight, const std::optional<Tensor>& scale) {
+  if (!scale) return weight.const_data_ptr();
+  return {weight.const_data_ptr(), format_of(weight), scale->const_data_ptr(),
+          scale->scalar_type() == ScalarType::BFloat16};
+}
+
+// A weight [rows, depth], of `experts` where that is not negative, with its scale where it is quantised.
+void check_weight(const Tensor& x, const char* name, const Tensor& weight, const std::optional<Tensor>& scale,
+                  int64_t experts, int64_t rows, int64_t depth, int64_t halves) {
+  using dmoe::cpu::Format;
+  const Format format = format_of(weight);
+  const auto shape = [&](std::vector<int64_t> sizes) {
+    if (experts >= 0) sizes.insert(sizes.begin(), experts);
+    return sizes;
+  };
+  check(weight, name, shape({rows, format == Format::int4 ? (depth + 1) / 2 : depth}),
+        format == Format::plain ? x.scalar_type() : weight.scalar_type());
+  STD_TORCH_CHECK(scale.has_value() == (format != Format::plain), "dmoe: ", name, " has a scale where it is quantised");
+  if (!scale) return;
+  const int64_t groups = (depth + dmoe::cpu::kScaleGroup - 1) / dmoe::cpu::kScaleGroup;
+  const int64_t blocks = halves * ((rows / halves + dmoe::cpu::kScaleGroup - 1) / dmoe::cpu::kScaleGroup);
+  const bool half = format == Format::int4 && scale->scalar_type() == ScalarType::BFloat16;
+  check(*scale, "a scale",
+        shape(format == Format::int8 ? std::vector<int64_t>{rows}
+                                     : std::vector<int64_t>{format == Format::int4 ? rows : blocks, groups}),
+        half ? ScalarType::BFloat16 : ScalarType::Float);
+}
+
+// The intermediate size of a pair of weights.
+int64_t check_experts(const Tensor& x, const char* w13_name, const Tensor& w13, const std::optional<Tensor>& w13_scale,
+                      const char* w2_name, const Tensor& w2, const std::optional<Tensor>& w2_scale, int64_t experts) {
+  STD_TORCH_CHECK(w13.dim() == (experts < 0 ? 2 : 3), "dmoe: ", w13_name, " must have ", experts < 0 ? 2 : 3, " dimensions");
+  const int64_t hidden = x.size(1), rows = w13.size(w13.dim() - 2);
+  STD_TORCH_CHECK(rows % 2 == 0, "dmoe: ", w13_name, " must have gate and up rows");
+  STD_TORCH_CHECK(w13.scalar_type() == w2.scalar_type(), "dmoe: ", w13_name, " and ", w2_name, " must have one dtype");
+  check_weight(x, w13_name, w13, w13_scale, experts, rows, hidden, 2);
+  check_weight(x, w2_name, w2, w2_scale, experts, hidden, rows / 2, 1);
+  return rows / 2;
+}
+
 void moe_experts_out(const Tensor x, const Tensor w13, const Tensor w2, const std::optional<Tensor> shared_w13,
                      const std::optional<Tensor> shared_w2, const std::optional<Tensor> w13_scale,
                      const std::optional<Tensor> w2_scale, const std::optional<Tensor> shared_w13_scale,
                      const std::optional<Tensor> shared_w2_scale, bool quantize_activations, const Tensor topk_ids,
                      const Tensor topk_weights, Tensor y) {
-  STD_TORCH_CHECK(!w13_scale && !w2_scale && !shared_w13_scale && !shared_w2_scale && !quantize_activations &&
-                      w13.scalar_type() == x.scalar_type(),
-                  "dmoe: the C++ kernels do not take quantised experts");
   check(x, "x", {-1, -1});
   check_hidden(x);
   const int64_t tokens = x.size(0), hidden = x.size(1);
-  const ScalarType dtype = x.scalar_type();
-  check(w2, "w2", {-1, hidden, -1}, dtype);
-  check(w13, "w13", {w2.size(0), 2 * w2.size(2), hidden}, dtype);
   check(topk_ids, "topk_ids", {tokens, -1}, ScalarType::Int);
   check(topk_weights, "topk_weights", {tokens, topk_ids.size(1)}, ScalarType::Float);
-  check(y, "y", {tokens, hidden}, dtype);
+  check(y, "y", {tokens, hidden}, x.scalar_type());
   STD_TORCH_CHECK(shared_w13.has_value() == shared_w2.has_value(), "dmoe: shared_w13 and shared_w2 go together");
-  if (shared_w2) {
-    check(*shared_w2, "shared_w2", {hidden, -1}, dtype);
-    check(*shared_w13, "shared_w13", {2 * shared_w2->size(1), hidden}, dtype);
-  }
   dmoe::cpu::Experts args{};
-  args.tokens = x.size(0);
-  args.hidden = x.size(1);
-  args.intermediate = w2.size(2);
+  args.tokens = tokens;
+  args.hidden = hidden;
+  args.intermediate = check_experts(x, "w13", w13, w13_scale, "w2", w2, w2_scale, w13.size(0));
   args.experts = w13.size(0);
   args.top_k = topk_ids.size(1);
   args.dtype = dtype_of(x);
   args.x = x.const_data_ptr();
-  args.w13 = w13.const_data_ptr();
-  args.w2 = w2.const_data_ptr();
+  args.w13 = weight_of(w13, w13_scale);
+  args.w2 = weight_of(w2, w2_scale);
   args.topk_ids = static_cast<const int32_t*>(topk_ids.const_data_ptr());
   args.topk_weights = static_cast<const float*>(topk_weights.const_data_ptr());
   if (shared_w13) {
-    args.shared_intermediate = shared_w2->size(1);
-    args.shared_w13 = shared_w13->const_data_ptr();
-    args.shared_w2 = shared_w2->const_data_ptr();
+    args.shared_intermediate =
+        check_experts(x, "shared_w13", *shared_w13, shared_w13_scale, "shared_w2", *shared_w2, shared_w2_scale, -1);
+    args.shared_w13 = weight_of(*shared_w13, shared_w13_scale);
+    args.shared_w2 = weight_of(*shared_w2, shared_w2_scale);
   }
+  args.quantize_activations = quantize_activations;
   args.y = y.mutable_data_ptr();
   dmoe::cpu::experts_forward(args, parallel_for);
 }

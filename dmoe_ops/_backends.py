@@ -64,14 +64,7 @@ class Cpp:
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
-        if Cpp._takes(weights):
-            torch.ops.dmoe._moe_experts_out(x, *weights, topk_ids, topk_weights, y)
-        else:
-            Reference.moe_experts(x, weights, topk_ids, topk_weights, y)
-
-    @staticmethod
-    def _takes(weights: ExpertWeights) -> bool:
-        return not weights.quantized
+        torch.ops.dmoe._moe_experts_out(x, *weights, topk_ids, topk_weights, y)
 
     moe_experts_backward = staticmethod(reference.moe_experts_backward)  # its products are torch's own, and fast
 

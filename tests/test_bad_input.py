@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import types
 
@@ -213,6 +214,35 @@ PRIVATE = {
 }
 
 
+def private_quantized(form):
+    """The arguments of _moe_experts_out for weights of a format, as the ops pass them: shared_w13's scale has no E."""
+    arguments = dict(PRIVATE["_moe_experts_out"])
+    for name in ["w13", "w2", "shared_w13", "shared_w2"]:
+        halves = 2 if name.endswith("w13") else 1
+        *lead, rows, columns = arguments[name].shape
+        tile = halves * math.ceil(rows / halves / 128), math.ceil(columns / 128)
+        dtype, width, scale = dict(
+            fp8=(torch.float8_e4m3fn, columns, tile),
+            int8=(torch.int8, columns, (rows,)),
+            int4=(torch.uint8, (columns + 1) // 2, (rows, tile[1])),
+        )[form]
+        arguments[name] = torch.zeros(*lead, rows, width, dtype=torch.uint8).view(dtype)
+        arguments[f"{name}_scale"] = torch.ones(*lead, *scale)
+    return arguments
+
+
+def private_quantized_faults():
+    for form in ["fp8", "int8", "int4"]:
+        arguments = private_quantized(form)
+        for name in [name for name in arguments if name.endswith("_scale")]:
+            scale = arguments[name]
+            weight = name.removesuffix("_scale")
+            faults = [(name, None), (name, scale.unsqueeze(0)), (name, scale[..., :-1].clone()), (name, scale.double())]
+            faults += [(weight, torch.zeros(arguments[weight].shape)), (weight, arguments[weight][..., :-1].clone())]
+            for fault, value in faults:
+                yield "_moe_experts_out", {**arguments, fault: value}
+
+
 def private_faults():
     for op, arguments in PRIVATE.items():
         for name, value in arguments.items():
@@ -260,9 +290,15 @@ def test_private_ops_refuse_what_would_read_out_of_bounds():
         with pytest.raises(RuntimeError, match="dmoe"):
             getattr(torch.ops.dmoe, op)(*arguments.values())
         refused += 1
-    assert refused > 60
+    for op, arguments in private_quantized_faults():
+        with pytest.raises(RuntimeError, match="dmoe"):
+            getattr(torch.ops.dmoe, op)(*arguments.values())
+        refused += 1
+    assert refused > 100
     for op, arguments in PRIVATE.items():
         getattr(torch.ops.dmoe, op)(*arguments.values())
+    for form in ["fp8", "int8", "int4"]:
+        torch.ops.dmoe._moe_experts_out(*private_quantized(form).values())
 
 
 @pytest.mark.parametrize("op", FAULTS)

@@ -35,7 +35,44 @@ void hidden(const float* gate_up, int64_t stride, int64_t rows, int64_t width, i
   }
 }
 
-int64_t steps_of(int64_t depth) { return (depth + kStepDepth - 1) / kStepDepth; }
+void hidden_f32(const float* gate_up, int64_t stride, int64_t rows, int64_t width, float* to, int64_t to_stride) {
+  for (int64_t t = 0; t < width; ++t)
+    for (int64_t i = 0; i < rows; i += 8) {
+      const float* gate = gate_up + t * stride + i;
+      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kDotRows));
+      std::memcpy(to + t * to_stride + i, &value, 4 * (rows - i < 8 ? rows - i : 8));
+    }
+}
+
+void quantize(const void* x, Dtype dtype, int64_t n, int8_t* q, float* scale, int32_t* sum) {
+  const auto at = [&](int64_t i) {
+    return dtype == Dtype::f32 ? static_cast<const uint32_t*>(x)[i]
+                               : static_cast<uint32_t>(static_cast<const uint16_t*>(x)[i]) << 16;
+  };
+  uint32_t most = 0;  // magnitudes are in the order of their bits
+  for (int64_t i = 0; i < n; ++i) most = most < (at(i) & 0x7fffffff) ? at(i) & 0x7fffffff : most;
+  float largest;
+  std::memcpy(&largest, &most, 4);
+  *scale = largest / 127 == 0 ? 1.f : largest / 127;
+  *sum = 0;
+  if (most >= 0x7f800000) {
+    *scale = __builtin_nanf("");
+    std::memset(q, 0, n);
+    return;
+  }
+  int32_t total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = at(i);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value /= *scale;
+    value = value < -127.f ? -127.f : value > 127.f ? 127.f : value;
+    const auto rounded = static_cast<int32_t>(value + 0x1.8p23f - 0x1.8p23f);
+    q[i] = rounded;
+    total += rounded;
+  }
+  *sum = total;
+}
 
 // Whole steps of some rows. Rows past the last repeat it; their sums go nowhere.
 struct Rows {
@@ -44,15 +81,21 @@ struct Rows {
   const char* operator()(int64_t row) const { return first + (row < count ? row : count - 1) * stride; }
 };
 
-// As they are in memory or, where the depth does not fill its last step, copied into block.panel.
+// Rows of a quantised matrix as bf16, [rows] of `stride` bytes.
+void unpack(const Matrix& matrix, int64_t row, int64_t rows, char* to, int64_t stride);
+
+// As they are in memory or, where they are quantised or do not fill their last step, in block.panel.
 Rows rows_of(const DotBlock& block, int64_t row, int64_t rows) {
-  const int64_t count = block.rows - row < rows ? block.rows - row : rows;
-  const char* from = block.weight + row * block.stride;
-  if (block.depth % kStepDepth == 0) return {from, block.stride, count};
-  const int64_t stride = panel_stride(block.depth);
+  const Matrix& matrix = *block.matrix;
+  const int64_t count = block.rows - row < rows ? block.rows - row : rows, first = block.row + row;
+  const bool as_is = block.int8 || !matrix.quantized();
+  const int64_t bytes = as_is ? matrix.row_bytes() : 2 * matrix.depth;
+  if (as_is && bytes % kStepBytes == 0) return {matrix.row(first), bytes, count};
+  const int64_t stride = panel_stride(matrix.depth);
+  if (!as_is) unpack(matrix, first, count, block.panel, stride);
   for (int64_t r = 0; r < count; ++r) {
-    std::memcpy(block.panel + r * stride, from + r * block.stride, block.depth * 2);
-    std::memset(block.panel + r * stride + block.depth * 2, 0, stride - block.depth * 2);
+    if (as_is) std::memcpy(block.panel + r * stride, matrix.row(first + r), bytes);
+    std::memset(block.panel + r * stride + bytes, 0, stride - bytes);
   }
   return {block.panel, stride, count};
 }

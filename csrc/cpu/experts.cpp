@@ -1,5 +1,7 @@
 #include "experts.h"
 
+#include <utility>
+
 #include "dot.h"
 #include "isa.h"
 #include "widen.h"
@@ -28,13 +30,16 @@ Slots slots_of(const Experts& a) {
   }
   for (int64_t t = 0; t < shared; ++t) slots.token[routed + t] = t;
 
-  for (int64_t e = 0, begin = 0; e < a.experts; begin = end[e++]) {
-    if (begin == end[e]) continue;
-    const int64_t matrix = e * a.hidden * a.intermediate;
-    slots.groups.push_back(
-        {at(a.w13, a.dtype, 2 * matrix), at(a.w2, a.dtype, matrix), a.intermediate, begin, end[e] - begin});
+  const auto matrices = [&](const Weight& w13, const Weight& w2, int64_t inner) {
+    return std::pair(Matrix{w13, a.dtype, 2 * inner, a.hidden, 2}, Matrix{w2, a.dtype, a.hidden, inner, 1});
+  };
+  const auto [w13, w2] = matrices(a.w13, a.w2, a.intermediate);
+  for (int64_t e = 0, begin = 0; e < a.experts; begin = end[e++])
+    if (begin != end[e]) slots.groups.push_back({w13.at(e), w2.at(e), a.intermediate, begin, end[e] - begin});
+  if (shared) {
+    const auto [shared_w13, shared_w2] = matrices(a.shared_w13, a.shared_w2, a.shared_intermediate);
+    slots.groups.push_back({shared_w13, shared_w2, a.shared_intermediate, routed, shared});
   }
-  if (shared) slots.groups.push_back({a.shared_w13, a.shared_w2, a.shared_intermediate, routed, shared});
   return slots;
 }
 

@@ -12,19 +12,35 @@ enum class Dtype { f32, bf16, f16 };
 // Runs body(begin, end) over disjoint chunks of [0, n), in any order, on any number of threads.
 using ParallelFor = std::function<void(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
 
-// All tensors are contiguous and row-major. x, y and every weight share `dtype`; products accumulate in fp32.
+enum class Format { plain, fp8, int8, int4 };
+
+// A stack of matrices: plain, in the dtype of x, or quantised with its scales (dmoe_ops/formats.py has their layouts).
+struct Weight {
+  const void* data = nullptr;
+  Format format = Format::plain;
+  const void* scale = nullptr;  // float32; bfloat16 for int4 where `scale_bf16`
+  bool scale_bf16 = false;
+
+  Weight() = default;
+  Weight(const void* plain) : data(plain) {}
+  Weight(const void* data, Format format, const void* scale, bool scale_bf16)
+      : data(data), format(format), scale(scale), scale_bf16(scale_bf16) {}
+};
+
+// All tensors are contiguous and row-major. x, y and every plain weight share `dtype`; products accumulate in fp32.
 struct Experts {
   int64_t tokens, hidden, intermediate, experts, top_k;
   Dtype dtype;
   const void* x;              // [tokens, hidden]
-  const void* w13;            // [experts, 2 * intermediate, hidden], gate rows first
-  const void* w2;             // [experts, hidden, intermediate]
+  Weight w13;                 // [experts, 2 * intermediate, hidden], gate rows first
+  Weight w2;                  // [experts, hidden, intermediate]
   const int32_t* topk_ids;    // [tokens, top_k]; -1 adds nothing
   const float* topk_weights;  // [tokens, top_k]
   int64_t shared_intermediate;  // 0 where there is no shared expert
-  const void* shared_w13;       // [2 * shared_intermediate, hidden] or null
-  const void* shared_w2;        // [hidden, shared_intermediate] or null
+  Weight shared_w13;            // [2 * shared_intermediate, hidden] or null
+  Weight shared_w2;             // [hidden, shared_intermediate] or null
   void* y;                      // [tokens, hidden]
+  bool quantize_activations;    // against int8 weights: x and h are rounded to int8 as well, a row at a time
 };
 
 // Writes every element of y. The bits of y do not depend on how `parallel` cuts the work.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -47,9 +48,9 @@ Isa choose() {
   const char* limit = std::getenv("DMOE_CPU_ISA");
   if (!limit) return best();
   for (int i = 0; i < 5; ++i)
-    if (kNames[i] == std::string(limit)) return std::min(best(), static_cast<Isa>(i));
-  throw std::invalid_argument("DMOE_CPU_ISA must be plain, avx2, avx512, avx512_bf16 or amx, got '" + std::string(limit) +
-                              "'");
+    if (std::strcmp(kNames[i], limit) == 0) return std::min(best(), static_cast<Isa>(i));
+  std::string why = "DMOE_CPU_ISA must be plain, avx2, avx512, avx512_bf16 or amx, got ";
+  throw std::invalid_argument(why.append(limit));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "widen.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -26,22 +27,43 @@ const WidenKernels& kernels() {
 
 int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
 
-// Appends rows [first, last) of a [.., depth] matrix, in blocks.
-void append_blocks(Block block, int64_t first, int64_t last, int64_t depth, std::vector<Block>& blocks) {
+// What a worker multiplies: a block of the kernels. Where `matrix` is set it is unpacked to fp32 first.
+struct Piece : Block {
+  const Matrix* matrix = nullptr;
+  int64_t row = 0;
+};
+
+// Appends rows [first, last) of a matrix, in blocks. `unpack`: whatever its format, it is multiplied as fp32.
+void append_blocks(Block block, const Matrix& matrix, bool unpack, int64_t first, int64_t last, std::vector<Piece>& pieces) {
   const bool few = block.count <= kFewTokens;
-  const void* weight = block.weight;
   float* out = block.out;
-  block.stride = depth;
-  for (block.begin = 0; block.begin < depth; block.begin = block.end) {
-    block.end = few ? depth : std::min(block.begin + kBlockDepth, depth);
+  block.dtype = unpack ? Dtype::f32 : matrix.dtype;
+  block.stride = matrix.depth;
+  for (block.begin = 0; block.begin < matrix.depth; block.begin = block.end) {
+    block.end = few ? matrix.depth : std::min(block.begin + kBlockDepth, matrix.depth);
     for (int64_t row = first; row < last; row += kBlockRows) {
-      block.weight = at(weight, block.dtype, row * depth);
+      block.weight = matrix.row(row);
       block.rows = std::min(kBlockRows, last - row);
       block.out = out + (row - first);
-      blocks.push_back(block);
+      pieces.push_back({block, unpack ? &matrix : nullptr, row});
     }
   }
 }
+
+// Multiplies pieces, one after the other.
+struct Multiplier {
+  Buffer<float> scratch;
+
+  explicit Multiplier(int64_t depth = 0) : scratch(uninitialized<float>(kBlockRows * depth)) {}
+  void operator()(const Piece& piece, const Piece& next) {
+    if (!piece.matrix) return kernels().multiply(piece, next.matrix ? Block{} : static_cast<const Block&>(next));
+    Block block = piece;
+    for (int64_t r = 0; r < block.rows; ++r)
+      dequantize(*piece.matrix, piece.row + r, block.begin, block.end, scratch.get() + r * block.stride + block.begin);
+    block.weight = scratch.get();
+    kernels().multiply(block, {});
+  }
+};
 
 struct Activations {
   int64_t stride;
@@ -58,6 +80,26 @@ Activations widen(const void* x, Dtype dtype, int64_t tokens, int64_t hidden, Dt
       kernels().widen(at(x, dtype, t * hidden), dtype, hidden, weight, wide.data.get() + t * stride);
   });
   return wide;
+}
+
+// Against int8 weights x may be rounded to int8 too.
+struct Inputs {
+  Activations x, rounded;
+  const Activations& of(const Group& group) const {
+    return rounded.data && group.w13.weight.format == Format::int8 ? rounded : x;
+  }
+};
+
+// Each number becomes round(number / scale) * scale, scale = max / 127; a row with NaN or infinity becomes NaN.
+void round_to_int8(float* row, int64_t n) {
+  float most = 0.f;
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    most = std::max(most, std::fabs(row[i]));
+    finite = finite && std::isfinite(row[i]);
+  }
+  const float scale = finite ? (most / 127 == 0 ? 1.f : most / 127) : NAN;
+  for (int64_t i = 0; i < n; ++i) row[i] = std::clamp(std::nearbyint(row[i] / scale), -127.f, 127.f) * scale;
 }
 
 // silu(gate x) * (up x) of every slot, as activations.
@@ -78,7 +120,7 @@ struct Hidden {
 };
 
 // A task is some rows of an expert and some of its tokens.
-void up_projection(const Experts& a, const Slots& slots, const Activations& x, const Hidden& h,
+void up_projection(const Experts& a, const Slots& slots, const Inputs& x, const Hidden& h, bool unpack,
                    const ParallelFor& parallel) {
   struct Task {
     const Group* group;
@@ -96,7 +138,7 @@ void up_projection(const Experts& a, const Slots& slots, const Activations& x, c
         const int64_t begin = group.count * c / chunks, end = group.count * (c + 1) / chunks;
         tasks.push_back({&group, row, group.begin + begin, end - begin});
         for (int64_t i = begin; i < end; ++i)
-          tokens[group.begin + i] = {x.row(slots.token[group.begin + i]), (i - begin) * kSums, 1.f};
+          tokens[group.begin + i] = {x.of(group).row(slots.token[group.begin + i]), (i - begin) * kSums, 1.f};
       }
   }
 
@@ -105,40 +147,40 @@ void up_projection(const Experts& a, const Slots& slots, const Activations& x, c
     const std::vector<Task>& tasks;
     const std::vector<Token>& tokens;
     const Hidden& h;
+    const bool unpack;
+    Multiplier multiply{!unpack ? 0 : a.hidden};
     std::vector<float> sums = std::vector<float>(kChunk * kSums, 0.f);
 
-    void plan(int64_t index, std::vector<Block>& blocks) {
+    void plan(int64_t index, std::vector<Piece>& pieces) {
       const Task& task = tasks[index];
       const Group& group = *task.group;
       const int64_t end = std::min(task.row + kUpRows, group.intermediate);
       Block block{};
-      block.dtype = a.dtype;
-      block.weight = group.w13;
       block.tokens = tokens.data() + task.begin;
       block.count = task.count;
       block.out = sums.data();
-      append_blocks(block, task.row, end, a.hidden, blocks);
+      append_blocks(block, group.w13, unpack, task.row, end, pieces);
       block.out += kUpRows;
-      append_blocks(block, group.intermediate + task.row, group.intermediate + end, a.hidden, blocks);
+      append_blocks(block, group.w13, unpack, group.intermediate + task.row, group.intermediate + end, pieces);
     }
-    void multiply(const Block& block, const Block& next) { kernels().multiply(block, next); }
     void finish(int64_t index) {
       const Task& task = tasks[index];
       const int64_t stride = padded(task.group->intermediate);
       for (int64_t i = 0; i < task.count; ++i) {
         float* gate = sums.data() + i * kSums;
-        kernels().silu_mul(gate, gate + kUpRows, std::min(kUpRows, stride - task.row), a.dtype,
+        kernels().silu_mul(gate, gate + kUpRows, std::min(kUpRows, stride - task.row),
+                           unpack ? Dtype::f32 : a.dtype,
                            h.row(task.begin + i) + task.row);
         std::fill_n(gate, kSums, 0.f);
       }
     }
   };
-  run_tasks<Block>(tasks.size(), cost / std::max<int64_t>(tasks.size(), 1), parallel,
-                   [&] { return Worker{a, tasks, tokens, h}; });
+  run_tasks<Piece>(tasks.size(), cost / std::max<int64_t>(tasks.size(), 1), parallel,
+                   [&] { return Worker{a, tasks, tokens, h, unpack}; });
 }
 
 // y = sum over slots of scale * (w2 h). A task is some rows of every expert, so it adds up in the order of the experts.
-void down_projection(const Experts& a, const Slots& slots, const Hidden& h, const ParallelFor& parallel) {
+void down_projection(const Experts& a, const Slots& slots, const Hidden& h, bool unpack, const ParallelFor& parallel) {
   // Few rows make many tasks; but every task reads all of h, which few tokens leave in L2.
   const int64_t rows = a.tokens <= kChunk ? 32 : 128;
   std::vector<Token> tokens(slots.token.size());
@@ -156,20 +198,19 @@ void down_projection(const Experts& a, const Slots& slots, const Hidden& h, cons
     const std::vector<Group>& groups;
     const std::vector<Token>& tokens;
     const int64_t rows;
+    const bool unpack;
+    Multiplier multiply{!unpack ? 0 : std::max(a.intermediate, a.shared_intermediate)};
     std::vector<float> sums = std::vector<float>(a.tokens * rows, 0.f);
 
-    void plan(int64_t task, std::vector<Block>& blocks) {
+    void plan(int64_t task, std::vector<Piece>& pieces) {
       for (const Group& group : groups) {
         Block block{};
-        block.dtype = a.dtype;
-        block.weight = group.w2;
         block.tokens = tokens.data() + group.begin;
         block.count = group.count;
         block.out = sums.data();
-        append_blocks(block, task * rows, std::min((task + 1) * rows, a.hidden), group.intermediate, blocks);
+        append_blocks(block, group.w2, unpack, task * rows, std::min((task + 1) * rows, a.hidden), pieces);
       }
     }
-    void multiply(const Block& block, const Block& next) { kernels().multiply(block, next); }
     void finish(int64_t task) {
       const int64_t first = task * rows, count = std::min(rows, a.hidden - first);
       for (int64_t t = 0; t < a.tokens; ++t)
@@ -178,16 +219,28 @@ void down_projection(const Experts& a, const Slots& slots, const Hidden& h, cons
       std::fill(sums.begin(), sums.end(), 0.f);
     }
   };
-  run_tasks<Block>(ceil_div(a.hidden, rows), cost, parallel, [&] { return Worker{a, slots.groups, tokens, rows}; });
+  run_tasks<Piece>(ceil_div(a.hidden, rows), cost, parallel,
+                   [&] { return Worker{a, slots.groups, tokens, rows, unpack}; });
 }
 
 }  // namespace
 
 void widen_forward(const Experts& args, const Slots& slots, const ParallelFor& parallel) {
-  const Activations x = widen(args.x, args.dtype, args.tokens, args.hidden, args.dtype, parallel);
+  bool unpack = false;  // activations are stored for one dtype of weights: if one matrix is quantised, all become fp32
+  for (const Group& group : slots.groups) unpack = unpack || group.w13.quantized() || group.w2.quantized();
+  const Dtype weight = unpack ? Dtype::f32 : args.dtype;
+  Inputs x{widen(args.x, args.dtype, args.tokens, args.hidden, weight, parallel), {}};
+  if (args.quantize_activations) {
+    x.rounded = widen(args.x, args.dtype, args.tokens, args.hidden, weight, parallel);
+    for (int64_t t = 0; t < args.tokens; ++t) round_to_int8(x.rounded.data.get() + t * x.rounded.stride, args.hidden);
+  }
   const Hidden h(args, slots);
-  up_projection(args, slots, x, h, parallel);
-  down_projection(args, slots, h, parallel);
+  up_projection(args, slots, x, h, unpack, parallel);
+  if (args.quantize_activations)
+    for (const Group& group : slots.groups)
+      for (int64_t i = 0; i < group.count && group.w2.weight.format == Format::int8; ++i)
+        round_to_int8(h.row(group.begin + i), group.intermediate);
+  down_projection(args, slots, h, unpack, parallel);
 }
 
 void linear_f32(const void* x, Dtype x_dtype, const void* weight, Dtype weight_dtype, int64_t tokens, int64_t hidden,
@@ -200,28 +253,28 @@ void linear_f32(const void* x, Dtype x_dtype, const void* weight, Dtype weight_d
 
   struct Worker {
     Block block;
-    int64_t chunks, hidden, rows;
+    const Matrix& matrix;
+    int64_t chunks;
+    Multiplier multiply;
 
-    void plan(int64_t task, std::vector<Block>& blocks) {
+    void plan(int64_t task, std::vector<Piece>& pieces) {
       const int64_t tokens = block.count, row = task / chunks * kLinearRows, chunk = task % chunks;
       Block part = block;
       part.tokens += tokens * chunk / chunks;
       part.count = tokens * (chunk + 1) / chunks - tokens * chunk / chunks;
       part.out += row;
-      append_blocks(part, row, std::min(row + kLinearRows, rows), hidden, blocks);
+      append_blocks(part, matrix, false, row, std::min(row + kLinearRows, matrix.rows), pieces);
     }
-    void multiply(const Block& block, const Block& next) { kernels().multiply(block, next); }
     void finish(int64_t) {}
   };
+  const Matrix matrix{weight, weight_dtype, rows, hidden, 1};
   Block block{};
-  block.dtype = weight_dtype;
-  block.weight = weight;
   block.tokens = list.data();
   block.count = tokens;
   block.out = out;
   const int64_t chunks = ceil_div(tokens, kChunk);
-  run_tasks<Block>(ceil_div(rows, kLinearRows) * chunks, ceil_div(tokens, chunks) * kLinearRows * hidden, parallel,
-            [&] { return Worker{block, chunks, hidden, rows}; });
+  run_tasks<Piece>(ceil_div(rows, kLinearRows) * chunks, ceil_div(tokens, chunks) * kLinearRows * hidden, parallel,
+            [&] { return Worker{block, matrix, chunks, Multiplier()}; });
 }
 
 }  // namespace dmoe::cpu

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "matrix.h"
 
 namespace dmoe::cpu {
 
@@ -35,7 +36,7 @@ Buffer<T> uninitialized(int64_t n) {
 
 // The tokens of one expert; the shared expert is the last group, with every token at scale 1.
 struct Group {
-  const void *w13, *w2;
+  Matrix w13, w2;
   int64_t intermediate;
   int64_t begin, count;  // its slots
 };
