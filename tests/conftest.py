@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import shutil
-import subprocess
 from pathlib import Path
 
 import oracle as oracle_
@@ -109,18 +106,10 @@ def _make_block(hidden=16, intermediate=8, experts=8, top_k=2, n_group=2, topk_g
 
 
 @pytest.fixture(scope="session")
-def build_host_library(tmp_path_factory):
-    """Builds a file of tests/cpp, which runs device code on the CPU, and loads it."""
+def emulator(tmp_path_factory):
+    """The kernels of csrc/cuda, run thread by thread on the CPU."""
+    import emulated
 
-    def build(source: str) -> ctypes.CDLL:
-        compiler = shutil.which("g++") or shutil.which("c++")
-        if compiler is None:
-            pytest.skip(f"tests/cpp/{source} needs a C++ compiler")
-        root = Path(__file__).resolve().parents[1]
-        library = (tmp_path_factory.mktemp("emulator") / source).with_suffix(".so")
-        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-        include = [f"-I{root / 'csrc'}", f"-I{root / 'tests/cpp'}"]
-        subprocess.run([compiler, *flags, *include, root / "tests/cpp" / source, "-o", library], check=True)
-        return ctypes.CDLL(str(library))
-
-    return build
+    if emulated.compiler() is None:
+        pytest.skip("tests/cpp needs a C++ compiler")
+    return emulated.Emulator(emulated.build(tmp_path_factory.mktemp("emulator")))

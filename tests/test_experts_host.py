@@ -4,53 +4,11 @@ from __future__ import annotations
 
 import ctypes
 
+import emulated
 import pytest
 import torch
 
 from dmoe_ops import reference
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of dmoe::cuda::Dtype
-
-
-class Experts(ctypes.Structure):
-    """dmoe::cuda::Experts"""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("tokens", "hidden", "intermediate", "experts", "top_k", "shared_intermediate")
-        ),
-        ("dtype", ctypes.c_int32),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "x",
-                "w13",
-                "w2",
-                "shared_w13",
-                "shared_w2",
-                "topk_ids",
-                "topk_weights",
-                "schedule",
-                "workspace",
-                "y",
-            )
-        ),
-    ]
-
-
-@pytest.fixture(scope="module")
-def emulator(build_host_library):
-    result = build_host_library("experts_host.cpp")
-    for name in ("emulate_experts", "refuses_experts"):
-        getattr(result, name).restype = ctypes.c_char_p
-    for name in ("schedule_words", "workspace_bytes", "shared_bytes"):
-        getattr(result, name).restype = ctypes.c_int64
-    result.schedule_words.argtypes = [ctypes.c_int64]
-    result.splits.argtypes = [ctypes.c_int64, ctypes.c_int]
-    result.stages.argtypes = [ctypes.c_int64]
-    result.shared_bytes.argtypes = [ctypes.c_int64, ctypes.c_int]
-    return result
 
 
 def layer(tokens, hidden, inner, experts, top_k, shared, dtype=torch.bfloat16, used=None):
@@ -63,32 +21,14 @@ def layer(tokens, hidden, inner, experts, top_k, shared, dtype=torch.bfloat16, u
     return torch.randn(tokens, hidden).to(dtype), w13, w2, shared_w13, shared_w2, ids, torch.rand(tokens, top_k)
 
 
-def arguments(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights):
-    args = Experts(
-        x.shape[0], x.shape[1], w2.shape[2], w13.shape[0], ids.shape[1], 0 if shared_w2 is None else shared_w2.shape[1],
-        DTYPES.index(x.dtype), *(None if t is None else t.data_ptr() for t in (x, w13, w2, shared_w13, shared_w2, ids)),
-        weights.data_ptr(),
-    )  # fmt: skip
-    return args
-
-
-def run(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights, ctas=4, stages=3, splits=2, seed=0):
+def run(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights, *, scheduled=False, **how):
     """y, and how many bytes of weights were copied."""
-    args = arguments(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights)
-    used = ids[ids >= 0].unique().int()
-    schedule = torch.full((emulator.schedule_words(w13.shape[0]),), 7_000_000, dtype=torch.int32)
-    at = emulator.used_at()
-    schedule[: at - 1] = 0
-    schedule[at - 1] = len(used)
-    schedule[at : at + len(used)] = used
-    workspace = torch.full((emulator.workspace_bytes(ctypes.byref(args)) + 64,), 255, dtype=torch.uint8)  # NaN
-    y = torch.full_like(x, torch.nan)
-    args.schedule, args.workspace, args.y = schedule.data_ptr(), workspace.data_ptr(), y.data_ptr()
-    copied = ctypes.c_int64()
-    problem = emulator.emulate_experts(ctypes.byref(args), ctas, stages, splits, seed, ctypes.byref(copied))
-    assert problem is None, problem.decode()
+    schedule, y = emulator.schedule_of(w13.shape[0]), torch.full_like(x, torch.nan)
+    tensors = x, w13, w2, shared_w13, shared_w2, ids, weights, schedule
+    workspace = emulator.workspace_of(emulator.experts(*tensors))
+    emulator.run_experts(emulator.experts(*tensors, workspace, y), scheduled, emulated.form(**how))
     assert (workspace[-64:] == 255).all()
-    return y, copied.value
+    return y, emulator.totals()[3]
 
 
 def check(y, x, w13, w2, shared_w13, shared_w2, ids, weights):
@@ -171,11 +111,13 @@ def test_an_overflow_stays_with_the_tokens_that_chose_the_expert(emulator):
 
 
 def test_host_rules(emulator):
-    assert [emulator.splits(h, 132) for h in (64, 2048, 2816, 4096, 8192)] == [8, 4, 3, 2, 1]
-    assert [emulator.stages(t) for t in (1, 16, 32, 48, 64)] == [5, 5, 4, 3, 3]
+    assert [emulator.library.splits(h, 132) for h in (64, 2048, 2816, 4096, 8192)] == [8, 4, 3, 2, 1]
+    limits = {"Hopper": 227 * 1024, "GeForce of Blackwell": 99 * 1024}
+    assert [emulator.library.stages(t, limits["Hopper"]) for t in (1, 16, 32, 48, 64)] == [5, 5, 4, 3, 3]
+    assert [emulator.library.stages(t, limits["GeForce of Blackwell"]) for t in (16, 32, 48, 64)] == [2, 1, 1, 1]
     for tokens in range(1, 65):
-        n = emulator.stages(tokens)
-        assert n >= 3 and emulator.shared_bytes(tokens, n) <= 227 * 1024
+        n = emulator.library.stages(tokens, limits["Hopper"])
+        assert n >= 3 and emulator.library.shared_bytes(tokens, n) <= limits["Hopper"]
 
 
 @pytest.mark.parametrize(
@@ -191,5 +133,5 @@ def test_host_rules(emulator):
 )
 def test_refuses_what_it_does_not_cover(emulator, change, why):
     tensors = layer(**{**dict(tokens=2, hidden=64, inner=32, experts=4, top_k=2, shared=32), **change})
-    args = arguments(emulator, *tensors)
-    assert emulator.refuses_experts(ctypes.byref(args)).decode().startswith(why)
+    args = emulator.experts(*tensors)
+    assert emulator.library.refuses_experts(ctypes.byref(args)).decode().startswith(why)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -16,9 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from dmoe_ops import BlockRouting, _library, reference
+from dmoe_ops import BlockRouting, reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of dmoe::cuda::Dtype
 SELECTIONS = [
     *itertools.product(("topk_sum", "sum", "max", "union"), ("top_p", "top_n", "nonzero")),
     ("topk_sum", "all"),
@@ -40,92 +39,16 @@ BIASES = {
 }
 
 
-class Router(ctypes.Structure):
-    """dmoe::cuda::Router"""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "experts", "n_blocks", "coreset_width", "seq_len")),
-        ("x", ctypes.c_void_p),
-        ("gate_weight", ctypes.c_void_p),
-        ("x_dtype", ctypes.c_int32),
-        ("gate_dtype", ctypes.c_int32),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "logits",
-                "expert_bias",
-                "block_offsets",
-                "topk_ids",
-                "topk_weights",
-                "coreset_ids",
-                "coreset_sizes",
-                "schedule",
-                "w13",
-            )
-        ),
-        ("w13_bytes", ctypes.c_int64),
-    ]
-
-
-@pytest.fixture(scope="module")
-def emulator(build_host_library):
-    result = build_host_library("router_host.cpp")
-    for name in ("emulate_route", "emulate_schedule"):
-        getattr(result, name).restype = ctypes.c_char_p
-    for name in ("schedule_words", "router_shared_bytes"):
-        getattr(result, name).restype = ctypes.c_int64
-    result.schedule_words.argtypes = [ctypes.c_int64]
-    result.cluster_size.argtypes = [ctypes.c_int64, ctypes.c_int]
-    result.emulate_schedule.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_uint32,
-    ]
-    return result
-
-
-def pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
-def route(
-    emulator, logits, bias, routing, offsets=None, *, x=None, gate=None, cluster=4, two_launches=False, seed=0, w13=None
-):
+def route(emulator, logits, bias, routing, offsets=None, *, x=None, gate=None, w13=None, **how):
     """(RoutingResult, used experts) of the emulated kernels. `logits` [bsz, seq, E] is written where x is given."""
-    rows = logits.view(-1, logits.shape[-1])
-    tokens, experts = rows.shape
-    width, seq_len = routing.coreset_width, logits.shape[1]
+    rows, seq_len = logits.view(-1, logits.shape[-1]), logits.shape[1]
     n_blocks = len(offsets) - 1 if offsets is not None else logits.shape[0] * -(-seq_len // routing.block_size)
-    out = (
-        torch.full((tokens, routing.top_k), -77, dtype=torch.int32),
-        torch.full((tokens, routing.top_k), torch.nan),
-        torch.full((n_blocks, width), -77, dtype=torch.int32),
-        torch.full((n_blocks,), -77, dtype=torch.int32),
-    )
-    schedule = torch.full((emulator.schedule_words(experts),), 999, dtype=torch.int32)
-    used_at = emulator.used_at()
-    schedule[used_at + experts :] = 0  # what the launcher clears
+    out, schedule = emulated.outputs(len(rows), n_blocks, routing), emulator.schedule_of(rows.shape[1])
     offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
-    args = Router(
-        tokens, 0 if x is None else x.shape[-1], experts, n_blocks, width, seq_len, pointer(x), pointer(gate),
-        0 if x is None else DTYPES.index(x.dtype), 0 if x is None else DTYPES.index(gate.dtype),
-        pointer(rows), pointer(bias), pointer(offsets), *map(pointer, out), pointer(schedule),
-        pointer(w13), 0 if w13 is None else w13[0].nbytes,
-    )  # fmt: skip
-    ints, floats = _library.packed_routing(routing)
-    problem = emulator.emulate_route(
-        ctypes.byref(args),
-        (ctypes.c_int64 * len(ints))(*ints),
-        (ctypes.c_double * 2)(*floats),
-        cluster,
-        two_launches,
-        seed,
-    )
-    assert problem is None, problem.decode()
-    assert not schedule[: used_at - 1].any()  # the counters of the expert kernel start from zero
-    return reference.RoutingResult(*out), schedule[used_at : used_at + int(schedule[used_at - 1])]
+    args = emulator.router(rows, bias, offsets, out, schedule, seq_len, x, gate, w13)
+    emulator.run_route(args, routing, emulated.form(**how))
+    assert not schedule[: emulator.library.count_at()].any()  # the counters of the expert kernel start from zero
+    return out, emulator.used(schedule)
 
 
 def check(result, used, expected):
@@ -234,8 +157,8 @@ def test_largest_block(emulator):
     check(*route(emulator, logits, None, routing, cluster=8), reference.block_route(logits, routing=routing))
 
 
-@pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("gate_dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", emulated.DTYPES)
+@pytest.mark.parametrize("gate_dtype", emulated.DTYPES)
 @pytest.mark.parametrize("two_launches", [False, True])
 def test_gate(emulator, x_dtype, gate_dtype, two_launches):
     """The logits are those of fp32 arithmetic, and the routing is that of the logits."""
@@ -289,11 +212,10 @@ def test_schedule_of_bare_ids(emulator):
     torch.manual_seed(5)
     ids = torch.randint(-1, 70, (300,), dtype=torch.int32)
     ids[7] = 1 << 20  # as a careless caller could send it
-    out = torch.full((emulator.schedule_words(70),), 999, dtype=torch.int32)
-    assert emulator.emulate_schedule(ids.data_ptr(), 300, 70, out.data_ptr(), 0) is None
-    at = emulator.used_at()
+    out = emulator.schedule_of(70)
+    emulator.run_schedule(ids, 70, out)
     expected = ids[(ids >= 0) & (ids < 70)].unique()
-    assert torch.equal(out[at : at + int(out[at - 1])], expected) and not out[: at - 1].any()
+    assert torch.equal(emulator.used(out), expected) and not out[: emulator.library.count_at()].any()
 
 
 @pytest.mark.parametrize("expert_bytes", [3 << 20, 100 << 10])
@@ -303,21 +225,20 @@ def test_fetches_the_first_members(emulator, expert_bytes):
     logits = torch.tensor([[0.0, 9, 0, 8, 0, 0, 0, 0]] * 2 + [[0.0, 0, 9, 0, 0, 0, 8, 0]] * 2)[None]
     w13 = torch.empty(8, expert_bytes, dtype=torch.uint8)
     route(emulator, logits, None, routing, cluster=2, w13=w13)
-    out = (ctypes.c_int64 * 3)()
-    emulator.fetched(ctypes.c_uint64(w13.data_ptr()), out)
+    out = emulator.totals(w13.data_ptr())[:3]
     if expert_bytes > 1 << 20:
-        assert list(out) == [2 * (4 << 20), expert_bytes, 6 * expert_bytes + (1 << 20)]
+        assert out == [2 * (4 << 20), expert_bytes, 6 * expert_bytes + (1 << 20)]
     else:
-        assert list(out) == [4 * expert_bytes, expert_bytes, 7 * expert_bytes]
+        assert out == [4 * expert_bytes, expert_bytes, 7 * expert_bytes]
 
 
 def test_host_rules(emulator):
     """Cluster sizes, and shared memory within the 227 KB of Hopper (and the 163 KB of Ampere, without clusters)."""
-    assert [emulator.cluster_size(n, 132) for n in (1, 4, 16, 17, 32, 1000)] == [8, 8, 8, 4, 4, 4]
+    assert [emulator.library.cluster_size(n, 132) for n in (1, 4, 16, 17, 32, 1000)] == [8, 8, 8, 4, 4, 4]
     for experts, block_size in itertools.product((1, 33, 256, 512), (1, 32, 128)):
-        assert emulator.router_shared_bytes(experts, block_size, 1, 0) <= 163 * 1024
+        assert emulator.library.router_shared_bytes(experts, block_size, 1, 0) <= 163 * 1024
         for cluster in (4, 8):
-            assert emulator.router_shared_bytes(experts, block_size, cluster, 1) <= 227 * 1024
+            assert emulator.library.router_shared_bytes(experts, block_size, cluster, 1) <= 227 * 1024
 
 
 @pytest.mark.parametrize("fields", [dict(num_experts=520), dict(top_k=33), dict(block_size=129)])

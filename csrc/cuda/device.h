@@ -101,8 +101,20 @@ DMOE_DEVICE uint32_t load_acquire(const uint32_t* at) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
-// A value that other blocks wrote in this launch: not from this processor's L1.
-DMOE_DEVICE float load_fresh(const float* at) { return __ldcg(at); }
+// Values that other blocks wrote in this launch: not from this processor's L1. From a multiple of 16 bytes.
+struct Four {
+  float v[4];
+};
+DMOE_DEVICE Four load_fresh(const float* at) {
+  const float4 f = __ldcg(reinterpret_cast<const float4*>(at));
+  return {{f.x, f.y, f.z, f.w}};
+}
+// Between two looks at what another thread block will change.
+DMOE_DEVICE void pause(unsigned nanoseconds) {
+#if __CUDA_ARCH__ >= 700
+  __nanosleep(nanoseconds);
+#endif
+}
 
 // --- programmatic dependent launch
 DMOE_DEVICE void launch_dependents() {
@@ -172,7 +184,8 @@ DMOE_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// Of a whole warp: lanes may leave the loop at different times, and meet again behind it.
+// Of a whole warp: lanes leave the loop at different times and meet behind it. Without that a lane that stays behind may find
+// that two phases have passed, and wait for ever.
 DMOE_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
@@ -189,13 +202,15 @@ DMOE_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
   __syncwarp();
 }
 // Both addresses and the size are multiples of 16 bytes. The hint keeps what is read once (weights) from pushing what every
-// thread block reads (x and h) out of the L2; these are the policies that createpolicy makes.
-DMOE_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier, bool once) {
+// thread block reads (x and h) out of the L2; these are the policies that createpolicy makes. It is a uniform operand: lanes
+// that differ in it would all get one lane's.
+template <bool kOnce>
+DMOE_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(once ? kEvictFirst : kEvictNormal)
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(kOnce ? kEvictFirst : kEvictNormal)
       : "memory");
 }
 // Between ordinary accesses of global memory and copies of the same bytes by the copy engine.

@@ -15,12 +15,14 @@ __global__ void __launch_bounds__(kExpertsThreads, 1)
 }  // namespace
 
 const char* experts_forward(const Experts& args, void* stream) {
-  int major = 0, multiprocessors = 0;
+  int major = 0, multiprocessors = 0, shared = 0;
   cudaError_t error = attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (error == cudaSuccess) error = attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
+  if (error == cudaSuccess) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared);
   if (error != cudaSuccess) return text(error);
   if (major < 9) return "the expert kernel needs compute capability 9.0 or above";
-  const int n_stages = stages(args.tokens);
+  const int n_stages = stages(args.tokens, shared);
+  if (n_stages < 2) return "the expert kernel needs more shared memory than this GPU has";
   const Shape shape{multiprocessors, kExpertsThreads, experts_shared(args.tokens, n_stages), 1, true};
   const auto kernel = args.dtype == Dtype::f16 ? experts_entry<true> : experts_entry<false>;
   return text(launch(kernel, shape, stream, args, n_stages, splits(args.hidden, multiprocessors)));

@@ -31,6 +31,7 @@ struct Experts {
 // eight rows of a matrix lie in different banks. None of these is measured.
 constexpr int kTileRows = 64, kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8, kMaxTokens = 64;
 // Four warps multiply; eight fill the ring, because a warp hands its copies to the copy engine one lane at a time.
+constexpr unsigned kPollPause = 32;  // ns between two looks at a counter. Not measured.
 constexpr int kConsumers = 128, kProducers = 256, kExpertsThreads = kConsumers + kProducers;
 
 constexpr int kRowsOfWarp = kTileRows / (kProducers / 32);  // rows of weights, and of tokens, that a producer copies
@@ -40,8 +41,8 @@ constexpr int64_t kExpertsHeader = 1024;  // barriers, tile of each stage, weigh
 
 DMOE_BOTH int64_t stage_bytes(int64_t tokens) { return (kTileRows + (tokens + 15) / 16 * 16) * kPitch; }
 
-// Ring stages that fit, at most 8.
-inline int stages(int64_t tokens, int64_t shared_limit = 227 * 1024) {
+// Ring stages that fit into the shared memory of one thread block, at most 8. The kernel needs two.
+inline int stages(int64_t tokens, int64_t shared_limit) {
   const int64_t fit = (shared_limit - kExpertsHeader) / stage_bytes(tokens);
   return static_cast<int>(fit < kMaxStages ? fit : kMaxStages);
 }

@@ -147,15 +147,21 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
     dev::barrier_wait(&ring.empty[place.stage], place.phase ^ 1);
     if (first) ring.tile[place.stage] = tile;
     if (lane == 0) dev::barrier_expect(&ring.full[place.stage], 2u * k * rows);
-    dev::sync_warp();
+    // Bytes may be counted before they are expected, as this warp's arrival is still due. No GPU has run it that way yet.
+    dev::sync_warp();  // not shown: the phase can't end before lane 0 has arrived, so nothing goes wrong without it
   };
   const auto copy = [&](const Place& place, const Tile& tile, const Chunk& c) {
-    const char* from = weights ? c.weight_row(tile.down, row) : c.tokens + row * c.tokens_step;
-    dev::bulk_copy(shared + place.stage * bytes + to, from, 2 * c.k, &ring.full[place.stage], weights);
+    char* into = shared + place.stage * bytes + to;
+    dev::Barrier* full = &ring.full[place.stage];
+    if (weights) {
+      dev::bulk_copy<true>(into, c.weight_row(tile.down, row), 2 * c.k, full);
+    } else {
+      dev::bulk_copy<false>(into, c.tokens + row * c.tokens_step, 2 * c.k, full);
+    }
   };
 
   for (int turn = 0;; turn ^= 1) {
-    if (first) ring.drawn[turn] = static_cast<int>(dev::atomic_add(&counters[0], 1));
+    if (first) ring.drawn[turn] = static_cast<int>(dev::atomic_add(&counters[kTickets], 1));
     dev::sync_some(2, kProducers);
     const int i = ring.drawn[turn];
     if (i >= p.tiles) break;
@@ -170,8 +176,10 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
         open(ahead, i, part.k);
         if (weights) copy(ahead, tile, part);
       }
-      while (dev::load_acquire(&counters[1]) < static_cast<uint32_t>(p.up_tiles)) {
+      if (first) {
+        while (dev::load_acquire(&counters[kUpDone]) < static_cast<uint32_t>(p.up_tiles)) dev::pause(kPollPause);
       }
+      dev::sync_some(2, kProducers);
       dev::fence_copies();
       h_is_there = true;
       for (; done < n; ++done, at.next(n_stages)) {
@@ -191,9 +199,47 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
   open(at, -1, 0);
 }
 
+struct alignas(8) Quad {
+  uint16_t value[4];
+};
+
 template <bool kHalf>
 DMOE_DEVICE uint16_t round16(float value) {
   return kHalf ? dev::float_to_half(value) : dev::float_to_bf16(value);
+}
+
+// Twice four columns of a token at a time, all loads before the first addition: at T = 32 memory's latency is paid twice.
+template <bool kHalf>
+DMOE_DEVICE void add_parts(const Plan& p, const Tile& tile, const float* parts, uint16_t* y, int thread) {
+  constexpr int kFours = kTileRows / 4, kTogether = 2;
+  const int n = static_cast<int>(p.tokens) * kFours;
+  const auto at = [&](int j) { return j / kFours * p.hidden + tile.row + j % kFours * 4; };
+  for (int first = thread; first < n; first += kTogether * kConsumers) {
+    dev::Four part[kTogether][kMaxSplits];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int j = first + i * kConsumers;
+#pragma unroll
+      for (int s = 0; s < kMaxSplits; ++s) {
+        const bool there = j < n && s < p.n_splits;
+        part[i][s] = there ? dev::load_fresh(&parts[s * p.tokens * p.hidden + at(j)]) : dev::Four{};
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int j = first + i * kConsumers;
+      if (j >= n) break;
+      Quad out;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float total = 0;
+#pragma unroll
+        for (int s = 0; s < kMaxSplits; ++s) total += part[i][s].v[c];
+        out.value[c] = round16<kHalf>(total);
+      }
+      *reinterpret_cast<Quad*>(y + at(j)) = out;
+    }
+  }
 }
 
 // The four warps that multiply. Warp i has rows 16 i .. 16 i + 15 of a tile, all tokens.
@@ -270,7 +316,7 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
       }
       dev::fence_copies();  // h is read by bulk copies
       dev::sync_some(1, kConsumers);
-      if (thread == 0) dev::atomic_add_ordered(&counters[1], 1);
+      if (thread == 0) dev::atomic_add_ordered(&counters[kUpDone], 1);
       continue;
     }
 
@@ -294,17 +340,11 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
     // The last of a row's parts to arrive adds them up, in their order: which one it is does not change the sum.
     dev::sync_some(1, kConsumers);
     if (thread == 0) {
-      ring.last = dev::atomic_add_ordered(&counters[2 + tile.row / kTileRows], 1) + 1 == static_cast<uint32_t>(p.n_splits);
+      const uint32_t before = dev::atomic_add_ordered(&counters[kColumns + tile.row / kTileRows], 1);
+      ring.last = before + 1 == static_cast<uint32_t>(p.n_splits);
     }
     dev::sync_some(1, kConsumers);
-    if (ring.last) {
-      for (int j = thread; j < tokens * kTileRows; j += kConsumers) {
-        const int64_t from = j / kTileRows * p.hidden + tile.row + j % kTileRows;
-        float total = 0;
-        for (int s = 0; s < p.n_splits; ++s) total += dev::load_fresh(&parts[s * p.tokens * p.hidden + from]);
-        y[from] = round16<kHalf>(total);
-      }
-    }
+    if (ring.last) add_parts<kHalf>(p, tile, parts, y, thread);
   }
 }
 
@@ -312,8 +352,9 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
 DMOE_DEVICE void prefetch_shared(const Experts& a) {
   constexpr int64_t kPiece = 4096;  // not measured
   const int64_t down = 2 * a.hidden * a.shared_intermediate, all = 3 * down;
-  for (int64_t at = (static_cast<int64_t>(dev::cta()) * kProducers + dev::thread() - kConsumers) * kPiece; at < all;
-       at += static_cast<int64_t>(dev::ctas()) * kProducers * kPiece) {
+  // Over all thread blocks, then over their warps: a warp hands them over one lane at a time.
+  const int64_t turn = dev::lane() * (kProducers / 32) + dev::warp() - kConsumers / 32;
+  for (int64_t at = (turn * dev::ctas() + dev::cta()) * kPiece; at < all; at += kPiece * dev::ctas() * kProducers) {
     // Both sizes are multiples of 4096 (64 columns by 32 rows), so no piece spans the two.
     const char* from = at < 2 * down ? static_cast<const char*>(a.shared_w13) + at
                                      : static_cast<const char*>(a.shared_w2) + (at - 2 * down);

@@ -1,4 +1,6 @@
 // Launches of the router. No allocation, no synchronisation: everything can be captured in a CUDA graph.
+#include <atomic>
+
 #include "launch.h"
 #include "router_kernel.h"
 
@@ -24,6 +26,28 @@ __global__ void __launch_bounds__(kRouterThreads, 1)
   schedule_kernel(topk_ids, slots, experts, out, shared);
 }
 
+// The cluster that is wanted, or the largest below it that fits: a part of a GPU (MIG) may have fewer multiprocessors side by
+// side than a cluster has blocks. Registers allow one block per multiprocessor, so its shared memory does not matter.
+template <class... Params>
+cudaError_t largest_cluster(void (*kernel)(Params...), int wanted, int* size) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][2];  // for clusters of 8 and of 4
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return forget(error);
+  std::atomic<int>* found = device < kDevices ? &known[device][wanted == 8] : nullptr;
+  *size = found ? found->load() : 0;
+  for (int next = wanted; *size == 0; next /= 2) {
+    int fit = 1;
+    if (next > 1) {
+      const cudaError_t error = active_clusters(kernel, {next, kRouterThreads, 0, next, true}, &fit);
+      if (error != cudaSuccess) return error;
+    }
+    if (fit > 0) *size = next;
+  }
+  if (found) found->store(*size);
+  return cudaSuccess;
+}
+
 }  // namespace
 
 const char* block_route(const Router& args, const Routing& routing, void* stream) {
@@ -40,20 +64,27 @@ const char* block_route(const Router& args, const Routing& routing, void* stream
   }
   if (args.x && !clusters) {
     const int64_t tiles = (args.experts + kGateTile - 1) / kGateTile * ((args.tokens + kGateTile - 1) / kGateTile);
-    const int64_t bytes = 4ll * kRouterWarps * kGateTile * (kGateTile + 1);
-    error = launch(gate_entry, {tiles, kRouterThreads, bytes, 1, false}, stream, args);
+    error = launch(gate_entry, {tiles, kRouterThreads, gate_shared(), 1, false}, stream, args);
     if (error != cudaSuccess) return text(error);
     route.x = nullptr;
   }
-  const int size = clusters ? cluster_size(args.n_blocks, multiprocessors) : 1;
+  const auto kernel = args.experts <= 256 ? route_entry<8> : route_entry<16>;
+  int size = 1;
+  if (clusters) {
+    error = largest_cluster(kernel, cluster_size(args.n_blocks, multiprocessors), &size);
+    if (error != cudaSuccess) return text(error);
+  }
   const int64_t bytes =
       router_shared(static_cast<int>(args.experts), static_cast<int>(routing.block_size), size, route.x != nullptr).bytes;
-  const auto kernel = args.experts <= 256 ? route_entry<8> : route_entry<16>;
   return text(launch(kernel, {args.n_blocks * size, kRouterThreads, bytes, size, clusters}, stream, route, routing));
 }
 
 const char* schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, uint32_t* out, void* stream) {
-  return text(launch(schedule_entry, {1, kRouterThreads, 0, 1, false}, stream, topk_ids, slots, static_cast<int>(experts), out));
+  int major = 0;
+  const cudaError_t error = attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (error != cudaSuccess) return text(error);
+  const Shape shape{1, kRouterThreads, 0, 1, major >= 9};
+  return text(launch(schedule_entry, shape, stream, topk_ids, slots, static_cast<int>(experts), out));
 }
 
 }  // namespace dmoe::cuda

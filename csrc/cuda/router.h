@@ -37,7 +37,9 @@ struct Router {
 
 // The schedule: counters that the expert kernel starts from zero, the number of experts that some token chose, their ids in
 // ascending order, and what the blocks add up on the way there.
-constexpr int kCounters = 2 + 128;  // tickets, up tiles done, and one counter per 64 columns of y (H <= 8192)
+// Tickets, up tiles done (128 bytes apart, as blocks wait for the one while others draw the other), and one counter per 64
+// columns of y (H <= 8192).
+constexpr int kTickets = 0, kUpDone = 32, kColumns = 64, kCounters = kColumns + 128;
 constexpr int kCount = kCounters, kUsed = kCounters + 1;
 inline int64_t schedule_words(int64_t experts) { return kUsed + experts + 1 + (experts + 31) / 32; }
 
@@ -46,8 +48,8 @@ constexpr int kRouterThreads = 256, kRouterWarps = kRouterThreads / 32;
 constexpr int kGateTile = 32;  // experts and tokens per tile of the gate
 
 // What memory delivers between the choice of a coreset and the first tile of the expert kernel: about 2.5 us of an H100's
-// 3 TB/s. In pieces, one per lane. Not measured.
-constexpr int64_t kFetchBytes = 8 << 20, kFetchPiece = 64 << 10;
+// 3 TB/s. In pieces, spread over all thread blocks of a cluster and all their warps. Not measured.
+constexpr int64_t kFetchBytes = 8 << 20, kFetchPiece = 16 << 10;
 
 // Why these kernels do not take a call, or null. The caller then takes another backend.
 inline const char* refuses(const Router& a, const Routing& r) {
@@ -61,6 +63,9 @@ inline const char* refuses(const Router& a, const Routing& r) {
 // Thread blocks per block of tokens: 8, the largest portable cluster, while all of them run at once (registers allow one per
 // multiprocessor), else 4, as each cluster reads the gate's weights. Not measured.
 inline int cluster_size(int64_t n_blocks, int multiprocessors) { return n_blocks * 8 <= multiprocessors ? 8 : 4; }
+
+// Shared memory of the gate's partial sums, of its two-launch form the only one.
+DMOE_BOTH int64_t gate_shared() { return 4ll * kRouterWarps * kGateTile * (kGateTile + 1); }
 
 // Shared memory of the route kernel. The arrays stand in the order in which they are laid out.
 struct RouterShared {
@@ -85,7 +90,7 @@ DMOE_BOTH RouterShared router_shared(int experts, int block_size, int cluster, b
   s.rank_ids = take(4ll * padded);
   s.words = take(4ll * 64);
   s.logits = take(fused ? 4ll * own * padded : 0);
-  const int64_t gate = fused ? 4ll * kRouterWarps * kGateTile * (kGateTile + 1) : 0, votes = 8ll * kRouterWarps * padded;
+  const int64_t gate = fused ? gate_shared() : 0, votes = 8ll * kRouterWarps * padded;
   s.scratch = take(gate > votes ? gate : votes);
   s.bytes = at;
   return s;

@@ -291,7 +291,7 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
       score_all(row, a.expert_bias, routing.score, norm, experts, padded, [](int e) { return e; }, s, r);
       vote(routing, s, r, padded, mine);
     }
-    dev::sync();  // `parts` takes the place of all warps' s and r
+    dev::sync_warp();  // this warp's `parts` take the place of its s and r
     double* parts = reinterpret_cast<double*>(scratch);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -405,11 +405,11 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
   }
   dev::sync();
 
-  if (dev::kClusters && a.w13 && warp == kRouterWarps - 1) {
+  if (dev::kClusters && a.w13) {
     // Memory would idle until the expert kernel starts. It takes the members in this order.
     const int64_t pieces = (a.w13_bytes + kFetchPiece - 1) / kFetchPiece, budget = kFetchBytes / kFetchPiece / a.n_blocks;
     const int64_t all = n_members * pieces < budget ? n_members * pieces : budget;
-    for (int64_t i = rank * 32 + lane; i < all; i += size * 32) {
+    for (int64_t i = (lane * kRouterWarps + warp) * size + rank; i < all; i += size * kRouterThreads) {
       const int64_t from = i % pieces * kFetchPiece, left = a.w13_bytes - from;
       dev::bulk_prefetch(static_cast<const char*>(a.w13) + coreset[i / pieces] * a.w13_bytes + from,
                          static_cast<uint32_t>(left < kFetchPiece ? left : kFetchPiece));
@@ -458,13 +458,12 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
     uint32_t* all = used_words(a);
     uint32_t* arrived = all + words;
     uint32_t* last = member;
-    dev::sync();
     if (dev::thread() < words && used[dev::thread()]) dev::atomic_or(&all[dev::thread()], used[dev::thread()]);
     dev::sync();
     if (dev::thread() == 0) *last = dev::atomic_add_ordered(arrived, 1) + 1 == static_cast<uint32_t>(a.n_blocks);
     dev::sync();
     if (!*last) return;
-    if (dev::thread() < words) used[dev::thread()] = dev::load_acquire(&all[dev::thread()]);
+    if (dev::thread() < words) used[dev::thread()] = all[dev::thread()];
     dev::sync();
   }
   write_used(used, experts, a.schedule);
