@@ -135,7 +135,7 @@ def _triton_interprets() -> bool:
 
 
 class Cuda:
-    """csrc/cuda, on NVIDIA GPUs of compute capability 8.x and 9.0
+    """csrc/cuda, on NVIDIA GPUs of compute capability 8.x, 9.0, 10.x and 12.x
 
     Two launches: router and experts. What the host rules refuse (csrc/cuda/router.h and experts.h: float32 experts,
     more than 64 tokens through experts, sizes that do not divide into its tiles) goes to Triton, or to the reference
@@ -203,16 +203,16 @@ class Cuda:
 def _cuda_experts_refuse(x, weights: ExpertWeights) -> str | None:
     if weights.quantized:
         return "quantised weights"
-    if not _is_hopper(x.device):
-        return "a GPU that is not Hopper"
+    if not _has_cuda_experts(x.device):
+        return "a GPU without bulk copies, or with less than 227 KB of shared memory per thread block"
     w13, w2, _, shared_w2 = weights[:4]
     shared = 0 if shared_w2 is None else shared_w2.shape[1]
     return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], x.element_size())
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+def _has_cuda_experts(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _cuda_schedule(x, w13) -> torch.Tensor:
@@ -231,9 +231,12 @@ def _why_no_cuda(device: torch.device | None) -> str | None:
         return _C.why_no_cuda
     if torch.version.hip is not None or not torch.cuda.is_available():
         return "there is no NVIDIA GPU"
-    # Machine code of sm_80 runs on every 8.x, that of sm_90a on 9.0 alone.
-    if device is not None and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (8, 9)):
-        return f"it serves tensors of a GPU of compute capability 8.x or 9.0, got {device}"
+    if device is None:
+        return None
+    # Machine code of sm_80 runs on every 8.x, that of sm_90a on 9.0 alone, of sm_100 and sm_120 on every 10.x and 12.x.
+    majors = {int(arch.rstrip("a")) // 10 for arch in _C.cuda_architectures.split()}
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in majors:
+        return f"it is built for GPUs of sm {_C.cuda_architectures}, got {device}"
     return None
 
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None, planned: list[steps.Step] | None = None)
         print("gpu-check: run it in the repository, where tests/gpu is", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * args.minutes
-    capable = ["cuda", "triton"] if args.rehearse or torch.cuda.get_device_capability()[0] == 9 else ["triton"]
+    capable = ["cuda", "triton"] if args.rehearse or torch.cuda.get_device_capability()[0] in (9, 10) else ["triton"]
     lost = losses(_library._C, capable)
     planned = planned or (plan.rehearsal() if args.rehearse else plan.on_gpu(capable))
     absent = {loss["of"] for loss in lost if loss["of"]}
@@ -107,7 +107,7 @@ def losses(extension, capable: list[str]) -> list[dict]:
     elif "cuda" in capable and not extension.cuda_architectures:
         lose("nvcc", f"the CUDA kernels were not built: {extension.why_no_cuda}", "cuda")
     if "cuda" not in capable:
-        lose("CUDA kernels", "they are for compute capability 9.0")
+        lose("CUDA kernels", "they are for compute capability 9.0 and 10.x")
     if not importlib.util.find_spec("triton"):
         lose("triton", "the package is not installed", "triton")
     if plan.sanitizer() is None:

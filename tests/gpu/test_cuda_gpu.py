@@ -14,9 +14,10 @@ from dmoe_ops import BlockRouting, _backends, _library, block_moe, block_route, 
 def why_not() -> str | None:
     if not torch.cuda.is_available():
         return "needs a GPU; there is none here"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return f"needs compute capability 9.0, got {torch.cuda.get_device_capability()}"
-    return _backends.Cuda.why_not(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not _backends._has_cuda_experts(device):
+        return f"needs compute capability 9.0 or 10.x, got {torch.cuda.get_device_capability()}"
+    return _backends.Cuda.why_not(device)
 
 
 pytestmark = [
