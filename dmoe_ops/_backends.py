@@ -64,7 +64,7 @@ class Cpp:
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
-        torch.ops.dmoe._moe_experts_out(x, *weights, topk_ids, topk_weights, y)
+        torch.ops.dmoe._moe_experts_out(x, *weights[:-1], weights.local(topk_ids), topk_weights, y)
 
     moe_experts_backward = staticmethod(reference.moe_experts_backward)  # its products are torch's own, and fast
 
@@ -95,7 +95,7 @@ class Triton:
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, *args) -> None:
         if Triton._takes(weights):
-            _triton_backend().moe_experts(x, weights.w13, weights.w2, *args)
+            _triton_backend().moe_experts(x, weights.w13, weights.w2, *args, weights.expert_map)
         else:
             Reference.moe_experts(x, weights, *args)
 
@@ -109,7 +109,7 @@ class Triton:
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights: ExpertWeights, *args) -> None:
         if Triton._takes(weights):
-            _triton_backend().block_moe(x, gate_weight, expert_bias, weights[:4], *args)
+            _triton_backend().block_moe(x, gate_weight, expert_bias, weights[:4], *args, weights.expert_map)
         else:
             Reference.block_moe(x, gate_weight, expert_bias, weights, *args)
 
@@ -139,7 +139,7 @@ class Cuda:
 
     Two launches: router and experts. What the host rules refuse (csrc/cuda/router.h and experts.h: float32 experts,
     more than 64 tokens through experts, sizes that do not divide into its tiles) goes to Triton, or to the reference
-    where that is missing; so does every gradient.
+    where that is missing; so does every gradient, and a layer with an expert_map.
     """
 
     @staticmethod
@@ -159,7 +159,7 @@ class Cuda:
             _without_cuda().moe_experts(x, weights, topk_ids, topk_weights, y)
         else:
             schedule = _cuda_schedule(x, weights.w13)
-            Cuda._experts(x, weights, topk_ids, topk_weights, schedule, False, y)
+            Cuda._experts(x, weights, weights.local(topk_ids), topk_weights, schedule, False, y)
 
     @staticmethod
     def moe_experts_backward(*args) -> None:
@@ -171,6 +171,7 @@ class Cuda:
             _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, x.shape[1])
             or _cuda_experts_refuse(x, weights)
             or gate_weight.dtype == torch.float64
+            or weights.expert_map is not None  # the router's schedule speaks of the model's experts
         ):
             _without_cuda().block_moe(
                 x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits

@@ -123,6 +123,29 @@ def experts(x, weights: ExpertWeights, topk_ids, topk_weights) -> None:
     tensor("topk_ids", topk_ids, [x.shape[0], "top_k"], (torch.int32,), x.device)
     weight_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     tensor("topk_weights", topk_weights, list(topk_ids.shape), (weight_dtype,), x.device)
+    expert_map(weights, "E_model", x.device)
+
+
+def expert_map(weights: ExpertWeights, experts: int | str, device) -> None:
+    value = weights.expert_map
+    if value is None:
+        return
+    tensor("expert_map", value, [experts], (torch.int32,), device)
+    contiguous("expert_map", value)
+    if value.shape[0] == 0:
+        raise ValueError("expert_map must have an entry per expert of the model, got []")
+
+
+def expert_map_values(weights: ExpertWeights) -> None:
+    """Reads the map, so for CPU tensors alone, as `block_offset_values`."""
+    value = weights.expert_map
+    if value is None or value.device.type != "cpu":
+        return
+    low, high, rows = *(bound.item() for bound in value.aminmax()), weights.w13.shape[0]
+    if low < -1 or high >= rows:
+        raise ValueError(
+            f"expert_map must hold rows of w13, from 0 to {rows - 1}, or -1, got {low if low < -1 else high}"
+        )
 
 
 def expert_weights(x, weights: ExpertWeights) -> None:
@@ -214,6 +237,7 @@ def layer(x, gate_weight, expert_bias, weights: ExpertWeights, offsets, settings
         bias_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         tensor("expert_bias", expert_bias, [settings.num_experts], (bias_dtype,), x.device)
     expert_weights(x, weights)
-    if weights.w13.shape[0] != settings.num_experts:
+    expert_map(weights, settings.num_experts, x.device)
+    if weights.expert_map is None and weights.w13.shape[0] != settings.num_experts:
         raise ValueError(f"w13 must have num_experts={settings.num_experts} experts, got {list(weights.w13.shape)}")
     block_offsets(offsets, x.shape[0], x.device)

@@ -69,7 +69,8 @@ lib.define(
     "Tensor(d!) coreset_sizes) -> ()"
 )
 lib.define("_gate_out(Tensor x, Tensor gate_weight, Tensor(a!) logits) -> ()")
-# The arguments from w13 to quantize_activations are `formats.ExpertWeights`, which says what they hold.
+# The arguments from w13 to quantize_activations are `formats.ExpertWeights`, which says what they hold; topk_ids are
+# rows of w13.
 lib.define(
     "_moe_experts_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor? w13_scale, "
     "Tensor? w2_scale, Tensor? shared_w13_scale, Tensor? shared_w2_scale, bool quantize_activations, Tensor topk_ids, "

@@ -8,40 +8,47 @@ from . import _backends, _checks, _library, reference
 from .formats import ExpertWeights
 
 
-def moe_experts(x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=None, activations=None) -> torch.Tensor:
-    optional = dict(w13_scale=w13_scale, w2_scale=w2_scale)
+def moe_experts(
+    x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=None, activations=None, expert_map=None
+) -> torch.Tensor:
+    optional = dict(w13_scale=w13_scale, w2_scale=w2_scale, expert_map=expert_map)
     _checks.tensors(x=x, w13=w13, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights, optional=optional)
     _checks.activations(activations, w13)
-    return torch.ops.dmoe.moe_experts(x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale, activations is not None)
+    return torch.ops.dmoe.moe_experts(
+        x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale, activations is not None, expert_map
+    )
 
 
 moe_experts.__doc__ = reference.moe_experts.__doc__
 
 
-def of_op(w13, w2, w13_scale, w2_scale, quantize_activations=False) -> ExpertWeights:
-    return ExpertWeights(w13, w2, w13_scale=w13_scale, w2_scale=w2_scale, quantize_activations=quantize_activations)
+def of_op(w13, w2, *rest) -> ExpertWeights:
+    """From the op's arguments; `rest` are those behind topk_weights, where torch leaves out trailing defaults."""
+    return ExpertWeights(w13, w2, **dict(zip(("w13_scale", "w2_scale", "quantize_activations", "expert_map"), rest)))
 
 
-def fake(x, w13, w2, topk_ids, topk_weights, w13_scale=None, w2_scale=None, quantize_activations=False):
-    _checks.experts(x, of_op(w13, w2, w13_scale, w2_scale, quantize_activations), topk_ids, topk_weights)
+def fake(x, w13, w2, topk_ids, topk_weights, *rest):
+    _checks.experts(x, of_op(w13, w2, *rest), topk_ids, topk_weights)
     return x.new_empty(x.shape)
 
 
-def impl(x, w13, w2, topk_ids, topk_weights, w13_scale=None, w2_scale=None, quantize_activations=False):
-    y = fake(x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale, quantize_activations)
+def impl(x, w13, w2, topk_ids, topk_weights, *rest):
+    y, weights = fake(x, w13, w2, topk_ids, topk_weights, *rest), of_op(w13, w2, *rest)
+    _checks.expert_map_values(weights)
     if not topk_ids.numel():
         return y.zero_()
     x, topk_ids, topk_weights = _library.contiguous(x, topk_ids, topk_weights)
-    weights = of_op(w13, w2, w13_scale, w2_scale, quantize_activations)
     _backends.backend(x).moe_experts(x, weights, topk_ids, topk_weights, y)
     return y
 
 
 def setup_context(ctx, inputs, output):
-    x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale, quantize_activations = inputs
-    weights = of_op(w13, w2, w13_scale, w2_scale, quantize_activations)
+    x, w13, w2, topk_ids, topk_weights, *rest = inputs
+    weights = of_op(w13, w2, *rest)
     _checks.differentiable(weights, x=x, topk_weights=topk_weights)
-    ctx.save_for_backward(x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale)
+    scales = weights.w13_scale, weights.w2_scale
+    ctx.save_for_backward(x, w13, w2, weights.local(topk_ids), topk_weights, *scales)
+    ctx.n_inputs = len(inputs)
 
 
 @_library.once_differentiable
@@ -57,9 +64,7 @@ def backward(ctx, d_y):
         d_w2 if needs_w2 else None,
         None,
         d_topk_weights if needs_topk_weights else None,
-        None,
-        None,
-        None,
+        *[None] * (ctx.n_inputs - 5),
     )
 
 
@@ -73,7 +78,7 @@ def gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights, w13_scale
 
 
 def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool, w13_scale=None, w2_scale=None):
-    """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights."""
+    """Gradients of x, w13, w2 (both empty unless `of_weights`) and topk_weights; topk_ids are rows of w13."""
     d_x, d_w13, d_w2, d_topk_weights = out = gradient_fake(d_y, x, w13, w2, topk_ids, topk_weights, of_weights)
     if not topk_ids.numel():
         return tuple(grad.zero_() for grad in out)
@@ -86,7 +91,7 @@ def gradient(d_y, x, w13, w2, topk_ids, topk_weights, of_weights: bool, w13_scal
 
 _library.define(
     "moe_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights, Tensor? w13_scale=None, "
-    "Tensor? w2_scale=None, bool quantize_activations=False) -> Tensor",
+    "Tensor? w2_scale=None, bool quantize_activations=False, Tensor? expert_map=None) -> Tensor",
     impl,
     fake,
     setup_context,

@@ -42,8 +42,9 @@ def scale_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 
 class ExpertWeights(NamedTuple):
-    """The experts of a layer, in the order of `dmoe::_moe_experts_out`. Scales stand beside quantised weights alone;
-    `quantize_activations`: x and h are rounded to int8 as well."""
+    """The experts of a layer; all but the last in the order of `dmoe::_moe_experts_out`. Scales stand beside quantised
+    weights alone; `quantize_activations`: x and h are rounded to int8 as well; `expert_map`: where w13 and w2 hold some
+    experts of a model alone, the row of each of its experts, or -1."""
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -54,7 +55,16 @@ class ExpertWeights(NamedTuple):
     shared_w13_scale: torch.Tensor | None = None
     shared_w2_scale: torch.Tensor | None = None
     quantize_activations: bool = False
+    expert_map: torch.Tensor | None = None
 
     @property
     def quantized(self) -> bool:
         return self.w13.dtype in QUANTIZED
+
+    def local(self, topk_ids) -> torch.Tensor:
+        """topk_ids with the rows of w13 and w2 in place of the experts' ids. Waits for no device."""
+        if self.expert_map is None:
+            return topk_ids
+        experts = self.expert_map.shape[0]
+        rows = self.expert_map[topk_ids.clamp(0, experts - 1).long()]
+        return rows.masked_fill((topk_ids < 0) | (topk_ids >= experts), -1)

@@ -26,6 +26,7 @@ def block_moe(
     shared_w13_scale=None,
     shared_w2_scale=None,
     activations=None,
+    expert_map=None,
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     _checks.routing(routing)
     _checks.rows("x", x, "H")
@@ -36,7 +37,8 @@ def block_moe(
         shared_w2_scale=shared_w2_scale,
     )
     optional = dict(expert_bias=expert_bias, shared_w13=shared_w13, shared_w2=shared_w2, block_offsets=block_offsets)
-    _checks.tensors(gate_weight=gate_weight, w13=w13, w2=w2, optional=optional | scales)
+    optional |= scales | dict(expert_map=expert_map)
+    _checks.tensors(gate_weight=gate_weight, w13=w13, w2=w2, optional=optional)
     _checks.activations(activations, w13)
     rows = x.reshape(-1, x.shape[-1])
     y, *routed, router_logits = torch.ops.dmoe.block_moe(
@@ -52,6 +54,7 @@ def block_moe(
         *routing.args(),
         *scales.values(),
         activations is not None,
+        expert_map,
     )
     return y.view(x.shape), router.result(routed), router_logits
 
@@ -81,6 +84,7 @@ def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offs
     weights, routing = settings((w13, w2, shared_w13, shared_w2), rest)
     out = fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest)
     _checks.block_offset_values(block_offsets, x.shape[0], routing.block_size)
+    _checks.expert_map_values(weights)
     if x.shape[0]:
         y, *routed, router_logits = out
         x, gate_weight, expert_bias, block_offsets = _library.contiguous(x, gate_weight, expert_bias, block_offsets)
@@ -106,19 +110,21 @@ def setup_context(ctx, inputs, output):
     ctx.n_inputs = len(inputs)
     _, topk_weights, topk_ids, coreset_ids, coreset_sizes, router_logits = output
     ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
-    ctx.save_for_backward(x, gate_weight, topk_ids, topk_weights.detach(), router_logits.detach(), *weights[:-1])
+    ctx.save_for_backward(
+        x, gate_weight, topk_ids, weights.local(topk_ids), topk_weights.detach(), router_logits.detach(), *weights[:8]
+    )
 
 
 @_library.once_differentiable
 def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_router_logits):
-    x, gate_weight, topk_ids, topk_weights, router_logits, *weights = ctx.saved_tensors
+    x, gate_weight, topk_ids, local_ids, topk_weights, router_logits, *weights = ctx.saved_tensors
     weights = ExpertWeights(*weights)
     needs = dict(zip(("x", "gate_weight", "bias", "w13", "w2", "shared_w13", "shared_w2"), ctx.needs_input_grad))
     expert_gradient = torch.ops.dmoe._moe_experts_backward
 
     of_weights, scales = needs["w13"] or needs["w2"], (weights.w13_scale, weights.w2_scale)
     d_x, d_w13, d_w2, d_weights = expert_gradient(
-        d_y, x, weights.w13, weights.w2, topk_ids, topk_weights, of_weights, *scales
+        d_y, x, weights.w13, weights.w2, local_ids, topk_weights, of_weights, *scales
     )
     d_logits = d_router_logits + router.weights_backward(
         d_weights + d_topk_weights, router_logits, topk_ids, ctx.routing
@@ -156,8 +162,8 @@ _library.define(
     "block_moe(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor w13, Tensor w2, Tensor? shared_w13, "
     f"Tensor? shared_w2, Tensor? block_offsets, SymInt seq_len, {_library.ROUTING}, Tensor? w13_scale=None, "
     "Tensor? w2_scale=None, Tensor? shared_w13_scale=None, Tensor? shared_w2_scale=None, "
-    "bool quantize_activations=False) -> (Tensor y, Tensor topk_weights, Tensor topk_ids, Tensor coreset_ids, "
-    "Tensor coreset_sizes, Tensor router_logits)",
+    "bool quantize_activations=False, Tensor? expert_map=None) -> (Tensor y, Tensor topk_weights, Tensor topk_ids, "
+    "Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
     impl,
     fake,
     setup_context,

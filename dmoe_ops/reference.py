@@ -68,7 +68,9 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
     )
 
 
-def moe_experts(x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=None, activations=None) -> torch.Tensor:
+def moe_experts(
+    x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=None, activations=None, expert_map=None
+) -> torch.Tensor:
     """y_t = sum_j topk_weights[t, j] * W_down[e] (silu(W_gate[e] x_t) * (W_up[e] x_t)), e = topk_ids[t, j].
 
     x: [T, H] float32, bfloat16 or float16 (float64 too, for gradcheck).
@@ -80,6 +82,9 @@ def moe_experts(x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=
     topk_ids: int32 [T, k], -1 adds nothing; topk_weights: float32 [T, k].
     activations: None, or with int8 weights "int8": each token's x, and each slot's h = silu(gate) * up, is rounded to int8
         by a scale of its own, see `quantize_rows`.
+    expert_map: None, or int32 [E_model] where w13, w2 and their scales hold E of a model's experts (expert parallelism):
+        topk_ids are the model's, expert_map[e] is the row of expert e, and -1 says that it is elsewhere and adds nothing.
+        The results over a partition of the experts add up to the whole. The values are checked on the CPU only.
 
     Returns y [T, H] in the dtype of x; quantised weights are widened to fp32, products accumulate in fp32 and y is rounded
     once. Differentiable with respect to x, topk_weights, and w13 and w2 unless they are quantised; with `activations`
@@ -87,9 +92,15 @@ def moe_experts(x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=
     """
     _checks.activations(activations, w13)
     weights = ExpertWeights(
-        w13, w2, w13_scale=w13_scale, w2_scale=w2_scale, quantize_activations=activations is not None
+        w13,
+        w2,
+        w13_scale=w13_scale,
+        w2_scale=w2_scale,
+        quantize_activations=activations is not None,
+        expert_map=expert_map,
     )
     _checks.experts(x, weights, topk_ids, topk_weights)
+    _checks.expert_map_values(weights)
     if torch.is_grad_enabled():
         _checks.differentiable(weights, x=x, topk_weights=topk_weights)
     return all_experts(x.to(topk_weights.dtype), weights, topk_ids, topk_weights).to(x.dtype)
@@ -99,8 +110,9 @@ def moe_experts_backward(d_y, x, weights: ExpertWeights, topk_ids, topk_weights,
     """The gradient of `moe_experts`: fills out = (d_x, d_w13, d_w2, d_topk_weights); d_w13 and d_w2 may both be None, and
     are for quantised weights.
 
-    d_y: [T, H], the dtype of x; weights without a shared expert; else as `moe_experts`. Each sum is accumulated in the dtype
-    of topk_weights and rounded once; tokens are gathered by expert, so that each product is one matrix multiplication.
+    d_y: [T, H], the dtype of x; weights without a shared expert and without a map; else as `moe_experts`. Each sum is
+    accumulated in the dtype of topk_weights and rounded once; tokens are gathered by expert, so that each product is one
+    matrix multiplication.
     """
     d_x, d_w13, d_w2, d_topk_weights = out
     w13 = weights.w13
@@ -157,12 +169,15 @@ def block_moe(
     shared_w13_scale=None,
     shared_w2_scale=None,
     activations=None,
+    expert_map=None,
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     """The whole layer: gate, block routing, experts and the shared expert.
 
     x: [T, H] or [bsz, seq, H]; gate_weight: [E, H], any float dtype; expert_bias: float32 [E] or None; w13, w2, their
     scales, activations, and the dtypes of x: see `moe_experts`; shared_w13 [2I_shared, H] and shared_w2 [H, I_shared], or
     both None: in the dtype of x, or quantised like w13 with scales of the same formats (without E), activations included.
+    expert_map: see `moe_experts`; int32 [E], and w13 and w2 hold as many experts as are here. Every token is routed over all
+    experts, and y is this part's; the shared expert is added whole, so one part alone may have it (or each its slice).
     routing, block_offsets: see `block_route`.
 
     Returns (y like x, `RoutingResult`, router_logits float32 [T, E]); y is rounded once, with the shared expert in it.
@@ -173,9 +188,10 @@ def block_moe(
     _checks.rows("x", x, "H")
     _checks.activations(activations, w13)
     scales = w13_scale, w2_scale, shared_w13_scale, shared_w2_scale
-    weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None)
+    weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None, expert_map)
     flat = x.reshape(-1, x.shape[-1])
     _checks.layer(flat, gate_weight, expert_bias, weights, block_offsets, routing)
+    _checks.expert_map_values(weights)
     if torch.is_grad_enabled():
         _checks.differentiable(weights, x=x, gate_weight=gate_weight)
     acc = flat.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -189,7 +205,7 @@ def block_moe(
 def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights) -> torch.Tensor:
     """The routed experts and the shared one in the dtype of x, that of topk_weights; the weights are widened one expert at
     a time."""
-    y = torch.zeros_like(x)
+    y, topk_ids = torch.zeros_like(x), weights.local(topk_ids)
     for expert in range(weights.w13.shape[0]):
         rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
         if len(rows):

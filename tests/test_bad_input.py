@@ -82,6 +82,15 @@ OFFSETS = [
     (offsets(0, 4, 6)[None], "[1, 3]"),
     (offsets(0, 4, 6).to("meta"), "meta"),
 ]
+MAP = [
+    (offsets(0, 1, 2, 4), "from 0 to 3, or -1, got 4"),
+    (offsets(0, -2, 2, 3), "-2"),
+    (offsets(0, 1, 2, 3, dtype=torch.int64), "int64"),
+    (offsets(0, 1, 2, 3).to("meta"), "meta"),
+    (offsets(0, 1, 2, 3)[None], "[1, 4]"),
+    (offsets(0, 1, 2, 3).repeat_interleave(2)[::2], "(2,)"),
+    ([0, 1, 2, 3], "[0, 1, 2, 3]"),
+]
 NO_ROUTING = [(None, "None"), ("dmoe", "dmoe"), (dict(top_p=0.6), "top_p")]
 NO_TENSOR = [(None, "None"), ([1.0], "[1.0]")]
 
@@ -110,6 +119,7 @@ FAULTS = {
             (torch.zeros(T, K).bfloat16(), "bfloat16"),
             *NO_TENSOR,
         ],
+        "expert_map": [*MAP, (offsets(), "[]")],
     },
     "block_moe": {
         "x": [*wrong_tensor((T, H), (H,), (1, 1, T, H), dtype=torch.int32), *NO_TENSOR],
@@ -132,6 +142,7 @@ FAULTS = {
         ],
         "routing": [*NO_ROUTING, (BlockRouting(num_experts=8, top_k=2, n_group=2, topk_group=1), "8")],
         "block_offsets": [*OFFSETS, ([0, 4, 6], "[0, 4, 6]")],
+        "expert_map": [*MAP, (offsets(0, 1, 2), "[3]")],
     },
 }
 CASES = [

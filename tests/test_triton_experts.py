@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, block_moe, moe_experts, reference
-from dmoe_ops.router import allocate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
@@ -144,8 +143,8 @@ def test_expert_map(form):
     for mine in (torch.tensor([9, 2, 3, 14, 0]), torch.tensor([e for e in range(16) if e not in (9, 2, 3, 14, 0)])):
         expert_map = torch.full((16,), -1, dtype=torch.int32)
         expert_map[mine] = torch.arange(len(mine), dtype=torch.int32)
-        y = torch.full_like(x, float("nan"), device=DEVICE)
-        backend.Triton.moe_experts(*on_device(x, w13[mine], w2[mine], ids, weights), y, *on_device(expert_map))
+        *arguments, placed = on_device(x, w13[mine], w2[mine], ids, weights, expert_map)
+        y = moe_experts(*arguments, expert_map=placed)
         local = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
         close(y, reference.moe_experts(x, w13[mine], w2[mine], local, weights), 1e-6)
         total += y.cpu()
@@ -254,14 +253,11 @@ def test_layer_with_an_expert_map(form):
     mine = torch.tensor([9, 2, 3, 14, 0, 7])
     expert_map = torch.full((16,), -1, dtype=torch.int32)
     expert_map[mine] = torch.arange(len(mine), dtype=torch.int32)
-    out, y, logits = allocate(21, 21, None, routing, x.to(DEVICE)), torch.empty_like(x), torch.empty(21, 16)
-    x, gate, bias, w13, w2, *shared, y, logits, expert_map = on_device(
-        x, gate, bias, w13, w2, *shared, y, logits, expert_map
-    )
-    weights = (w13[mine], w2[mine], *shared)
-    backend.Triton.block_moe(x, gate, bias, weights, None, 21, routing, y, out, logits, expert_map)
+    x, gate, bias, w13, w2, *shared, expert_map = on_device(x, gate, bias, w13, w2, *shared, expert_map)
+    local = (w13[mine], w2[mine])
+    y, out, _ = block_moe(x, gate, bias, *local, *shared, routing=routing, expert_map=expert_map)
     ids = torch.where(out.topk_ids >= 0, expert_map[out.topk_ids.clamp(min=0)], -1)
-    want = reference.moe_experts(x, *weights[:2], ids, out.topk_weights) + reference.mlp(x, *shared)
+    want = reference.moe_experts(x, *local, ids, out.topk_weights) + reference.mlp(x, *shared)
     close(y, want.cpu(), 1e-6)
 
 

@@ -1,0 +1,220 @@
+"""expert_map, on every backend: parts of the experts give partial sums, and the parts add up to the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmoe_ops import BlockRouting, block_moe, moe_experts, quantize, reference
+from dmoe_ops.routing import POLICIES
+
+pytestmark = pytest.mark.usefixtures("backend", "poisoned")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOKENS, HIDDEN, INTER, EXPERTS, TOP_K = 37, 24, 10, 12, 4
+PARTS = {
+    "one": [range(EXPERTS)],
+    "halves": [range(6), range(6, 12)],
+    "shuffled": [[9, 2, 3, 11, 0], [1, 10, 8, 7, 6, 5, 4]],
+    "with an empty part": [[], range(EXPERTS)],
+    "each alone": [[e] for e in range(EXPERTS)],
+}
+POLICY_SETTINGS = dict(num_experts=EXPERTS, top_k=TOP_K, block_size=8, n_group=3, topk_group=2, min_experts=5)
+
+
+def map_of(part, experts=EXPERTS):
+    expert_map = torch.full((experts,), -1, dtype=torch.int32)
+    expert_map[list(part)] = torch.arange(len(part), dtype=torch.int32)
+    return expert_map
+
+
+def layer(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)
+
+    return dict(
+        x=normal(TOKENS, HIDDEN) * 4,
+        gate_weight=normal(EXPERTS, HIDDEN) * 2,
+        expert_bias=torch.linspace(-0.05, 0.05, EXPERTS, dtype=torch.float64).to(acc(dtype)),
+        w13=normal(EXPERTS, 2 * INTER, HIDDEN),
+        w2=normal(EXPERTS, HIDDEN, INTER),
+        shared_w13=normal(2 * INTER, HIDDEN),
+        shared_w2=normal(HIDDEN, INTER),
+    )
+
+
+def acc(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slots(dtype=torch.float32, seed=3):
+    """Ids with empty slots, and with an expert that a token names twice."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, EXPERTS, (TOKENS, TOP_K), generator=generator, dtype=torch.int32)
+    ids[5], ids[6] = torch.tensor([7, 7, -1, 7]), -1
+    return dict(topk_ids=ids, topk_weights=torch.rand(TOKENS, TOP_K, generator=generator).to(acc(dtype)))
+
+
+def experts_of(weights, part):
+    part = list(part)
+    return {name: value[part].contiguous() for name, value in weights.items()}
+
+
+def routed_weights(values):
+    return {name: values[name] for name in ("w13", "w2")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_of_moe_experts_add_up(parts, dtype):
+    values, chosen = layer(dtype), slots(dtype)
+    x, weights = values["x"], routed_weights(values)
+    whole, total = moe_experts(x, **weights, **chosen), torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
+    for part in PARTS[parts]:
+        mine, ids = experts_of(weights, part), chosen["topk_ids"]
+        y = moe_experts(x, **mine, **chosen, expert_map=map_of(part))
+        local = torch.tensor([[list(part).index(e) if e in part else -1 for e in row] for row in ids.tolist()])
+        by_hand = moe_experts(x, **mine, topk_ids=local.int(), topk_weights=chosen["topk_weights"])
+        assert torch.equal(y, by_hand)
+        theirs = reference.moe_experts(x, **mine, **chosen, expert_map=map_of(part))
+        torch.testing.assert_close(y, theirs, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+        total += y.double()
+    # Each part is rounded to the dtype of x once.
+    torch.testing.assert_close(
+        total, whole.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * whole.abs().max().item()
+    )
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_parts_of_quantised_experts_add_up(form, activations):
+    if activations and form != "int8":
+        pytest.skip("rounded activations are for int8 weights")
+    values, chosen = layer(), slots()
+    weights = {}
+    for name, halves in (("w13", 2), ("w2", 1)):
+        weights[name], weights[f"{name}_scale"] = quantize.quantize(values[name], form, halves=halves)
+    whole = moe_experts(values["x"], **weights, **chosen, activations=activations)
+    total = torch.zeros_like(whole)
+    for part in PARTS["shuffled"]:
+        mine = experts_of(weights, part)
+        total += moe_experts(values["x"], **mine, **chosen, activations=activations, expert_map=map_of(part))
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_parts_of_a_layer_add_up(policy, dtype):
+    """Routing is over all experts on every part: the same bits. The shared expert is on one of them."""
+    settings = POLICY_SETTINGS | (dict(capacity=6, n_group=1, topk_group=1) if policy == "capacity" else {})
+    if policy == "top4":
+        settings.pop("top_k")
+    routing, values = BlockRouting.policy(policy, **settings), layer(dtype)
+    y, routed, logits = block_moe(**values, routing=routing)
+    total, tolerance = (
+        torch.zeros(TOKENS, HIDDEN, dtype=torch.float64),
+        4 * torch.finfo(dtype).eps * y.abs().max().item(),
+    )
+    for rank, part in enumerate(PARTS["shuffled"]):
+        mine = (
+            values | experts_of(routed_weights(values), part) | (dict(shared_w13=None, shared_w2=None) if rank else {})
+        )
+        part_y, part_routed, part_logits = block_moe(**mine, routing=routing, expert_map=map_of(part))
+        assert torch.equal(part_logits, logits)
+        assert all(torch.equal(a, b) for a, b in zip(part_routed, routed))
+        theirs = reference.block_moe(**mine, routing=routing, expert_map=map_of(part))[0]
+        torch.testing.assert_close(part_y, theirs, rtol=0, atol=tolerance)
+        total += part_y.double()
+    torch.testing.assert_close(total, y.double(), rtol=0, atol=tolerance)
+
+
+def test_a_map_of_every_expert_changes_no_bit():
+    values, chosen, order = layer(), slots(), torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(1))
+    weights = routed_weights(values)
+    moved = experts_of(weights, order.tolist())
+    y = moe_experts(values["x"], **moved, **chosen, expert_map=map_of(order.tolist()))
+    torch.testing.assert_close(y, moe_experts(values["x"], **weights, **chosen), rtol=1e-6, atol=1e-6)
+    whole = map_of(range(EXPERTS))
+    assert torch.equal(
+        moe_experts(values["x"], **weights, **chosen, expert_map=whole), moe_experts(values["x"], **weights, **chosen)
+    )
+
+
+def test_ids_that_the_map_does_not_know_add_nothing():
+    values, chosen, part = layer(), slots(), [4, 1]
+    mine = experts_of(routed_weights(values), part)
+    y = moe_experts(values["x"], **mine, **chosen, expert_map=map_of(part))
+    strange = torch.where(chosen["topk_ids"] < 0, EXPERTS + 3, chosen["topk_ids"])
+    weights = torch.where(chosen["topk_ids"] < 0, float("nan"), chosen["topk_weights"])
+    again = moe_experts(values["x"], **mine, topk_ids=strange, topk_weights=weights, expert_map=map_of(part))
+    assert torch.equal(again, y)
+
+
+def leaves(values):
+    return {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in values.items()}
+
+
+def test_gradients_of_parts_add_up():
+    """Of x and the gate as sums over the parts, of the experts' weights row by row; the shared expert is nowhere."""
+    routing = BlockRouting(**POLICY_SETTINGS)
+    values = {name: value for name, value in layer().items() if not name.startswith("shared")}
+    values["expert_bias"].requires_grad_(False)
+    d_y = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(4))
+
+    def gradients(values, **kwargs):
+        mine = leaves(values) | dict(expert_bias=values["expert_bias"], shared_w13=None, shared_w2=None)
+        block_moe(**mine, routing=routing, **kwargs)[0].backward(d_y)
+        return {name: mine[name].grad for name in ("x", "gate_weight", "w13", "w2")}
+
+    whole, summed = gradients(values), dict(x=0, gate_weight=0)
+    for part in PARTS["shuffled"]:
+        mine = gradients(values | experts_of(routed_weights(values), part), expert_map=map_of(part))
+        for name in summed:
+            summed[name] = summed[name] + mine[name]
+        for name in ("w13", "w2"):
+            torch.testing.assert_close(mine[name], whole[name][list(part)], rtol=1e-5, atol=1e-6)
+    for name, value in summed.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [[4, 1, 9], []])
+def test_gradients_are_those_of_the_reference(part):
+    grads = []
+    for function in (moe_experts, reference.moe_experts):
+        values = layer()
+        arguments = leaves(dict(x=values["x"], **experts_of(routed_weights(values), part), **slots()))
+        y = function(**arguments, expert_map=map_of(part))
+        (y.square().sum() + 0 * arguments["x"].sum()).backward()  # of a part without experts, y is a constant
+        grads.append(
+            [torch.zeros_like(a) if a.grad is None else a.grad for n, a in arguments.items() if n != "topk_ids"]
+        )
+    for mine, theirs in zip(*grads):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def op_arguments(op, part):
+    values, offsets = layer(), torch.tensor([0, 8, 13, 21, 29, 37], dtype=torch.int32)
+    values |= experts_of(routed_weights(values), part)
+    if op == "moe_experts":
+        arguments = [(values | slots())[name] for name in ("x", "w13", "w2", "topk_ids", "topk_weights")]
+        return [*arguments, None, None, False, map_of(part)]
+    routing = BlockRouting(**POLICY_SETTINGS).args()
+    return [*values.values(), offsets, TOKENS, *routing, *[None] * 4, False, map_of(part)]
+
+
+@pytest.mark.parametrize("op", ["moe_experts", "block_moe"])
+def test_opcheck_and_the_fake_kernel(op):
+    arguments, function = op_arguments(op, [3, 8, 1]), getattr(torch.ops.dmoe, op)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        fake = function(*fakes)
+    real = function(*arguments)
+    for mine, theirs in zip(*([out] if op == "moe_experts" else out for out in (fake, real))):
+        assert (mine.shape, mine.dtype, mine.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+    trained = [
+        a.requires_grad_() if isinstance(a, torch.Tensor) and a.dim() > 1 and a.is_floating_point() else a
+        for a in arguments
+    ]
+    torch.library.opcheck(function.default, trained)
