@@ -321,6 +321,29 @@ def test_a_gradient_through_int8_activations_is_refused(function, name):
         function(**inputs, **weights, activations="int8")
 
 
+@pytest.mark.parametrize("function", [block_moe, reference.block_moe])
+def test_gradients_that_the_layer_does_not_have_are_refused(function):
+    for name in ("w13", "w2_scale", "shared_w13_scale", "shared_w2"):
+        arguments = layer_arguments("fp8", "quantized")
+        arguments[name].requires_grad_()
+        with pytest.raises(ValueError, match=f"^{name} must not require a gradient: quantised"):
+            function(**arguments)[0].sum().backward()
+        with torch.no_grad():
+            function(**arguments)
+    for name in ("x", "gate_weight"):
+        arguments = layer_arguments("int8", "quantized")
+        arguments[name].requires_grad_()
+        with pytest.raises(ValueError, match=f"^{name} must not require a gradient with activations"):
+            function(**arguments, activations="int8")
+
+
+@pytest.mark.parametrize("function", [block_moe, reference.block_moe])
+def test_the_layer_refuses_int8_activations_without_int8_weights(function):
+    for value, form, says in (("int8", "fp8", "float8_e4m3fn"), ("fp8", "int8", "'fp8'"), (False, "int8", "False")):
+        with pytest.raises(ValueError, match=f"^activations must be None .*got .*{says}"):
+            function(**layer_arguments(form, "quantized"), activations=value)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_opcheck(form):
     weights, inputs = layer(form), routed(5, 30)
@@ -379,6 +402,7 @@ FAULTS = [
     fault("int8", "w13_scale", torch.ones(E, 2 * I).to("meta"), "meta"),
     fault("int8", "w13_scale", torch.ones(2 * I, E).T, "(1, 4)"),
     fault("int8", "w2_scale", torch.ones(E, H).half(), "float16"),
+    fault("int8", "w13_scale", 0.25, "0.25"),
     fault("int8", "w2_scale", 0.5, "0.5"),
     fault("int4", "w13", torch.zeros(E, 2 * I, H, dtype=torch.uint8), "[4, 12, 8]"),
     fault("int4", "w2", torch.zeros(E, H, I, dtype=torch.uint8), "[4, 8, 6]"),

@@ -149,6 +149,16 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, settings):
     assert message.startswith(f"{field} must") and repr(value) in message and "\n" not in message
 
 
+def test_an_integer_must_fit_32_bits_and_a_number_a_float():
+    assert BlockRouting(min_experts=2**31 - 1).min_experts == 2**31 - 1
+    with pytest.raises(ValueError, match=r"^min_experts must be an integer below 2\*\*31, got 2147483648$"):
+        BlockRouting(min_experts=2**31)
+    assert BlockRouting(routed_scaling_factor=2**1023 - 1).routed_scaling_factor == 2**1023 - 1
+    for sign in (1, -1):
+        with pytest.raises(ValueError, match="^routed_scaling_factor must be a finite number, got -?89"):
+            BlockRouting(routed_scaling_factor=sign * 2**1023)
+
+
 @pytest.mark.parametrize("policy", ["dMoE", "", None, "top_p"])
 def test_an_unknown_policy_is_refused(policy):
     with pytest.raises(ValueError, match=r"policy .*dmoe") as error:

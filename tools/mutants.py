@@ -136,6 +136,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "reference.EPS -> picked.sum(1, keepdim=True) - reference.EPS": "shows only where all weights are 0",
         "ctx.n_inputs - 1 -> ctx.n_inputs + 1": "autograd drops a None beyond the inputs",
     },
+    "dmoe_ops/experts.py": {
+        "def of_op(w13, w2, w13_scale, w2_scale, quantize_activations=False)": "stands for the gradient, where none looks",
+        "def fake(x, w13": "tells shapes alone, and rounded activations change none",
+    },
     "dmoe_ops/layer.py": {
         "ctx.mark_non_differentiable": "integers are never differentiable; it spares autograd the look",
         "'bias' -> 'biasX'": "nobody asks for that name: the bias has no gradient",
