@@ -155,7 +155,7 @@ def test_an_integer_must_fit_32_bits_and_a_number_a_float():
         BlockRouting(min_experts=2**31)
     assert BlockRouting(routed_scaling_factor=2**1023 - 1).routed_scaling_factor == 2**1023 - 1
     for sign in (1, -1):
-        with pytest.raises(ValueError, match="^routed_scaling_factor must be a finite number, got -?89"):
+        with pytest.raises(ValueError, match=r"^routed_scaling_factor must be a finite number, got -?89"):
             BlockRouting(routed_scaling_factor=sign * 2**1023)
 
 
