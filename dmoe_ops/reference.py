@@ -220,11 +220,11 @@ def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights) -> torch.Tens
 
 def mlp(x, w13, w2, w13_scale=None, w2_scale=None, quantize_activations: bool = False) -> torch.Tensor:
     """W_down (silu(W_gate x) * (W_up x)) for x [T, H], w13 [2I, H], w2 [H, I], computed in the dtype of x."""
-    gate, up = linear(x, w13, w13_scale, quantize_activations, halves=2).chunk(2, dim=1)
-    return linear(F.silu(gate) * up, w2, w2_scale, quantize_activations)
+    gate, up = linear(x, w13, w13_scale, quantize_activations, 2).chunk(2, dim=1)
+    return linear(F.silu(gate) * up, w2, w2_scale, quantize_activations, 1)
 
 
-def linear(x, weight, scale=None, quantize_activations: bool = False, halves: int = 1) -> torch.Tensor:
+def linear(x, weight, scale, quantize_activations: bool, halves: int) -> torch.Tensor:
     """x [T, columns] times weight [rows, columns], quantised where it has a scale; see `dequantize` for `halves`.
     quantize_activations counts where the weight is quantised (then it is int8)."""
     if scale is None or not quantize_activations:
@@ -242,7 +242,7 @@ def quantize_rows(x) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scale).round().clamp(-127, 127), scale
 
 
-def widen(weight, scale, halves: int = 1) -> torch.Tensor:
+def widen(weight, scale, halves: int) -> torch.Tensor:
     """A weight as it stands, dequantised where it has a scale."""
     return weight if scale is None else dequantize(weight, scale, halves=halves)
 

@@ -234,6 +234,14 @@ def test_int8_activations_in_the_layer_round_the_shared_expert_where_it_is_int8(
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_are_rounded_by_their_largest():
+    tiny = 190 * 2.0**-149  # a 127th of it is one and a half of the smallest number, which becomes one of them
+    x = torch.tensor([[0.0, 0.0, 0.0], [tiny, -tiny, 0.0], [254.0, -3.0, 1.0], [float("inf"), 1.0, 0.0]])
+    q, scale = reference.quantize_rows(x)
+    assert torch.equal(scale[:3], torch.tensor([[1.0], [2.0**-149], [2.0]])) and (q * scale)[3].isnan().all()
+    assert torch.equal(q[:3], torch.tensor([[0.0, 0.0, 0.0], [127.0, -127.0, 0.0], [127.0, -2.0, 0.0]]))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_token_stays_in_its_row_with_int8_activations(value):
     weights, inputs = layer("int8"), routed(8, 30)

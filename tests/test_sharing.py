@@ -141,6 +141,7 @@ def test_a_saved_folder_has_what_others_read(top_k, tmp_path):
     assert saved["norm_topk_prob"] is (top_k > 1) and saved["router_dtype"] == "fp32"
     assert saved["moe_router_enable_expert_bias"] is True and saved["pad_token_id"] == 63
     assert saved["architectures"] == ["LLaDA2MoeModelLM"]
+    assert set(saved["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}  # the names that transformers looks for
     for reference in saved["auto_map"].values():
         file, name = reference.split(".")
         tree = ast.parse((tmp_path / f"{file}.py").read_text())

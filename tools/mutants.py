@@ -44,8 +44,8 @@ HAND = {
         ("logits.isnan() | selection.isnan()", "logits.isnan()"),
         ("size = (covered <= threshold)", "size = (covered.double() <= routing.top_p)"),
     ],
-    ("dmoe_ops/engines/hf.py", "test_layer"): [
-        ("module.train(self.layers[name].training)", "pass"),
+    ("dmoe_ops/layer.py", "test_layer"): [
+        ("module.train(self.training)", "pass"),
     ],
     ("dmoe_ops/models/llada2.py", "test_llada2"): [
         ("norm(dim=0, keepdim=True)", "norm(dim=1, keepdim=True)"),
@@ -94,7 +94,7 @@ HAND = {
         ("weight += a.topk_weights[", "weight = a.topk_weights["),
         ("tile.member < 0 ? 1.0f : 0.0f", "tile.member < 0 ? 0.5f : 0.0f"),
         ("gate / (1.0f + expf(-gate)) * up", "up / (1.0f + expf(-up)) * gate"),
-        ("total += dev::load_fresh(", "total = dev::load_fresh("),
+        ("total += part[i][s].v[c]", "total = part[i][s].v[c]"),
         ("static_cast<uint32_t>(p.up_tiles)", "static_cast<uint32_t>(p.up_tiles - 1)"),
     ],
     ("triton_kernels/router.py", "test_triton_router"): [
@@ -192,6 +192,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "zip(ends, counts[1:])) if count ->  for": "an expert without tokens multiplies empty matrices",
         "0.0, -torch.inf), wide) | 0.0 -> 1.0": "a softmax is the same for logits that are all larger by 1",
         "if routing.select == \"all\": | 'all' -> 'allX'": "spares the votes, which nothing looks at then",
+        "quantize_activations: bool = False) -> torch.Tensor: | False -> True": "weights without a scale are never rounded",
     },
     "dmoe_ops/routing.py": {
         "dict(aggregate='topk_sum', select='top_n') -> dict(select='top_n')": "topk_sum is the default",

@@ -96,7 +96,7 @@ def variants(node):
         return [lambda n: ast.Constant(new)]
     if isinstance(node, (ast.If, ast.IfExp, ast.While)) and isinstance(node.test, (ast.Name, ast.Call, ast.Attribute)):
         return [lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test)) or n]
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and not (node.value is None or ast.unparse(node.value) == "None"):
         return [without("value")]
     if isinstance(node, (ast.Expr, ast.Raise)):
         return [lambda n: ast.Pass()]
