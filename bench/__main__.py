@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 import sys
 
@@ -14,7 +13,6 @@ from ..models.llada2 import LLaDA2ForDiffusion
 from ..routing import POLICIES
 from . import cases, compare, decode, measure, peers, report, results, roofline, sweep
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Interrupted by Ctrl-C, as a shell reports it.
 INTERRUPTED = 130
 
@@ -94,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _machine_arguments(parser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="where to run")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations")
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of weights and activations")
     parser.add_argument("--backend", help="of dmoe_ops: auto, reference, cpp, triton or cuda (sets DMOE_BACKEND)")
     parser.add_argument("--threads", type=_positive, help="CPU threads; without it torch's own choice")
     parser.add_argument("--seed", type=int, default=0, help="of inputs and weights")
@@ -137,12 +135,20 @@ def _case_arguments(parser, op: str) -> None:
         metavar="NAME,…",
         help=f"all (but reference, which is slow), none, or some of {', '.join(known)}",
     )
-    if op != "route":
-        parser.add_argument(
-            "--no-baseline",
-            action="store_true",
-            help="leave out token routing on the calibrated workload",
-        )
+    if op == "route":
+        return
+    parser.add_argument(
+        "--no-baseline",
+        action="store_true",
+        help="leave out token routing on the calibrated workload",
+    )
+    parser.add_argument(
+        "--weights",
+        type=_forms,
+        metavar="FORM,…",
+        help="how they are stored, timed against each other: --dtype as it is (the default), fp8, int8, int4, or w8a8 "
+        "(int8, activations too)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -162,6 +168,13 @@ def _positives(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 
+def _forms(text: str) -> list[str]:
+    for name in text.split(","):
+        if name not in cases.FORMS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no form of weights; there are {', '.join(cases.FORMS)}")
+    return list(dict.fromkeys(text.split(",")))
+
+
 def _peers(text: str, known: list[str]) -> list[str]:
     if text in ("all", "none"):
         return [name for name in known if name != "reference"] if text == "all" else []
@@ -172,8 +185,9 @@ def _peers(text: str, known: list[str]) -> list[str]:
 
 
 def run_op(args) -> int:
-    dtype = DTYPES[args.dtype]
+    dtype = cases.DTYPES[args.dtype]
     model = prepare(args)
+    forms = [] if args.op == "route" else forms_of(args, model)
     try:
         groups = [groups_of(args, model, tokens, dtype) for tokens in args.tokens]
     except ValueError as error:
@@ -182,8 +196,8 @@ def run_op(args) -> int:
 
     def work() -> None:
         out["ceilings"] = roofline.measure_ceilings(args.device, dtype)._asdict()
-        weights = [] if args.op == "route" else make_weights(args, model, out)
-        measure.run(out, args.op, groups, weights, args.peers, args.seconds)
+        sets = make_weights(args, model, forms, out) if forms else [[]]
+        measure.run(out, args.op, groups, sets, args.peers, args.seconds)
 
     code = finish(args, out, work, measure.print_rows)
     for line in measure.wrong(out):
@@ -193,15 +207,18 @@ def run_op(args) -> int:
 
 
 def run_sweep(args) -> int:
-    dtype = DTYPES[args.dtype]
+    dtype = cases.DTYPES[args.dtype]
     model = prepare(args)
     out = results.new(args.command_line, args.device, dtype=args.dtype, seed=args.seed, seconds=args.seconds)
 
     def work() -> None:
-        fill = None
-        if not args.no_time:
+        def fill() -> list[cases.Weights]:
+            return make_weights(args, model, [args.dtype], out)[0]
+
+        if args.no_time:
+            fill = None
+        else:
             out["ceilings"] = roofline.measure_ceilings(args.device, dtype)._asdict()
-            fill = functools.partial(make_weights, args, model, out)
         sweep.run(out, model, fill, args.blocks, args.min_experts, args.seed, args.seconds, dtype)
 
     code = finish(args, out, work, sweep.print_rows)
@@ -213,7 +230,7 @@ def run_sweep(args) -> int:
 
 def run_decode(args) -> int:
     prepare_machine(args)
-    dtype = DTYPES[args.dtype]
+    dtype = cases.DTYPES[args.dtype]
     out = results.new(args.command_line, args.device, dtype=args.dtype, seed=args.seed)
     if args.rounds < 2:
         args.parser.error(f"--rounds must be at least 2, got {args.rounds}")
@@ -315,16 +332,32 @@ def groups_of(args, model: cases.Model, tokens: int, dtype) -> list[cases.Case]:
     return made
 
 
-def make_weights(args, model: cases.Model, out: dict) -> list[cases.Weights]:
-    dtype = DTYPES[args.dtype]
-    count = args.layers or cases.layers_that_fit(model, dtype, cases.memory_budget(args.device))
-    size = model.layer_bytes(dtype)
+def forms_of(args, model: cases.Model) -> list[str]:
+    """What --weights asks for, if this dtype and model have it."""
+    forms = args.weights or [args.dtype]
+    for form in forms:
+        if form in cases.DTYPES and form != args.dtype:
+            args.parser.error(f"--weights {form}: --dtype is {args.dtype}")
+    if "int4" in forms and (model.hidden % 2 or model.intermediate % 2 or model.shared % 2):
+        sizes = f"{model.hidden}, {model.intermediate} and {model.shared}"
+        args.parser.error(f"--weights int4: hidden, intermediate and shared size must be even, got {sizes}")
+    return forms
+
+
+def make_weights(args, model: cases.Model, forms: list[str], out: dict) -> list[list[cases.Weights]]:
+    """A set of layers for each form."""
+    dtype, sizes = cases.DTYPES[args.dtype], {form: model.layer_bytes(cases.FORMS[form]) for form in forms}
+    count = args.layers or cases.layers_that_fit(model, sum(sizes.values()), cases.memory_budget(args.device))
     out["settings"]["weights"] = (
-        f"{count} of the model's {model.moe_layers} layers take turns, {count * size / 1e9:.1f} GB"
+        f"{count} of the model's {model.moe_layers} layers take turns, "
+        + ", ".join(f"{form} {count * size / 1e9:.1f} GB" for form, size in sizes.items())
         + ("" if count >= model.moe_layers else " (as many as fit)" if not args.layers else " (as asked)")
     )
-    bar = results.progress(range(count), "filling weights", "layer")
-    return [cases.random_weights(model, dtype, args.device, args.seed + layer) for layer in bar]
+    made = {form: [] for form in forms}
+    for layer in results.progress(range(count), "filling weights", "layer"):
+        for form in forms:
+            made[form].append(cases.random_weights(model, dtype, args.device, args.seed + layer, form))
+    return list(made.values())
 
 
 def finish(args, out: dict, work, show) -> int:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
 
+from ..formats import FORMATS, scale_dtypes, scale_shape, stored_columns
+from ..quantize import LARGEST, pack
 from ..routing import BlockRouting
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# How the weights of a layer may be stored: as they are, in a format of `dmoe_ops.formats`, or in int8 with activations that
+# are rounded to int8 too.
+FORMS = {**DTYPES, **FORMATS, "w8a8": torch.int8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +51,29 @@ class Model:
         return BlockRouting.of_model(policy, geometry, **overrides)
 
     def expert_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one routed expert's three matrices."""
-        return 3 * self.hidden * self.intermediate * dtype.itemsize
+        """Bytes of one routed expert's three matrices, stored as `dtype` with their scales."""
+        return _swiglu_bytes(dtype, self.hidden, self.intermediate)
+
+    def shared_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the shared expert, stored alike."""
+        return _swiglu_bytes(dtype, self.hidden, self.shared) if self.shared else 0
 
     def layer_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights of one layer."""
-        shared = 3 * self.hidden * self.shared * dtype.itemsize
-        return self.num_experts * (self.expert_bytes(dtype) + self.hidden * dtype.itemsize) + shared
+        """Bytes of all weights of one layer; the gate is never quantised."""
+        gate = self.num_experts * self.hidden * max(dtype.itemsize, 2)
+        return self.num_experts * self.expert_bytes(dtype) + gate + self.shared_bytes(dtype)
+
+
+def _swiglu_bytes(dtype: torch.dtype, hidden: int, intermediate: int) -> int:
+    matrices = (2 * intermediate, hidden, 2), (hidden, intermediate, 1)
+    return sum(_stored_bytes(dtype, *matrix) for matrix in matrices)
+
+
+def _stored_bytes(dtype: torch.dtype, rows: int, columns: int, halves: int) -> int:
+    stored = rows * stored_columns(dtype, columns) * dtype.itemsize
+    if dtype in DTYPES.values():
+        return stored
+    return stored + math.prod(scale_shape(dtype, rows, columns, halves)) * scale_dtypes(dtype)[0].itemsize
 
 
 _llada2 = dict(num_experts=256, top_k=8, n_group=8, topk_group=4, score="sigmoid", scale=2.5)
@@ -76,7 +100,7 @@ MODELS = {
 
 class Weights(NamedTuple):
     """One layer: gate_weight [E, H], expert_bias float32 [E], w13 [E, 2I, H], w2 [E, H, I], and the shared expert's
-    (None without one); in the order of `block_moe`."""
+    (None without one), with scales where they are quantised; by the names of `block_moe`."""
 
     gate_weight: torch.Tensor
     expert_bias: torch.Tensor
@@ -84,6 +108,23 @@ class Weights(NamedTuple):
     w2: torch.Tensor
     shared_w13: torch.Tensor | None
     shared_w2: torch.Tensor | None
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    shared_w13_scale: torch.Tensor | None = None
+    shared_w2_scale: torch.Tensor | None = None
+    activations: str | None = None
+
+    @property
+    def form(self) -> str:
+        """A name of FORMS."""
+        if self.activations is not None:
+            return "w8a8"
+        return next(form for form, dtype in FORMS.items() if dtype == self.w13.dtype)
+
+    def experts(self) -> dict:
+        """The arguments of `moe_experts`."""
+        names = ("w13", "w2", "w13_scale", "w2_scale", "activations")
+        return {name: getattr(self, name) for name in names}
 
 
 class Case(NamedTuple):
@@ -187,31 +228,56 @@ def fill(weight: torch.Tensor, tile: torch.Tensor, generator) -> torch.Tensor:
     return weight
 
 
-def random_weights(model: Model, dtype, device, seed: int) -> Weights:
-    """Random weights of one layer, never zeros: those are faster than data on some hardware."""
-    generator = torch.Generator().manual_seed(seed)
-    tile = random_tile(0.02, generator).to(device, dtype)
+def _quantized_tile(tile: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tile in a quantised format, all of it with one scale, and that scale."""
+    step = tile.abs().max() / LARGEST[form]
+    if form == "fp8":
+        return (tile / step).to(FORMATS[form]), step
+    values = (tile / step).round().to(torch.int8)
+    return (pack(values[:-3]) if form == "int4" else values), step  # three less: an odd number of bytes again
 
-    def filled(*shape):
-        return fill(torch.empty(*shape, dtype=dtype, device=device), tile, generator)
+
+def random_weights(model: Model, dtype, device, seed: int, form: str | None = None) -> Weights:
+    """Random weights of one layer, never zeros: those are faster than data on some hardware. dtype: of the gate, and of all
+    unless `form` names a quantised one of FORMS."""
+    generator = torch.Generator().manual_seed(seed)
+    tile, step = random_tile(0.02, generator), None
+    if form is None or form in DTYPES:
+        tile = tile.to(dtype)
+    else:
+        tile, step = _quantized_tile(tile, "int8" if form == "w8a8" else form)
+    tile = tile.to(device)
+
+    def filled(*shape, halves=1):
+        """A weight and its scale."""
+        *lead, rows, columns = shape
+        weight = torch.empty(*lead, rows, stored_columns(tile.dtype, columns), dtype=tile.dtype, device=device)
+        fill(weight, tile, generator)
+        if step is None:
+            return weight, None
+        scale = torch.empty(*lead, *scale_shape(tile.dtype, rows, columns, halves))
+        scale = step * scale.uniform_(0.5, 1.5, generator=generator)
+        return weight, scale.to(device, scale_dtypes(tile.dtype)[0])
 
     # The same gate in every layer, so that every layer routes alike.
     generator.manual_seed(0)
     gate = (0.001 * torch.randn(model.num_experts, model.hidden, generator=generator)).to(device, dtype)
     gate[:, : model.num_experts] = torch.eye(model.num_experts, dtype=dtype, device=device)
-    return Weights(
-        gate,
-        torch.zeros(model.num_experts, device=device),
-        filled(model.num_experts, 2 * model.intermediate, model.hidden),
+    none = None, None
+    pairs = (
+        filled(model.num_experts, 2 * model.intermediate, model.hidden, halves=2),
         filled(model.num_experts, model.hidden, model.intermediate),
-        filled(2 * model.shared, model.hidden) if model.shared else None,
-        filled(model.hidden, model.shared) if model.shared else None,
+        filled(2 * model.shared, model.hidden, halves=2) if model.shared else none,
+        filled(model.hidden, model.shared) if model.shared else none,
     )
+    weights, scales = zip(*pairs)
+    bias = torch.zeros(model.num_experts, device=device)
+    return Weights(gate, bias, *weights, *scales, "int8" if form == "w8a8" else None)
 
 
-def layers_that_fit(model: Model, dtype, budget_bytes: float) -> int:
+def layers_that_fit(model: Model, layer_bytes: int, budget_bytes: float) -> int:
     """How many layers of weights to rotate: all of the model's, or as many as `budget_bytes` hold, at least one."""
-    return max(1, min(model.moe_layers, int(budget_bytes // model.layer_bytes(dtype))))
+    return max(1, min(model.moe_layers, int(budget_bytes // layer_bytes)))
 
 
 def memory_budget(device: str) -> float:

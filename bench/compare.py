@@ -20,7 +20,8 @@ def how(before: dict, after: dict) -> str:
 
 def compare(before: dict, after: dict, by: str) -> list[dict]:
     """One entry per row that both have and that `by` ("time" or "ratio") covers. By ratio: a peer's time over that of
-    dmoe_ops. A change counts when the p10–p90 ranges of before and after do not overlap; worse: it is a loss for us."""
+    dmoe_ops with the same weights, and ours with quantised weights over ours with plain ones. A change counts when the
+    p10–p90 ranges of before and after do not overlap; worse: it is a loss for us."""
     old, new, found = rows_by_key(before), rows_by_key(after), []
     for key in old.keys() & new.keys():
         for name, a, b, good in _values(old[key], new[key], by):
@@ -36,10 +37,12 @@ def _values(old: dict, new: dict, by: str):
     if by == "time":
         times = [{part: row[f"{part}_us"] for part in ("median", "p10", "p90")} for row in (old, new)]
         yield f"{old['key']}, µs", *times, False
-    elif old.get("impl", measure.OURS) != measure.OURS:  # a sweep's rows have none, and no ratios
-        ours = f"{measure.OURS} @ {old['case']}"
+    elif "impl" in old:  # a sweep's rows have none, and no ratios
+        mine = old["impl"] == measure.OURS
+        # A peer against ours with the same weights; our quantised weights against our plain ones.
+        ours = f"{measure.OURS} @ {old['case']}" if mine else measure.own_key(old)
         if ours in old["ratios"] and ours in new["ratios"]:
-            yield f"{old['key']} / {measure.OURS}", old["ratios"][ours], new["ratios"][ours], True
+            yield f"{old['key']} / {ours.split(' @ ')[0]}", old["ratios"][ours], new["ratios"][ours], not mine
 
 
 def run(before: dict, after: dict, by: str) -> int:

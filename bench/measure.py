@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 
 import torch
@@ -11,7 +13,7 @@ import dmoe_ops
 from .. import reference
 from ..routing import RoutingResult
 from . import peers, results, roofline, timing
-from .cases import Case, Weights
+from .cases import DTYPES, FORMS, Case, Weights
 
 OURS = "dmoe_ops"
 # An output may be this many times as far from the fp32 reference as plain torch is in the same dtype (and FLOOR is
@@ -22,28 +24,60 @@ TOLERANCE, FLOOR = 2.0, 2e-6
 class Entry:
     """One contender in one case. functions: one per layer of weights, each giving y (or a RoutingResult)."""
 
-    def __init__(self, name: str, case: Case, route: RoutingResult, functions: list, device: str, capturable: bool):
-        self.name, self.case, self.unique = name, case, unique_experts(route.topk_ids)
+    def __init__(
+        self,
+        name: str,
+        case: Case,
+        route: RoutingResult,
+        weights: list[Weights],
+        functions: list,
+        device: str,
+        capturable: bool,
+    ):
+        self.name, self.case, self.unique = name, case, len(used_experts(route))
+        self.stored = weights[0].w13.dtype if weights else case.x.dtype
+        self.form = weights[0].form if weights else None
         self.output = functions[0]()
         self.contender = timing.Contender(functions, device, capturable)
         self.error = self.allowed = None
 
     @property
     def key(self) -> str:
-        return f"{self.name} @ {self.case.label}"
+        return f"{contender(self.name, self.form)} @ {self.case.label}"
 
 
-def run(out: dict, op: str, groups: list[list[Case]], weights: list[Weights], names: list[str], seconds: float) -> None:
-    """groups: cases that are timed against each other. Adds rows and absent peers to `out`, whole groups and, after an
-    interrupt, what was timed of the last one."""
-    device = out["machine"]["device"]
+def contender(name: str, form: str | None) -> str:
+    """A name that tells quantised weights from plain ones."""
+    return name if form is None or form in DTYPES else f"{name} {form}"
+
+
+def of_row(row: dict) -> str:
+    """The contender of a row; rows of older files have no form."""
+    return contender(row["impl"], row.get("weights"))
+
+
+def own_key(row: dict, case: str | None = None) -> str:
+    """The key of dmoe_ops with the weights of a row, in its case or another."""
+    return f"{contender(OURS, row.get('weights'))} @ {row.get('case') if case is None else case}"
+
+
+def run(
+    out: dict, op: str, groups: list[list[Case]], sets: list[list[Weights]], names: list[str], seconds: float
+) -> None:
+    """groups: cases that are timed against each other, with each of the sets of weights (`route`: one empty set), one per
+    form. Adds rows and absent peers to `out`, whole groups and, after an interrupt, what was timed of the last one."""
+    device, built = out["machine"]["device"], {}
+    for peer in peers.PEERS.values():
+        if peer.name in names and not any(peer.takes(weights[0].form) for weights in sets if weights):
+            out["absent"][peer.name] = "takes plain weights: add those of --dtype to --weights"
     for cases in groups:
         entries = []
         for case in cases:
-            route = routed(op, case, weights)
-            of_case = entries_of(op, case, route, weights, names, out)
-            check(op, case, route, weights, of_case)
-            entries += of_case
+            route = routed(op, case, sets[0])
+            for weights in sets:
+                of_case = entries_of(op, case, route, weights, names, out, built)
+                check(op, case, route, weights, of_case)
+                entries += of_case
         label = f"{op}, {cases[0].x.shape[0]} tokens"
         try:
             timing.interleave([entry.contender for entry in entries], seconds, label)
@@ -71,21 +105,25 @@ def routed(op: str, case: Case, weights: list[Weights]) -> RoutingResult:
     return reference.block_route(logits, case.expert_bias, routing=case.routing)
 
 
-def entries_of(op: str, case: Case, route, weights: list[Weights], names: list[str], out: dict) -> list[Entry]:
-    """dmoe_ops and the named peers; those that can't run are added to out["absent"]."""
+def entries_of(
+    op: str, case: Case, route, weights: list[Weights], names: list[str], out: dict, built: dict
+) -> list[Entry]:
+    """dmoe_ops and the named peers that take such weights; those that can't run are added to out["absent"]. built: what
+    was made of the weights so far, by peer and form."""
     device, kernels = out["machine"]["device"], out["machine"]["backend"] != "reference"
-    entries = [Entry(OURS, case, route, calls(op, dmoe_ops, case, route, weights), device, kernels)]
+    entry = functools.partial(Entry, case=case, route=route, weights=weights, device=device)
+    entries = [entry(OURS, functions=calls(op, dmoe_ops, case, route, weights), capturable=kernels)]
     if "reference" in names:
-        entries.append(Entry("reference", case, route, calls(op, reference, case, route, weights), device, False))
+        entries.append(entry("reference", functions=calls(op, reference, case, route, weights), capturable=False))
     for peer in (peers.ROUTE_PEERS if op == "route" else peers.PEERS).values():
-        if peer.name not in names:
+        if peer.name not in names or (weights and not peer.takes(weights[0].form)):
             continue
         why = peer.absent(device)
         if why is None:
             print(f"preparing {peer.name} for {case.label}", file=sys.stderr)
             try:
-                functions = peer_calls(op, peer, case, route, weights)
-                entries.append(Entry(peer.name, case, route, functions, device, peer.capturable))
+                functions = peer_calls(op, peer, case, route, weights, built)
+                entries.append(entry(peer.name, functions=functions, capturable=peer.capturable))
             except Exception as error:  # whatever a foreign package raises
                 first_line = (str(error).strip() or repr(error)).splitlines()[0]
                 why = f"failed at {case.label}: {type(error).__name__}: {first_line}"
@@ -99,23 +137,25 @@ def calls(op: str, source, case: Case, route: RoutingResult, weights: list[Weigh
     if op == "route":
         return [lambda: source.block_route(case.logits, case.expert_bias, routing=case.routing)]
     if op == "experts":
-        return [lambda w=w: source.moe_experts(case.x, w.w13, w.w2, *route[:2]) for w in weights]
-    return [lambda w=w: source.block_moe(case.x, *w, routing=case.routing)[0] for w in weights]
+        chosen = dict(topk_ids=route.topk_ids, topk_weights=route.topk_weights)
+        return [functools.partial(source.moe_experts, case.x, **w.experts(), **chosen) for w in weights]
+    layers = [functools.partial(source.block_moe, case.x, **w._asdict(), routing=case.routing) for w in weights]
+    return [lambda layer=layer: layer()[0] for layer in layers]
 
 
-def peer_calls(op: str, peer: peers.Peer, case: Case, route: RoutingResult, weights: list[Weights]) -> list:
+def peer_calls(
+    op: str, peer: peers.Peer, case: Case, route: RoutingResult, weights: list[Weights], built: dict
+) -> list:
     if op == "route":
         function = peer.build(case.routing)
         return [lambda: function(case.logits, case.expert_bias)]
+    place = peer.name, weights[0].form
+    if place not in built:  # once for all cases: some pack a copy of the weights
+        built[place] = [peer.build(case.model, w) for w in weights]
     if op == "experts":
-        built = [peer.build(case.model, w) for w in weights]
-        return [lambda f=f: f(case.x, *route[:2]) for f in built]
-    built = [peers.layer(peer, case.model, w, case.routing) for w in weights]
-    return [lambda f=f: f(case.x) for f in built]
-
-
-def unique_experts(ids: torch.Tensor) -> int:
-    return len(ids[ids >= 0].unique())
+        return [lambda f=f: f(case.x, *route[:2]) for f in built[place]]
+    layers = [peers.layer(f, w, case.routing) for f, w in zip(built[place], weights)]
+    return [lambda f=f: f(case.x) for f in layers]
 
 
 def check(op: str, case: Case, route: RoutingResult, weights: list[Weights], entries: list[Entry]) -> None:
@@ -125,11 +165,7 @@ def check(op: str, case: Case, route: RoutingResult, weights: list[Weights], ent
         allowed = 1e-5
     else:
         wanted = exact(op, case, weights[0], route)
-        # Torch's own error in this dtype: the stock loop on the same routing.
-        plain = peers.PEERS["eager"].build(case.model, weights[0])(case.x, *route[:2])
-        if op == "layer" and weights[0].shared_w13 is not None:
-            plain = plain + reference.mlp(case.x, weights[0].shared_w13, weights[0].shared_w2)
-        allowed = max(FLOOR, TOLERANCE * distance(plain, wanted))
+        allowed = max(FLOOR, TOLERANCE * distance(plain(op, case, weights[0], route), wanted))
     for entry in entries:
         output = dense(entry.output, case.model.num_experts) if op == "route" else entry.output
         entry.error, entry.allowed, entry.output = distance(output, wanted), allowed, None
@@ -140,15 +176,49 @@ def exact(op: str, case: Case, weights: Weights, route: RoutingResult, chunk: in
     would take gigabytes."""
     x = case.x.float()
     y = torch.zeros_like(x)
-    used = route.topk_ids[route.topk_ids >= 0].unique()
-    for some in used.split(chunk):
-        index = torch.full((case.model.num_experts + 1,), -1, dtype=torch.int32, device=x.device)
-        index[some] = torch.arange(len(some), dtype=torch.int32, device=x.device)
-        ids = index[route.topk_ids.long()]  # id -1 reads the last entry, which is -1
-        y += reference.moe_experts(x, weights.w13[some].float(), weights.w2[some].float(), ids, route.topk_weights)
+    for some in used_experts(route).split(chunk):
+        ids = renumbered(route, some, case.model.num_experts)
+        y += reference.moe_experts(x, *widened(weights, torch.float32, some), ids, route.topk_weights)
     if op == "layer" and weights.shared_w13 is not None:
-        y += reference.mlp(x, weights.shared_w13, weights.shared_w2)
+        y += reference.mlp(x, *widened(weights, torch.float32))
     return y
+
+
+def plain(op: str, case: Case, weights: Weights, route: RoutingResult) -> torch.Tensor:
+    """What torch makes of the weights in the dtype of x, by the stock loop; with rounded activations the reference."""
+    if weights.activations is not None:
+        return calls(op, reference, case, route, [weights])[0]()
+    used = used_experts(route)
+    w13, w2 = widened(weights, case.x.dtype, used)
+    model = dataclasses.replace(case.model, num_experts=len(used))
+    ids = renumbered(route, used, case.model.num_experts)
+    y = peers.PEERS["eager"].build(model, weights._replace(w13=w13, w2=w2))(case.x, ids, route.topk_weights)
+    if op == "layer" and weights.shared_w13 is not None:
+        y = y + reference.mlp(case.x, *widened(weights, case.x.dtype))
+    return y
+
+
+def widened(weights: Weights, dtype, experts: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """w13 and w2 of some experts, or of the shared one, as values."""
+    pair = []
+    for name, halves in (("w13", 2), ("w2", 1)):
+        name = name if experts is not None else f"shared_{name}"
+        weight, scale = getattr(weights, name), getattr(weights, f"{name}_scale")
+        if experts is not None:
+            weight, scale = weight[experts], None if scale is None else scale[experts]
+        pair.append(reference.widen(weight, scale, halves).to(dtype))
+    return pair
+
+
+def used_experts(route: RoutingResult) -> torch.Tensor:
+    return route.topk_ids[route.topk_ids >= 0].unique()
+
+
+def renumbered(route: RoutingResult, experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """topk_ids as places in `experts`; -1 where an id is none of them."""
+    index = torch.full((num_experts + 1,), -1, dtype=torch.int32, device=experts.device)
+    index[experts] = torch.arange(len(experts), dtype=torch.int32, device=experts.device)
+    return index[route.topk_ids.long()]  # id -1 reads the last entry, which is -1
 
 
 def dense(result: RoutingResult, num_experts: int) -> torch.Tensor:
@@ -171,7 +241,7 @@ def rows(op: str, entries: list[Entry]) -> list[dict]:
     made = []
     for entry in entries:
         case = entry.case
-        work = roofline.work(op, case.model, len(case.x), case.routing.top_k, entry.unique, case.x.dtype)
+        work = roofline.work(op, case.model, len(case.x), case.routing.top_k, entry.unique, entry.stored)
         time = timing.spread(entry.contender.samples)
         ratios = {
             key: timing.ratio(entry.contender.samples, other.contender.samples)
@@ -185,6 +255,7 @@ def rows(op: str, entries: list[Entry]) -> list[dict]:
                 tokens=len(case.x),
                 case=case.label,
                 impl=entry.name,
+                weights=entry.form,
                 key=entry.key,
                 unique=entry.unique,
                 median_us=1e6 * time["median"],
@@ -228,8 +299,9 @@ def print_rows(out: dict) -> None:
         _print_across(of_tokens)
     print(
         "\nµs: median of the rounds. roofline: floor / median, floor = max(bytes / read bandwidth, FLOPs / GEMM peak)."
-        "\n× dmoe_ops: time over that of dmoe_ops in the same case, with p10–p90 of the rounds."
-        f"\nerror: against the fp32 reference; refused beyond {TOLERANCE:g} times torch's own in this dtype."
+        "\n× dmoe_ops: time over that of dmoe_ops in the same case with the same weights, with p10–p90 of the rounds."
+        "\nerror: against the fp32 reference on the same (dequantised) weights; refused beyond "
+        f"{TOLERANCE:g} times torch's own in this dtype\n(w8a8: the reference's, which rounds activations too)."
     )
 
 
@@ -238,18 +310,25 @@ def _speedup(row: dict) -> str:
         return f"refused: error above {row['allowed_error']:.1e}"
     if row["impl"] == OURS:
         return ""
-    ratio = row["ratios"].get(f"{OURS} @ {row['case']}")
+    ratio = row["ratios"].get(own_key(row))
     return "refused: dmoe_ops is off" if ratio is None else results.ratio(ratio)
 
 
 def _print_across(rows: list[dict]) -> None:
-    """What block routing itself gains: a contender's token routing over our dMoE routing."""
+    """What block routing itself gains: a contender's token routing over our dMoE routing. And what quantised weights gain:
+    our plain ones over them."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     for case in cases:
         for row in rows:
-            ratio = row["ratios"].get(f"{OURS} @ {case}")
-            if row["case"] == "token" and case != "token" and ratio is not None:
-                print(f"  {row['key']} / {OURS} @ {case} = {results.ratio(ratio)}")
+            ours = own_key(row, case)
+            if row["case"] == "token" and case != "token" and ours in row["ratios"]:
+                print(f"  {row['key']} / {ours} = {results.ratio(row['ratios'][ours])}")
+    plain_rows = [row for row in rows if of_row(row) == OURS]
+    for row in plain_rows:
+        for form in FORMS:
+            quantized = own_key(dict(row, weights=form))
+            if quantized in row["ratios"]:
+                print(f"  {row['key']} / {quantized} = {results.ratio(row['ratios'][quantized])}")
 
 
 def wrong(out: dict) -> list[str]:

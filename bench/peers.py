@@ -17,13 +17,13 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..routing import BlockRouting, RoutingResult
-from .cases import Model, Weights
+from .cases import DTYPES, Model, Weights
 
 
 class Peer(NamedTuple):
     """build: (model, weights) -> (x, topk_ids, topk_weights) -> y; of ROUTE_PEERS: routing -> (logits, expert_bias) ->
     RoutingResult. module: what must be importable; install: how to get it; capturable: may go into a CUDA graph; cpu:
-    runs on the CPU."""
+    runs on the CPU; quantized: the forms of weights that it takes beside plain ones."""
 
     name: str
     build: Callable
@@ -31,6 +31,10 @@ class Peer(NamedTuple):
     install: str = ""
     capturable: bool = True
     cpu: bool = True
+    quantized: tuple[str, ...] = ()
+
+    def takes(self, form: str) -> bool:
+        return form in DTYPES or form in self.quantized
 
     def absent(self, device: str) -> str | None:
         """Why this peer can't run here, in one line."""
@@ -101,9 +105,8 @@ def _torch_coreset(score, select, block_of, n_blocks: int, routing: BlockRouting
     return torch.zeros_like(first).scatter(1, order, first)
 
 
-def layer(peer: Peer, model: Model, weights: Weights, routing: BlockRouting) -> Callable:
-    """x -> y of the whole layer, in torch but for the peer's experts."""
-    experts = peer.build(model, weights)
+def layer(experts: Callable, weights: Weights, routing: BlockRouting) -> Callable:
+    """x -> y of the whole layer, in torch but for a peer's experts, as its `build` gives them."""
     gate = weights.gate_weight.float()  # once: a conversion at every call would be ours to answer for
 
     def run(x):

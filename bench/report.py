@@ -68,8 +68,10 @@ def timed(out: dict, *ops: str) -> list[dict]:
 
 
 def colours(rows: list[dict]) -> dict[str, str]:
-    names = [name for name in dict.fromkeys(row["impl"] for row in rows) if name != measure.OURS]
-    return {measure.OURS: OURS_COLOUR} | {name: PEER_COLOURS[i % len(PEER_COLOURS)] for i, name in enumerate(names)}
+    names = dict.fromkeys(map(measure.of_row, rows))
+    ours = {measure.OURS: OURS_COLOUR} if measure.OURS in names else {}
+    peers = [name for name in names if name not in ours]
+    return ours | {name: PEER_COLOURS[i % len(PEER_COLOURS)] for i, name in enumerate(peers)}
 
 
 def milliseconds(row: dict, part: str = "median") -> float:
@@ -83,7 +85,7 @@ def roofline(plt, out: dict):
         return None
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for i, (name, colour) in enumerate(colours(rows).items()):
-        mine = sorted((row for row in rows if row["impl"] == name), key=lambda row: row["bytes"])
+        mine = sorted((row for row in rows if measure.of_row(row) == name), key=lambda row: row["bytes"])
         x, y = [row["bytes"] / 1e6 for row in mine], [100 * row["roofline"] for row in mine]
         ends = [(100 * row["floor_us"] / row["p90_us"], 100 * row["floor_us"] / row["p10_us"]) for row in mine]
         axes.errorbar(
@@ -114,7 +116,7 @@ def unique(plt, out: dict):
         return None
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for i, (name, colour) in enumerate(colours(rows).items()):
-        mine = sorted((row for row in rows if row["impl"] == name), key=lambda row: row["unique"])
+        mine = sorted((row for row in rows if measure.of_row(row) == name), key=lambda row: row["unique"])
         x, y = [row["unique"] for row in mine], [milliseconds(row) for row in mine]
         label = name
         if len(set(x)) > 1:
@@ -153,9 +155,9 @@ def ratios(plt, out: dict):
     rows = [row for row in timed(out, "route", "experts", "layer") if row["impl"] != measure.OURS]
     bars = []
     for row in rows:
-        ratio = row["ratios"].get(f"{measure.OURS} @ {row['case']}")
+        ratio = row["ratios"].get(measure.own_key(row))
         if ratio:
-            bars.append((f"{row['key']}, {row['tokens']} tokens", ratio, row["impl"]))
+            bars.append((f"{row['key']}, {row['tokens']} tokens", ratio, measure.of_row(row)))
     if not bars:
         return None
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(bars)))
@@ -291,10 +293,10 @@ def rows_table(out: dict) -> str:
     rows = [row for row in out["rows"] if "median_us" in row]
     if not rows:
         return ""
-    header = ["", "tokens", "unique", "µs", "p10–p90", "MB", "roofline", "× dmoe_ops"]
+    header = ["", "tokens", "unique", "µs", "p10–p90", "MB", "roofline", "error", "× dmoe_ops"]
     lines = []
     for row in rows:
-        ratio = row.get("ratios", {}).get(f"{measure.OURS} @ {row.get('case')}")
+        ratio = row.get("ratios", {}).get(measure.own_key(row))
         lines.append(
             [
                 row["key"],
@@ -304,6 +306,7 @@ def rows_table(out: dict) -> str:
                 f"{results.number(row['p10_us'])}–{results.number(row['p90_us'])}",
                 results.number(row["bytes"] / 1e6),
                 f"{row['roofline']:.2f}" if "roofline" in row else "",
+                f"{row['error']:.1e}" if "error" in row else "",
                 results.ratio(ratio) if ratio else "",
             ]
         )

@@ -37,14 +37,14 @@ class Work(NamedTuple):
 
 
 def work(op: str, model: Model, tokens: int, top_k: int, unique: float, dtype) -> Work:
-    """What `op` ("route", "experts" or "layer") has to read and to compute. Weights only for experts and layer: the
-    activations are a few hundred kB."""
+    """What `op` ("route", "experts" or "layer") has to read and to compute. Weights only for experts and layer, as they are
+    stored (`dtype`), with their scales: the activations are a few hundred kB."""
     if op == "route":
         return Work(tokens * (4 * model.num_experts + 8 * top_k), 0)
     bytes_read = unique * model.expert_bytes(dtype)
     flops = 6 * model.hidden * model.intermediate * tokens * top_k
     if op == "layer":
-        bytes_read += 3 * model.hidden * model.shared * dtype.itemsize
+        bytes_read += model.shared_bytes(dtype)
         flops += 6 * model.hidden * model.shared * tokens
     return Work(round(bytes_read), flops)
 

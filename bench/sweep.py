@@ -118,7 +118,7 @@ def run(
     for vary in ("p", "block"):
         timed = dict(out, rows=[])
         try:
-            measure.run(timed, "layer", [[case(p) for p in points() if p.vary == vary]], weights, [], seconds / 2)
+            measure.run(timed, "layer", [[case(p) for p in points() if p.vary == vary]], [weights], [], seconds / 2)
         finally:
             out["ceilings"] = timed["ceilings"]
             by_case = {row["case"]: row for row in timed["rows"]}

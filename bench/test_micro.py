@@ -39,4 +39,4 @@ def test_experts(benchmark, weights, unique):
 @pytest.mark.parametrize("policy", ["token", "dmoe"])
 def test_layer(benchmark, weights, policy):
     case = cases.calibrated_case(policy, MODEL, MODEL.routing(policy), 32, torch.bfloat16, "cpu", seed=0)
-    benchmark(lambda: dmoe_ops.block_moe(case.x, *weights, routing=case.routing))
+    benchmark(lambda: dmoe_ops.block_moe(case.x, **weights._asdict(), routing=case.routing))

@@ -96,8 +96,8 @@ class Work:
         case = self.cases[tokens]
 
         def layers():
-            for gate_weight, bias, *rest in self.weights:
-                torch.ops.dmoe.block_moe(case.x, gate_weight, bias, *rest, None, case.x.shape[0], *case.routing.args())
+            for w in self.weights:
+                torch.ops.dmoe.block_moe(case.x, *w[:6], None, case.x.shape[0], *case.routing.args())
 
         try:
             with tiles.using(tiles_), backend("triton"), torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -23,7 +24,8 @@ from dmoe_ops import reference
 COMMANDS = ["route", "experts", "layer", "decode", "sweep", "report", "compare"]
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 MEASURED_BEFORE_THIS_RULE = {"zen3-2core-block-routing.json"}  # to be measured anew, on that machine
-MINI = cases.MODELS["llada2-mini"]
+MINI, TINY = cases.MODELS["llada2-mini"], cases.MODELS["tiny"]
+QUANTIZED = ["fp8", "int8", "w8a8", "int4"]
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
 )
@@ -69,6 +71,10 @@ def test_help_has_an_example(command, capsys):
         ("layer --model tiny --device cpu --experts 512", "--hidden"),
         ("layer --model tiny --device cpu --groups 5", "n_group"),
         ("layer --model tiny --device cpu --seconds 0", "--seconds"),
+        ("layer --model tiny --device cpu --weights int2", "int2"),
+        ("layer --model tiny --device cpu --weights int8,fp32", "--dtype is bf16"),
+        ("experts --model tiny --device cpu --weights int4 --shared 63", "even"),
+        ("route --model tiny --device cpu --weights int8", "--weights"),
         ("layer --peers eager,nobody", "nobody"),
         ("route --peers eager", "eager"),
         ("decode --policies dmoe,best", "best"),
@@ -107,7 +113,7 @@ def test_forced_unique_count_is_what_the_router_gives(tokens, unique):
     case = cases.forced_case("", MINI, MINI.routing("dmoe"), tokens, unique, torch.bfloat16, "cpu", seed=1)
     # The second block of 100 tokens holds the same experts as the first: the count is the call's.
     result = reference.block_route(case.logits, case.expert_bias, routing=case.routing)
-    assert measure.unique_experts(result.topk_ids) == unique
+    assert len(measure.used_experts(result)) == unique
     assert (result.topk_ids >= 0).all()
 
 
@@ -138,7 +144,7 @@ def test_peers_are_within_tolerance(name, op):
     weights = [cases.random_weights(model, torch.bfloat16, "cpu", seed=0)]
     route, out = measure.routed(op, case, weights), results.new("", "cpu")
     with torch.no_grad():
-        entries = measure.entries_of(op, case, route, weights, [name], out)
+        entries = measure.entries_of(op, case, route, weights, [name], out, {})
         measure.check(op, case, route, weights, entries)
     assert out["absent"] == {}
     assert [entry.name for entry in entries] == [measure.OURS, name]
@@ -155,6 +161,82 @@ def test_work_of_llada2_mini():
     arithmetic = roofline.Ceilings(1e15, 1e9, "float32")
     assert work.floor(arithmetic) == work.flops / 1e9
     assert work.bound(arithmetic) == "arithmetic"
+
+
+@pytest.mark.parametrize(
+    ("form", "expert"),
+    [
+        ("bf16", 6_291_456),
+        ("fp8", 3_145_728 + 4 * (8 * 16 + 16 * 4)),
+        ("int8", 3_145_728 + 4 * (1024 + 2048)),
+        ("w8a8", 3_145_728 + 4 * (1024 + 2048)),
+        ("int4", 1_572_864 + 2 * (1024 * 16 + 2048 * 4)),
+    ],
+)
+def test_work_counts_stored_weights_and_scales(form, expert):
+    assert roofline.work("layer", MINI, 32, 8, 15, cases.FORMS[form]).bytes == 16 * expert
+
+
+@pytest.mark.parametrize("form", ["bf16", *QUANTIZED])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_bytes_of_a_layer_are_those_of_its_tensors(form, ragged):
+    model = dataclasses.replace(TINY, hidden=200, intermediate=140, shared=72) if ragged else TINY
+    weights = cases.random_weights(model, torch.bfloat16, "cpu", 0, form)
+    held = [value for name, value in weights._asdict().items() if isinstance(value, torch.Tensor)]
+    assert sum(each.nbytes for each in held) - weights.expert_bias.nbytes == model.layer_bytes(cases.FORMS[form])
+    assert weights.form == form
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+@pytest.mark.parametrize("op", ["experts", "layer"])
+def test_quantized_weights_are_held_against_their_values(op, form):
+    """`exact` gives what plain weights of the dequantised values give in float64."""
+    weights = cases.random_weights(TINY, torch.bfloat16, "cpu", 0, form)
+    case = cases.forced_case("", TINY, TINY.routing("dmoe"), 32, 12, torch.bfloat16, "cpu", seed=0)
+    route = measure.routed(op, case, [weights])
+    wide = {
+        name: reference.dequantize(getattr(weights, name), getattr(weights, f"{name}_scale"), halves=halves).double()
+        for name, halves in (("w13", 2), ("w2", 1), ("shared_w13", 2), ("shared_w2", 1))
+    }
+    for name, value in wide.items():  # neither one value over and over nor one that dwarfs the others
+        assert value.unique().numel() > 100 and value.abs().max() < 10 * value.std(), name
+        assert value[..., 0, :].ne(value[..., 1, :]).any(), name
+    x = case.x.double()
+    wanted = reference.moe_experts(x, wide["w13"], wide["w2"], route.topk_ids, route.topk_weights.double())
+    if op == "layer":
+        wanted += reference.mlp(x, wide["shared_w13"], wide["shared_w2"])
+    assert measure.distance(measure.exact(op, case, weights, route), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("op", ["experts", "layer"])
+def test_weights_are_timed_against_each_other(op, tmp_path, capsys):
+    path = tmp_path / "forms.json"
+    forms = ["bf16", *QUANTIZED]
+    args = f"{op} --device cpu --model tiny --unique 12 --no-baseline --peers eager --seconds 0.1 --json"
+    assert run(args, path, "--weights", ",".join(forms)) == 0
+    out = results.read(str(path))
+    keys = ["dmoe_ops @ U=12", "eager @ U=12", *(f"dmoe_ops {form} @ U=12" for form in QUANTIZED)]
+    assert [row["key"] for row in out["rows"]] == keys
+    assert [row["weights"] for row in out["rows"]] == ["bf16", *forms]
+    plain = out["rows"][0]
+    for row in out["rows"]:
+        assert row["error"] <= row["allowed_error"]
+        assert set(row["ratios"]) == {*keys} - {row["key"]}
+        assert row["bytes"] == plain["bytes"] if row["weights"] == "bf16" else row["bytes"] < 0.52 * plain["bytes"]
+    printed = capsys.readouterr().out
+    for form in QUANTIZED:
+        ratio = plain["ratios"][f"dmoe_ops {form} @ U=12"]
+        assert f"dmoe_ops @ U=12 / dmoe_ops {form} @ U=12 = {ratio['median']:.2f} (" in printed
+    rows = {row["weights"]: row for row in out["rows"] if row["impl"] == "dmoe_ops"}
+    assert rows["w8a8"]["error"] > 3 * rows["int8"]["error"]  # it does round the activations
+
+
+def test_peers_without_their_weights_are_absent(capsys):
+    args = "experts --device cpu --model tiny --unique 12 --weights int8,fp8 --peers eager --seconds 0.1"
+    assert run(args) == 0
+    printed = capsys.readouterr().out
+    assert "absent     eager: takes plain weights" in printed
+    assert "dmoe_ops fp8 @ token / dmoe_ops fp8 @ U=12" in printed and "eager @" not in printed
 
 
 def test_ratios_are_taken_within_a_round():
@@ -195,13 +277,14 @@ def test_route_and_experts_run(capsys):
     assert "grouped_mm @ token" in capsys.readouterr().out
 
 
-def test_no_speedup_with_a_wrong_output(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("forms", ["bf16", "bf16,int4"])
+def test_no_speedup_with_a_wrong_output(monkeypatch, tmp_path, capsys, forms):
     right = dmoe_ops.block_moe
     monkeypatch.setattr(dmoe_ops, "block_moe", lambda *a, **k: (right(*a, **k)[0] * 1.05, None, None))
     path = tmp_path / "wrong.json"
     args = "layer --device cpu --model tiny --unique 12 --peers eager --no-baseline --seconds 0.1 --json"
-    assert run(args, path) == 1
-    assert [row["ratios"] for row in json.loads(path.read_text())["rows"]] == [{}, {}]
+    assert run(args, path, "--weights", forms) == 1
+    assert not any(row["ratios"] for row in json.loads(path.read_text())["rows"])
     captured = capsys.readouterr()
     assert "refused" in captured.out
     assert "wrong output of dmoe_ops" in captured.err
@@ -252,6 +335,26 @@ def test_compare(layer_json, tmp_path, capsys):
     assert changed("ratio", 1e-3, "eager") == 1
     assert changed("ratio", 1000, "eager") == 0
     assert "worse" in capsys.readouterr().out
+
+
+def test_compare_takes_quantized_weights_for_ours(tmp_path, capsys):
+    path, other = tmp_path / "before.json", tmp_path / "after.json"
+    args = "layer --device cpu --model tiny --unique 12 --no-baseline --weights bf16,int8 --peers eager --seconds 0.1"
+    assert run(args, "--json", path) == 0
+
+    def changed(by: str, factor: float) -> int:
+        out = json.loads(path.read_text())
+        (row,) = (row for row in out["rows"] if row["weights"] == "int8")
+        for holder in (row["ratios"]["dmoe_ops @ U=12"], row):
+            for part in ("median", "p10", "p90"):
+                holder[part if part in holder else f"{part}_us"] *= factor
+        other.write_text(json.dumps(out))
+        return run("compare", path, other, "--by", by)
+
+    for by in ("time", "ratio"):
+        assert changed(by, 1000) == 1
+        assert changed(by, 1e-3) == 0
+    assert "dmoe_ops int8 @ U=12 / dmoe_ops " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -307,6 +410,20 @@ def test_report_is_one_page_that_needs_nothing_else(layer_json, tmp_path, capsys
     pngs = sorted(page.parent.glob("*.png"))
     assert len(pngs) == 6
     assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("forms", ["int8,int4", "bf16,int8"])
+def test_report_tells_quantized_weights_apart(forms, tmp_path):
+    path, page = tmp_path / "forms.json", tmp_path / "page.html"
+    args = "layer --device cpu --model tiny --unique 8,12 --no-baseline --peers eager --seconds 0.1 --json"
+    assert run(args, path, "--weights", forms) == 0
+    assert run("report", path, "--html", page) == 0
+    text = page.read_text()
+    assert "<td>dmoe_ops int8 @ U=12</td>" in text and "<th>error</th>" in text
+    names = list(report.colours(results.read(str(path))["rows"]))
+    plain = ["dmoe_ops", "eager"] if "bf16" in forms else ["dmoe_ops int4"]
+    assert sorted(names) == sorted([*plain, "dmoe_ops int8"])
 
 
 def test_report_without_matplotlib_is_one_line(monkeypatch, layer_json, capsys):
@@ -407,6 +524,8 @@ def test_any_value_may_be_strange(name, tmp_path, capsys):
     """compare and report answer, or refuse in one line, whatever stands in a file."""
     out = json.loads((RESULTS / f"zen3-2core-{name}.json").read_text())
     out["rows"] = out["rows"][:1] + out["rows"][-1:]
+    if name == "layer":
+        out["rows"][0]["weights"] = "int8"
     path, refused = tmp_path / "strange.json", 0
     for place in places(out):
         for strange in (None, "x", "", [], {}, -1, 0, 1e999, float("nan"), True, ["x"], {"x": {}}, 10**400):

@@ -99,7 +99,7 @@ def cuda_parts(case: cases.Case, w: cases.Weights) -> dict:
     route()
     made = schedule.clone()
     return {
-        "layer": lambda: block_moe(x, *w, routing=routing)[0],
+        "layer": lambda: block_moe(x, **w._asdict(), routing=routing)[0],
         "layer, no prefetch": without_prefetch,
         "router": route,
         "router, no prefetch": lambda: route(w13=None),
@@ -113,9 +113,9 @@ def cuda_parts(case: cases.Case, w: cases.Weights) -> dict:
 
 def triton_parts(case: cases.Case, w: cases.Weights) -> dict:
     x, routing = case.x, case.routing
-    _, routed, logits = block_moe(x, *w, routing=routing)
+    _, routed, logits = block_moe(x, **w._asdict(), routing=routing)
     return {
-        "layer": lambda: block_moe(x, *w, routing=routing)[0],
+        "layer": lambda: block_moe(x, **w._asdict(), routing=routing)[0],
         "routing of given logits": lambda: block_route(logits, w.expert_bias, routing=routing),
         "experts, schedule of their own": lambda: moe_experts(x, w.w13, w.w2, routed.topk_ids, routed.topk_weights),
     }
