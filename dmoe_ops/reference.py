@@ -59,7 +59,7 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
 
     weights = score.gather(1, chosen).masked_fill(~valid, 0)
     if routing.norm_topk_prob:
-        weights = weights / (round_sum(weights, 1, keepdim=True) + EPS)
+        weights = weights / (round_sum(weights) + EPS)
     return RoutingResult(
         chosen.masked_fill(~valid, -1).int(),
         weights * routing.routed_scaling_factor,
@@ -300,7 +300,7 @@ def aggregate(score, selection, block_of, n_blocks: int, routing: BlockRouting) 
         lowest = score.new_full((n_blocks, score.shape[1]), -torch.inf)
         return lowest.scatter_reduce(0, block_of[:, None].expand_as(selection), selection, "amax")
     if routing.aggregate == "sum":
-        votes = score / (round_sum(score, 1, keepdim=True) + EPS)
+        votes = score / (round_sum(score) + EPS)
     else:
         k = routing.union_k if routing.aggregate == "union" else routing.top_k
         in_top_k, valid = best(selection, k)
@@ -321,7 +321,7 @@ def select(value, routing: BlockRouting) -> torch.Tensor:
     if routing.select == "top_n":
         size = torch.full((n_blocks, 1), routing.capacity, device=value.device)
     else:
-        share = ordered / (round_sum(value, 1, keepdim=True) + EPS)
+        share = ordered / (round_sum(value) + EPS)
         covered = share.double().cumsum(1).to(value.dtype)
         # Compared in fp32 like the rest: the threshold is the fp32 number nearest to top_p.
         threshold = torch.tensor(routing.top_p, dtype=value.dtype, device=value.device)
@@ -338,7 +338,7 @@ def choose(candidates, routing: BlockRouting) -> tuple[torch.Tensor, torch.Tenso
         return best(candidates, routing.top_k)
     grouped = candidates.unflatten(1, (routing.n_group, -1))
     if grouped.shape[2] > 1:
-        two = grouped.topk(2, dim=2).values
+        two = grouped.topk(2).values
         # Without a second candidate (-inf) the group ranks last, even where the first is +inf.
         group_score = two.sum(2).masked_fill(two[:, :, 1] == -torch.inf, -torch.inf)
     else:
@@ -360,5 +360,6 @@ def best(value, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return order[:, :k], ordered[:, :k] > -torch.inf
 
 
-def round_sum(value, dim: int, keepdim: bool = False) -> torch.Tensor:
-    return value.double().sum(dim, keepdim=keepdim).to(value.dtype)
+def round_sum(value) -> torch.Tensor:
+    """The sum of each row of value [n, m], [n, 1], rounded once from float64."""
+    return value.double().sum(1, keepdim=True).to(value.dtype)

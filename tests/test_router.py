@@ -300,6 +300,25 @@ def test_votes_that_cancel_out():
     assert result.coreset_ids.tolist() == [[0, 1, -1]]
 
 
+def test_scores_as_small_as_1e_20():
+    """A share of a sum is score / (sum + 1e-20): that of a score of about 1e-20 alone is a half, and its vote loses."""
+    routing = BlockRouting(num_experts=4, top_k=2, block_size=8, n_group=1, topk_group=1, select="all")
+    logits = torch.tensor([[-46.0, -46.5, -47.0, -48.0]], dtype=torch.float64).requires_grad_()
+    score = logits[:, :2].sigmoid()
+    want = 2.5 * score / (score.sum(1, keepdim=True) + 1e-20)
+    got = block_route(logits, routing=routing).topk_weights
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    single = block_route(logits.detach().float(), routing=routing).topk_weights
+    torch.testing.assert_close(single, want.detach().float(), rtol=1e-6, atol=0)
+    of = [torch.autograd.grad(weights, logits, torch.tensor([[1.0, 3.0]]).double()) for weights in (got, want)]
+    torch.testing.assert_close(*of, rtol=1e-12, atol=0)
+
+    routing = dataclasses.replace(routing, aggregate="sum", select="top_n", capacity=1)
+    logits = torch.full((2, 4), -float("inf"))
+    logits[0, 0], logits[1, 1], logits[1, 2] = -46, 0.5, 0
+    assert block_route(logits, routing=routing).coreset_ids.tolist() == [[1]]
+
+
 def test_max_experts_wins_over_min_experts():
     logits = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     routing = BlockRouting(num_experts=16, top_k=4, n_group=1, topk_group=1, min_experts=9, max_experts=3)

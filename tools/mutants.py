@@ -133,7 +133,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "dmoe_ops/router.py": {
         "if logits.shape[0]: | 0 -> 1": "spares a GPU empty launches; the CPU's backends take no rows too",
         "ctx.mark_non_differentiable": "integers are never differentiable; it spares autograd the look",
-        "reference.EPS -> picked.sum(1, keepdim=True) - reference.EPS": "shows only where all weights are 0",
         "ctx.n_inputs - 1 -> ctx.n_inputs + 1": "autograd drops a None beyond the inputs",
     },
     "dmoe_ops/experts.py": {
@@ -185,11 +184,12 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "torch.tensor(routing.top_p, dtype=value.dtype, device=value.device) -> torch.tensor(routing.top_p, device": (
             "float32 is torch's default, and one number takes the dtype of what it is compared with"
         ),
-        "weights = weights / (round_sum(weights, 1, keepdim=True) + EPS) |": "shows only where all weights are 0",
-        "votes = score / (round_sum(score, 1, keepdim=True) + EPS) |": "shows only where all scores are 0",
         "order = topk_ids.flatten().argsort(stable=True) |": "any order within an expert gives the same sum",
         ":num_experts + 1 -> num": "an id above the experts is no valid one",
         "zip(ends, counts[1:])) if count ->  for": "an expert without tokens multiplies empty matrices",
+        "group_score = torch.full(grouped.shape[:2], -torch.inf, device=candidates.device) | -torch": (
+            "groups of one expert all rank alike, whatever the number"
+        ),
         "0.0, -torch.inf), wide) | 0.0 -> 1.0": "a softmax is the same for logits that are all larger by 1",
         "if routing.select == \"all\": | 'all' -> 'allX'": "spares the votes, which nothing looks at then",
         "quantize_activations: bool = False) -> torch.Tensor: | False -> True": "weights without a scale are never rounded",
