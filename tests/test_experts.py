@@ -232,11 +232,12 @@ def test_ids_of_no_expert_have_no_gradient():
     """As those of -1: what a forward leaves out, a gradient does too."""
     x, w13, w2, ids, weights = inputs(6, 8, 4, 3, 2, empty=0.4)
     gradient = torch.ops.dmoe._moe_experts_backward
-    strange = torch.where(ids < 0, torch.arange(12, dtype=torch.int32).view(6, 2) + 3, ids)
-    for plain, other in zip(
-        gradient(x, x, w13, w2, ids, weights, True), gradient(x, x, w13, w2, strange, weights, True)
-    ):
-        assert torch.equal(plain, other)
+    for outside in (torch.arange(3, 15, dtype=torch.int32), torch.arange(-13, -1, dtype=torch.int32)):
+        strange = torch.where(ids < 0, outside.view(6, 2), ids)
+        for plain, other in zip(
+            gradient(x, x, w13, w2, ids, weights, True), gradient(x, x, w13, w2, strange, weights, True)
+        ):
+            assert torch.equal(plain, other)
 
 
 def test_gradients_of_weights_that_nobody_wants_are_empty():

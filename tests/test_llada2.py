@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmoe_ops import BlockRouting
-from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
+from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, checkpoint
 from dmoe_ops.models.decoding import KVCache, _check_finite, _Counter, _decoded, _ended, choose, sample
 
 MASK, EOS = 62, 63
@@ -190,6 +191,25 @@ def test_shards_equal_the_single_file(folder):
     shard(folder)
     after = LLaDA2ForDiffusion.from_pretrained(folder).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_file_is_opened_anew_for_each_layer(folder, monkeypatch):
+    """So that the pages of one layer are all that is mapped: one layer in each opening, each layer in one."""
+    openings, opened = [], checkpoint._open
+
+    def spied(path):
+        file = opened(path).__enter__()
+        openings.append([])
+        get_tensor = file.get_tensor
+        spy = types.SimpleNamespace(keys=file.keys, get_slice=file.get_slice)
+        spy.get_tensor = lambda name: openings[-1].append(".".join(name.split(".")[:3])) or get_tensor(name)
+        return contextlib.nullcontext(spy)
+
+    monkeypatch.setattr(checkpoint, "_open", spied)
+    names = LLaDA2ForDiffusion.from_pretrained(folder).checkpoint_tensors()
+    read = [set(layers) for layers in openings if layers]
+    assert all(len(layers) == 1 for layers in read)
+    assert sorted(min(layers) for layers in read) == sorted({".".join(name.split(".")[:3]) for name in names})
 
 
 def test_the_index_says_which_of_two_tensors_of_a_name_is_meant(folder):
@@ -746,6 +766,28 @@ def test_a_single_moe_layer():
     model = build(dataclasses.replace(CONFIG, num_hidden_layers=2))
     stats = model.generate(prompt(5), gen_length=8).stats
     assert stats.unique_experts_by_layer == (stats.unique_experts,)
+
+
+def test_no_forward_runs_for_no_sequence(monkeypatch):
+    """A step without a mask, and a block behind the end of the texts: nobody is left to run."""
+    model, ids = build(), prompt(20)
+    token = model.generate(ids, gen_length=60, eos_id=None).tokens[0, 5]
+    rows, forward = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, **how: rows.append(len(ids)) or forward(ids, **how))
+    for eos_id in (None, int(token)):
+        rows.clear()
+        stats = model.generate(ids.expand(2, -1), gen_length=60, threshold=0.5, eos_id=eos_id).stats
+        assert all(rows) and sum(rows) == stats.forwards
+
+
+def test_decoding_makes_its_tensors_on_the_models_device():
+    """Whatever torch makes them on by default."""
+    model, ids = build(), torch.cat([prompt(20), prompt(20, 1)])
+    options = dict(gen_length=20, prompt_lengths=torch.tensor([20, 3]))
+    wanted = model.generate(ids, **options)
+    with torch.device("meta"):
+        got = model.generate(ids, **options)
+    assert torch.equal(got.tokens, wanted.tokens) and got.stats == wanted.stats
 
 
 def test_the_defaults_are_those_of_the_released_generate():

@@ -119,7 +119,8 @@ def test_auto_is_the_stored_dtype(folder):
 
 def test_bad_dtypes_and_devices_are_refused(folder, tmp_path):
     for dtype in ("int8", torch.int8, "", "float", 16, True):
-        refused("dtype must be None or a floating-point type of torch", folder, dtype=dtype)
+        names = "(float64, float32, bfloat16, float16)"
+        refused(f"dtype must be None or a floating-point type of torch {names} or its name", folder, dtype=dtype)
         refused("dtype must be None or a floating-point type of torch", folder, torch_dtype=dtype)
     refused("dtype must be given alone", folder, dtype="float32", torch_dtype="float32")
     for device in ("foo", "meta", "cuda:99", "", 1.5, ["cpu"]):
