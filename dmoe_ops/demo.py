@@ -22,6 +22,7 @@ from .layer import BlockMoE
 from .models import Decoded, LLaDA2Config, LLaDA2ForDiffusion, TextCodec, hub
 from .models.llada2 import usable
 from .models.text import padded
+from .reference import dequantize
 from .routing import POLICIES
 
 # Trained by examples/miniature, which says what it has learned and what each policy costs and keeps. An installed package
@@ -128,10 +129,13 @@ def settings_of(args: argparse.Namespace, config: LLaDA2Config) -> dict:
 def about(model: LLaDA2ForDiffusion, ids: list[list[int]], codec: TextCodec) -> None:
     config = model.config
     dtype = str(model.model.word_embeddings.weight.dtype).removeprefix("torch.")
+    weights = sum(p.numel() for p in LLaDA2ForDiffusion(config, device="meta").parameters())
+    forms = sorted({moe.form for moe in model.moe_layers} - {None})
+    experts = f", experts in {' and '.join(forms)}" if forms else ""
     print(
         f"  {config.num_hidden_layers} layers, {len(model.moe_layers)} with {config.num_experts} experts of which a token "
-        f"takes {config.num_experts_per_tok}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights in "
-        f"{dtype}; {torch.get_num_threads()} CPU threads"
+        f"takes {config.num_experts_per_tok}; {weights / 1e6:.1f} M weights in {dtype}{experts}; "
+        f"{torch.get_num_threads()} CPU threads"
     )
     what = f"{len(ids)} prompts" if len(ids) > 1 else "prompt"
     chat = ", the chat template's among them" if codec.template else ""
@@ -264,15 +268,25 @@ class EagerMoE(nn.Module):
         order = ids.flatten().argsort(stable=True)
         rows = x[order // ids.shape[1]]
         counts = torch.bincount(ids.flatten(), minlength=self.routing.num_experts).tolist()
-        outs = [
-            self.mlp(part, self.moe.w13[e], self.moe.w2[e]) for e, part in enumerate(rows.split(counts)) if len(part)
-        ]
+        outs = [self.mlp(part, *self.weights(x.dtype, at=e)) for e, part in enumerate(rows.split(counts)) if len(part)]
         slots = torch.empty_like(rows).index_copy_(0, order, torch.cat(outs))
         y = (slots.view(*ids.shape, -1).float() * weights[..., None]).sum(1).to(x.dtype)
         if self.moe.shared_w13 is not None:
-            y = y + self.mlp(x, self.moe.shared_w13, self.moe.shared_w2)
+            y = y + self.mlp(x, *self.weights(x.dtype, "shared_"))
         lead = hidden_states.shape[:-1]
         return y.view_as(hidden_states), (logits.view(*lead, -1), ids.view(*lead, -1))
+
+    @property
+    def bytes_per_expert(self) -> int:
+        return self.moe.bytes_per_expert
+
+    def weights(self, dtype, prefix: str = "", at=()) -> list[torch.Tensor]:
+        """w13 and w2 of an expert (`at`), or of the shared one, dequantised where they are quantised."""
+        found = []
+        for name, halves in ((f"{prefix}w13", 2), (f"{prefix}w2", 1)):
+            weight, scale = getattr(self.moe, name), getattr(self.moe, f"{name}_scale")
+            found.append(weight[at] if scale is None else dequantize(weight[at], scale[at], halves=halves).to(dtype))
+        return found
 
     def route(self, logits):
         routing = self.routing

@@ -41,6 +41,22 @@ def scale_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16, torch.float32) if dtype == torch.uint8 else (torch.float32,)
 
 
+def empty(weight, form: str, *, halves: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """An uninitialised (quantised weight, scale) for a weight [..., rows, columns] in a format; `halves`: see `scale_shape`.
+    Scales of int4 are bfloat16. Raises ValueError for int4 with an odd number of columns."""
+    check_columns(weight, form)
+    *lead, rows, columns = weight.shape
+    dtype = FORMATS[form]
+    values = weight.new_empty([*lead, rows, stored_columns(dtype, columns)], dtype=dtype)
+    scale = weight.new_empty([*lead, *scale_shape(dtype, rows, columns, halves)], dtype=scale_dtypes(dtype)[0])
+    return values, scale
+
+
+def check_columns(weight, form: str, name: str = "weight") -> None:
+    if form == "int4" and weight.shape[-1] % 2:
+        raise ValueError(f"{name} must have an even number of columns for int4, got {list(weight.shape)}")
+
+
 class ExpertWeights(NamedTuple):
     """The experts of a layer; all but the last in the order of `dmoe::_moe_experts_out`. Scales stand beside quantised
     weights alone; `quantize_activations`: x and h are rounded to int8 as well; `expert_map`: where w13 and w2 hold some

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from . import _backends, _checks, _library, reference, router
-from .formats import ExpertWeights
+from .formats import FORMATS, QUANTIZED, ExpertWeights, check_columns, empty
+from .quantize import check_form, quantize
 from .routing import BlockRouting, RoutingResult
 
 
@@ -171,11 +172,15 @@ _library.define(
 )
 
 
+MATRICES = ("w13", "w2", "shared_w13", "shared_w2")
+
+
 class BlockMoE(nn.Module):
     """A sparse MoE layer that routes by block.
 
     Weights: gate_weight [E, H], expert_bias float32 [E] (a buffer; None without one), w13 [E, 2I, H] (gate rows first),
     w2 [E, H, I], shared_w13 [2I_shared, H] and shared_w2 [H, I_shared] (None without a shared expert). Created empty.
+    w13_scale, w2_scale, shared_w13_scale, shared_w2_scale: buffers beside quantised weights (see `quantize`), else None.
     """
 
     def __init__(
@@ -193,16 +198,68 @@ class BlockMoE(nn.Module):
         super().__init__()
         self.routing = routing
 
-        def empty(*shape):
+        def parameter(*shape):
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
 
-        self.gate_weight = empty(routing.num_experts, hidden_size)
+        self.gate_weight = parameter(routing.num_experts, hidden_size)
         bias = torch.zeros(routing.num_experts, dtype=torch.float32, device=device) if expert_bias else None
         self.register_buffer("expert_bias", bias)
-        self.w13 = empty(routing.num_experts, 2 * intermediate_size, hidden_size)
-        self.w2 = empty(routing.num_experts, hidden_size, intermediate_size)
-        self.shared_w13 = empty(2 * shared_intermediate_size, hidden_size) if shared_intermediate_size else None
-        self.shared_w2 = empty(hidden_size, shared_intermediate_size) if shared_intermediate_size else None
+        self.w13 = parameter(routing.num_experts, 2 * intermediate_size, hidden_size)
+        self.w2 = parameter(routing.num_experts, hidden_size, intermediate_size)
+        self.shared_w13 = parameter(2 * shared_intermediate_size, hidden_size) if shared_intermediate_size else None
+        self.shared_w2 = parameter(hidden_size, shared_intermediate_size) if shared_intermediate_size else None
+        for name in MATRICES:
+            self.register_buffer(f"{name}_scale", None)
+
+    @property
+    def form(self) -> str | None:
+        """The format of the routed experts, a key of `dmoe_ops.formats.FORMATS`; None where they are floats."""
+        return next((form for form, dtype in FORMATS.items() if self.w13.dtype == dtype), None)
+
+    @property
+    def bytes_per_expert(self) -> int:
+        parts = (self.w13, self.w2, self.w13_scale, self.w2_scale)
+        return sum(part[0].nbytes for part in parts if part is not None)
+
+    @torch.no_grad()
+    def quantize(self, form: str, *, shared: bool = False) -> BlockMoE:
+        """Puts w13 and w2, and with `shared` the shared expert's weights, into a format of `dmoe_ops.formats`: "fp8", "int8"
+        or "int4". They become buffers, which have no gradients, and the float weights are let go one after the other.
+        Casts of the module leave them as they are. Layers on the meta device get their shapes alone.
+
+        Raises ValueError, before anything is changed, for an unknown format, weights that are quantised already, and odd
+        columns in int4; for values that are not finite see `dmoe_ops.quantize`.
+        """
+        check_form(form)
+        names = [name for name in MATRICES if getattr(self, name) is not None and (shared or "shared" not in name)]
+        for name in names:
+            if getattr(self, name).dtype in QUANTIZED:
+                raise ValueError(f"{name} must be float to be quantised, got {getattr(self, name).dtype}")
+            check_columns(getattr(self, name), form, name)
+        for name in names:
+            weight = getattr(self, name)
+            made = (empty if weight.is_meta else quantize)(weight.data, form, halves=2 if name.endswith("w13") else 1)
+            delattr(self, name)
+            self.register_buffer(name, made[0])
+            setattr(self, f"{name}_scale", made[1])
+        return self
+
+    def widen_scales(self) -> BlockMoE:
+        """Holds all scales in float32; those of int4 may be bfloat16."""
+        for name in MATRICES:
+            scale = getattr(self, f"{name}_scale")
+            setattr(self, f"{name}_scale", scale if scale is None else scale.float())
+        return self
+
+    def _apply(self, fn, recurse=True):
+        """Quantised weights and their scales follow the module to another device, but no cast: it would lose digits."""
+        names = [name for name in MATRICES if getattr(self, f"{name}_scale") is not None]
+        fixed = {id(getattr(self, part)) for name in names for part in (name, f"{name}_scale")}
+
+        def move(tensor):
+            return fn(tensor.view(torch.uint8)).view(tensor.dtype) if id(tensor) in fixed else fn(tensor)
+
+        return super()._apply(move, recurse)
 
     def forward(self, hidden_states, block_offsets=None):
         """hidden_states [bsz, seq, H] or [T, H], the dtype of w13 -> (y of that shape, (router_logits float32 [..., E],
@@ -219,6 +276,7 @@ class BlockMoE(nn.Module):
             self.shared_w2,
             routing=self.routing,
             block_offsets=block_offsets,
+            **{f"{name}_scale": getattr(self, f"{name}_scale") for name in MATRICES},
         )
         lead = hidden_states.shape[:-1]
         router_logits = router_logits.view(*lead, self.routing.num_experts)
@@ -247,10 +305,10 @@ class BlockMoE(nn.Module):
         )
         layer.gate_weight = module.gate.weight
         layer.expert_bias = module.gate.expert_bias.detach().float()
-        for name in ("w13", "w2", "shared_w13", "shared_w2"):
-            empty = getattr(layer, name)
-            if empty is not None:
-                setattr(layer, name, nn.Parameter(torch.empty_like(empty, device=first.device), first.requires_grad))
+        for name in MATRICES:
+            like = getattr(layer, name)
+            if like is not None:
+                setattr(layer, name, nn.Parameter(torch.empty_like(like, device=first.device), first.requires_grad))
         for owner, name, stacked, at in _places(module):
             weight = getattr(owner, name)
             weight.data = getattr(layer, stacked).data[at].copy_(weight.data)
@@ -263,10 +321,12 @@ class BlockMoE(nn.Module):
             weight = getattr(self, held, None)
             try:
                 fits = not weight.is_meta and weight[at].shape == getattr(owner, name).shape
+                fits = fits and weight.dtype not in QUANTIZED
             except (AttributeError, IndexError):
                 fits = False
             if not fits:
                 got = f"{list(weight.shape)} on {weight.device}" if isinstance(weight, torch.Tensor) else weight
+                got = f"{got}, quantised" if self.form else got
                 raise ValueError(f"{held} must still hold the weights that the layer took over, got {got}")
 
     def give_back(self, module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .formats import FORMATS, GROUP
+from .formats import FORMATS, GROUP, check_columns
 
 # The largest value of each format, to which the largest of a block is mapped: nothing saturates, and no step is left
 # unused. int8 and int4 give up -128 and -8, so that both signs reach equally far.
@@ -30,8 +30,7 @@ def quantize(weight, form: str, *, halves: int = 1) -> tuple[torch.Tensor, torch
         raise ValueError(f"weight must be float [..., rows, columns], got {weight.dtype} {list(weight.shape)}")
     if halves not in (1, 2) or weight.shape[-2] % halves:
         raise ValueError(f"weight must have rows in halves={halves!r} equal parts, got {list(weight.shape)}")
-    if form == "int4" and weight.shape[-1] % 2:
-        raise ValueError(f"weight must have an even number of columns for int4, got {list(weight.shape)}")
+    check_columns(weight, form)
     if weight.dim() > 2:
         return tuple(torch.stack(part) for part in zip(*(quantize(w, form, halves=halves) for w in weight)))
 

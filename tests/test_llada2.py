@@ -359,7 +359,10 @@ FAULTS = [
     (edit_config(expert_capacity="8"), "expert_capacity must be an integer"),
     (edit_config(expert_capacity=8, block_size=0), "block_size must be an integer"),
     (edit_config(expert_capacity=8, core_threshold=0.6), "policy must be given where a config has core_threshold=0.6"),
-    (edit_config(quantization_config=dict(quant_method="gguf")), "quant_method is not supported, got 'gguf'"),
+    (
+        edit_config(quantization_config=dict(quant_method="gguf")),
+        "of quant_method fp8 or compressed-tensors, got 'gguf'",
+    ),
     (edit_config(quantization_config=dict(bits=4)), "quantization_config must be null"),
     (edit_config(quantization_config="int4"), "quantization_config must be an object"),
     (edit_config(compression_config=dict(format="pack")), "compression_config must be null"),

@@ -13,11 +13,12 @@ TESTS = {
     "dmoe_ops/routing.py": ["test_routing", "test_router", "test_bad_input"],
     "dmoe_ops/router.py": ["test_router", "test_layer", "test_bad_input"],
     "dmoe_ops/experts.py": ["test_experts", "test_layer", "test_bad_input", "test_quantized"],
-    "dmoe_ops/layer.py": ["test_layer", "test_bad_input", "test_patch", "test_quantized"],
+    "dmoe_ops/layer.py": ["test_layer", "test_bad_input", "test_patch", "test_quantized", "test_quantized_checkpoints"],
     "dmoe_ops/formats.py": ["test_quantized", "test_quantize"],
-    "dmoe_ops/models/checkpoint.py": ["test_llada2", "test_sharing"],
+    "dmoe_ops/models/checkpoint.py": ["test_llada2", "test_sharing", "test_quantized_checkpoints"],
+    "dmoe_ops/models/quantized.py": ["test_quantized_checkpoints"],
     "dmoe_ops/models/decoding.py": ["test_llada2"],
-    "dmoe_ops/models/llada2.py": ["test_llada2", "test_training"],
+    "dmoe_ops/models/llada2.py": ["test_llada2", "test_training", "test_quantized_checkpoints"],
     "dmoe_ops/engines/hf.py": ["test_layer", "test_bad_input", "test_patch"],
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import shutil
 from collections import defaultdict
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import _files
+from .quantized import SHAPE, Matrix, Storage, dequantize
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -47,13 +50,14 @@ def read_json(path: Path) -> dict:
 
 class Checkpoint:
     """The tensors of a folder: the file, shape and dtype of each, read from the headers alone. Of sharded files the index
-    says which tensor lies where.
+    says which tensor lies where. storage: how quantised matrices are stored, where the config has them; matrices: the
+    modules (names without .weight) that hold one.
 
     Raises ValueError, naming the file, when one is missing, truncated or corrupt, or when index and files disagree.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, storage: Storage | None = None):
+        self.folder, self.storage = folder, storage
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
         self.dtypes: dict[str, str] = {}
@@ -72,6 +76,8 @@ class Checkpoint:
         for name, shard in shard_of.items():
             if name not in self.file_of:
                 raise ValueError(f"tensor {_files.short(name)} is not in {_files.short(shard)}, where {INDEX} has it")
+        parts = [(*name.rpartition("."), dtype) for name, dtype in self.dtypes.items()]
+        self.matrices = {module for module, _, end, dtype in parts if storage and storage.holds(end, dtype)}
 
     def _index(self) -> dict[str, str]:
         """The shard of every tensor; nothing where the folder holds a single file."""
@@ -91,41 +97,75 @@ class Checkpoint:
                 raise ValueError(f"{_files.short(shard)}, named by {INDEX}, is missing in {self.folder}")
         return shard_of
 
-    def check(self, targets: dict[str, torch.Tensor], ignore=()) -> None:
-        """Raises ValueError, naming the tensor, unless the folder holds exactly the `targets`, in their shapes.
-        Names that end with one of `ignore` may be there besides."""
-        missing = [name for name in targets if name not in self.file_of]
+    def check(self, targets: dict[str, torch.Tensor | Matrix], ignore=()) -> None:
+        """Raises ValueError, naming the tensor, unless the folder holds exactly the `targets`, in their shapes: a Matrix
+        quantised, another matrix quantised or not. Names that end with one of `ignore` may be there besides."""
+        wanted = {part: is_ for name, target in targets.items() for part, is_ in self._parts(name, target).items()}
+        missing = [name for name in wanted if name not in self.file_of]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise ValueError(f"tensor {missing[0]} is missing in {self.folder}{more}")
-        for name, target in targets.items():
-            if self.shapes[name] != list(target.shape):
-                raise ValueError(f"tensor {name} must have shape {list(target.shape)}, got {self.shapes[name]}")
-            if self.dtypes[name] not in DTYPES:
-                raise ValueError(f"tensor {name} must be one of {', '.join(DTYPES)}, got {self.dtypes[name]}")
+        for name, (shape, dtypes) in wanted.items():
+            if self.shapes[name] != shape:
+                raise ValueError(f"tensor {name} must have shape {shape}, got {self.shapes[name]}")
+            if self.dtypes[name] not in dtypes:
+                raise ValueError(f"tensor {name} must be one of {', '.join(dtypes)}, got {self.dtypes[name]}")
         for name in self.file_of:
-            if name not in targets and not name.endswith(tuple(ignore)):
+            if name not in wanted and not name.endswith(tuple(ignore)):
                 raise ValueError(f"tensor {_files.short(name)} in {self.file_of[name]} has no place in this model")
 
-    def read(self, targets: dict[str, torch.Tensor]) -> None:
-        """Fills the targets, cast to their dtypes. A file is mapped anew for each layer, so that the pages of one layer
-        are all that is held besides the targets. Raises ValueError, naming the tensor, for a value that is not finite or
-        becomes infinite in the cast."""
-        groups = defaultdict(list)
+    def _parts(self, name: str, target) -> dict[str, tuple[list[int], tuple[str, ...]]]:
+        """The tensors that a target is read from, with the shape and the possible dtypes of each."""
+        module = name.removesuffix(".weight")
+        if isinstance(target, Matrix) or (module in self.matrices and target.dim() == 2):
+            return {f"{module}.{end}": is_ for end, is_ in self.storage.tensors(target.shape).items()}
+        return {name: (list(target.shape), tuple(DTYPES))}
+
+    def read(self, targets: dict[str, torch.Tensor | Matrix]) -> None:
+        """Fills the targets, cast to their dtypes; quantised matrices bit for bit, or dequantised where the target is a
+        tensor. A file is mapped anew for each layer, so that the pages of one layer are all that is held besides the
+        targets. Raises ValueError, naming the tensor, for a value that is not finite or becomes infinite in the cast."""
+        layers = defaultdict(list)
         for name in targets:
-            groups[self.file_of[name], ".".join(name.split(".")[:3])].append(name)
-        for (path, _), names in groups.items():
-            with _open(path) as file:
-                for name in names:
-                    stored = file.get_tensor(name)
-                    targets[name].copy_(stored)
-                    if not is_finite(targets[name]):
-                        why = f" as {targets[name].dtype}".replace("torch.", "") if is_finite(stored) else ""
-                        raise ValueError(f"tensor {name} in {path} must be finite, got NaN or infinity{why}")
+            layers[".".join(name.split(".")[:3])].append(name)
+        for names in layers.values():
+            with contextlib.ExitStack() as stack:
+                self._fill({name: targets[name] for name in names}, stack)
+
+    def _fill(self, targets: dict[str, torch.Tensor | Matrix], stack: contextlib.ExitStack) -> None:
+        opened = functools.cache(lambda path: stack.enter_context(_open(path)))
+        for name, target in targets.items():
+            parts = {part: opened(self.file_of[part]).get_tensor(part) for part in self._parts(name, target)}
+            if isinstance(target, Matrix) or len(parts) > 1:
+                stored = self._unpack(name, target.shape, parts)
+            else:
+                stored = parts[name]
+            if isinstance(target, Matrix):
+                target.weight.copy_(stored.weight)
+                target.scale.copy_(stored.scale)
+                continue
+            stored = dequantize(stored, target.shape[1]) if isinstance(stored, Matrix) else stored
+            target.copy_(stored)
+            if not is_finite(target):
+                why = f" as {target.dtype}".replace("torch.", "") if is_finite(stored) else ""
+                path = self.file_of[next(iter(parts))]
+                raise ValueError(f"tensor {name} in {path} must be finite, got NaN or infinity{why}")
+
+    def _unpack(self, name: str, shape, parts: dict[str, torch.Tensor]) -> Matrix:
+        for part, tensor in parts.items():
+            if part.endswith(SHAPE) and tensor.tolist() != list(shape):
+                raise ValueError(f"tensor {part} must be {list(shape)}, got {tensor.tolist()}")
+            if not is_finite(tensor):
+                raise ValueError(f"tensor {part} in {self.file_of[part]} must be finite, got NaN or infinity")
+        return self.storage.unpack(name, parts, shape[1])
 
 
 def is_finite(tensor) -> bool:
     """One pass over the tensor, and no copy: NaN is the least and the largest of what holds one."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.dtype == torch.float8_e4m3fn:  # has no infinity, and no least of its own in torch
+        return bool((tensor.view(torch.uint8) & 0x7F != 0x7F).all())
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from ..layer import BlockMoE
 from ..routing import SCORES, BlockRouting, int_rule, is_int, is_number, plain
-from . import checkpoint, decoding, hub
+from . import checkpoint, decoding, hub, quantized
+from .quantized import Matrix
 
 # What LLaDA2.0's generate() falls back to: its config.json names neither token.
 RELEASED_VOCAB_SIZE, RELEASED_EOS, RELEASED_MASK = 157184, 156892, 156895
@@ -58,7 +59,8 @@ class LLaDA2Config:
     block, of the routing with expert_capacity, else of the decode.
 
     Raises ValueError, naming the field and its value, for a value that is out of range or contradicts another, and for an
-    option that is not supported (sliding window, scaled rotary embedding, activations other than SiLU, quantized weights).
+    option that is not supported (sliding window, scaled rotary embedding, activations other than SiLU, quantisation other
+    than that of `dmoe_ops.models.quantized`).
     """
 
     vocab_size: int
@@ -133,12 +135,8 @@ class LLaDA2Config:
         check(not self.use_sliding_window, "use_sliding_window", "be false (there is no sliding window here)")
         rope_type = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type", "default"))
         check(rope_type == "default", "rope_scaling", "be null or of type default")
-        quantization = self.quantization_config or {}
-        if quantization:
-            method = quantization.get("quant_method", quantization)
-            raise ValueError(
-                f"quantization_config must be null: its quant_method is not supported, got {method!r:.200}"
-            )
+        if self.quantization_config:
+            quantized.storage_of(self.quantization_config)
         check(self.core_threshold is None or self.core_threshold <= 1, "core_threshold", "be in (0, 1]")
         check(self.score_function in SCORES, "score_function", f"be one of {', '.join(SCORES)}")
         if self.num_experts == 0 or self.first_k_dense_replace >= self.num_hidden_layers:
@@ -197,6 +195,11 @@ class LLaDA2Config:
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    @property
+    def storage(self) -> quantized.Storage | None:
+        """How the checkpoint's quantised matrices are stored; None where it has none."""
+        return quantized.storage_of(self.quantization_config) if self.quantization_config else None
 
     @property
     def block_length(self) -> int:
@@ -347,7 +350,7 @@ class LLaDA2ForDiffusion(nn.Module):
     """A LLaDA2 model that routes by block.
 
     config: `LLaDA2Config`; routing: see `set_routing`; dtype of the weights (by default torch's). The weights are created
-    empty: `from_pretrained` reads them, `init_weights` draws them.
+    empty and as floats: `from_pretrained` reads them, `init_weights` draws them, `quantize` rounds the experts.
     """
 
     def __init__(self, config: LLaDA2Config, routing: BlockRouting | str = OWN, *, dtype=None, device=None):
@@ -376,8 +379,9 @@ class LLaDA2ForDiffusion(nn.Module):
 
     @property
     def bytes_per_expert(self) -> int:
-        size = self.model.word_embeddings.weight.element_size()
-        return 3 * self.config.hidden_size * self.config.moe_intermediate_size * size
+        """As it is held, scales included; the mean over the layers, where only some are quantised."""
+        sizes = [moe.bytes_per_expert for moe in self.moe_layers]
+        return round(sum(sizes) / len(sizes))
 
     def set_routing(self, routing: BlockRouting | str, **overrides) -> None:
         """Routes all MoE layers by a `BlockRouting`, taken as it stands, or by a policy's name with `overrides`; "own" is
@@ -484,12 +488,20 @@ class LLaDA2ForDiffusion(nn.Module):
         angle = torch.outer(position.float(), 1.0 / self.config.rope_theta**exponent).repeat(1, 2)
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
+    def quantize(self, form: str) -> LLaDA2ForDiffusion:
+        """Puts the routed experts of every layer into a format ("fp8", "int8", "int4"); see `BlockMoE.quantize`."""
+        for moe in self.moe_layers:
+            moe.quantize(form)
+        return self
+
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> LLaDA2ForDiffusion:
         """Draws matrices from N(0, initializer_range); norms become 1, biases 0. The same seed gives the same weights on
         every device."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.checkpoint_tensors().items():
+            if isinstance(weight, Matrix):
+                raise ValueError(f"{name} must be float to be drawn, got {weight.weight.dtype}")
             if name.endswith("bias"):
                 weight.zero_()
             elif weight.dim() == 1:
@@ -499,19 +511,22 @@ class LLaDA2ForDiffusion(nn.Module):
                 weight.copy_(drawn * self.config.initializer_range)
         return self
 
-    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
-        """The weights by their names in a checkpoint; those of experts are views of `BlockMoE`'s stacked ones."""
-        tensors = {}
-        for name, value in self.state_dict().items():
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor | Matrix]:
+        """The weights by their names in a checkpoint; those of experts are views of `BlockMoE`'s stacked ones. Quantised
+        ones are a Matrix under the name of the weight."""
+        tensors, state = {}, self.state_dict()
+        for name, value in state.items():
             prefix, _, last = name.rpartition(".")
+            scale = state.get(f"{name}_scale")
             if last in ("gate_weight", "expert_bias"):
                 tensors[f"{prefix}.gate.{last.removeprefix('gate_')}"] = value
             elif last in ("w13", "w2"):
                 for i, expert in enumerate(value):
-                    tensors.update(_projections(f"{prefix}.experts.{i}", last, expert))
+                    own = None if scale is None else scale[i]
+                    tensors.update(_projections(f"{prefix}.experts.{i}", last, expert, own))
             elif last in ("shared_w13", "shared_w2"):
-                tensors.update(_projections(f"{prefix}.shared_experts", last.removeprefix("shared_"), value))
-            else:
+                tensors.update(_projections(f"{prefix}.shared_experts", last.removeprefix("shared_"), value, scale))
+            elif not last.endswith("_scale"):
                 tensors[name] = value
         return tensors
 
@@ -538,36 +553,62 @@ class LLaDA2ForDiffusion(nn.Module):
         config = LLaDA2Config.from_pretrained(folder, revision=revision)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
         folder = hub.folder_of(folder, revision)
-        stored = checkpoint.Checkpoint(folder)
+        stored = checkpoint.Checkpoint(folder, config.storage)
         for name in ("num_hidden_layers", "num_experts"):  # each has tensors of its own
             if getattr(config, name) > len(stored.file_of):
                 raise ValueError(f"{name} must fit {len(stored.file_of)} stored tensors, got {getattr(config, name)}")
         # Shapes first: nothing is allocated for a checkpoint that does not fit.
         try:
-            targets = cls(config, device="meta").checkpoint_tensors()
+            targets = cls(config, device="meta")._quantize_like(stored).checkpoint_tensors()
         except RuntimeError as error:  # a size of more than 64 bits
             why = " ".join(str(error).splitlines()[:1])
             raise ValueError(f"{folder / 'config.json'} asks for weights that no memory holds: {why}") from None
         stored.check(targets, ignore=("rotary_emb.inv_freq", *(["lm_head.weight"] * config.tie_word_embeddings)))
-        dtype = dtype or checkpoint.DTYPES[stored.dtypes["model.word_embeddings.weight"]]
-        model = cls(config, dtype=dtype, device=device)
+        dtype = dtype or checkpoint.DTYPES.get(stored.dtypes.get("model.word_embeddings.weight"), torch.bfloat16)
+        model = cls(config, dtype=dtype, device="meta")._quantize_like(stored)
+        model.to_empty(device=device or torch.get_default_device())
         model.set_routing(policy, **overrides)
         with torch.no_grad():
             stored.read(model.checkpoint_tensors())
         return model.eval()
 
+    def _quantize_like(self, stored: checkpoint.Checkpoint) -> LLaDA2ForDiffusion:
+        """Quantises the layers, which are on the meta device, whose experts a checkpoint has quantised, the shared expert
+        among them. Whatever else is quantised there is read into floats."""
+        for i, layer in enumerate(self.model.layers):
+            within = f"model.layers.{i}.mlp."
+            inside = [module for module in stored.matrices if module.startswith(within)]
+            kinds = {module.removeprefix(within).split(".")[0] for module in inside}
+            if isinstance(layer.mlp, BlockMoE) and "experts" in kinds:
+                layer.mlp.quantize(stored.storage.form, shared="shared_experts" in kinds)
+                if {stored.dtypes.get(f"{module}.{stored.storage.scale}") for module in inside} != {"BF16"}:
+                    layer.mlp.widen_scales()
+        return self
+
     def save_pretrained(self, folder, *, dtype: torch.dtype | str | None = None) -> None:
         """Writes config.json and model.safetensors under a checkpoint's names, weights in `dtype` (by default the model's;
-        the selection bias stays float32), and two files of Python by which AutoConfig (SGLang asks it) and
-        AutoModelForCausalLM read the folder under trust_remote_code=True. The tokenizer's files are the caller's to add."""
+        the selection bias stays float32, quantised weights and their scales as they are), and two files of Python by which
+        AutoConfig (SGLang asks it) and AutoModelForCausalLM read the folder under trust_remote_code=True. The tokenizer's
+        files are the caller's to add. Raises ValueError where layers are quantised in different formats."""
         dtype = checkpoint.dtype_of(dtype) or self.dtype
         config = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
         extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=str(dtype).removeprefix("torch."))
         extra |= dict(auto_map=checkpoint.AUTO_MAP, pad_token_id=self.config.eos_token_id, **READ_BY_OTHERS)
         extra |= dict(norm_topk_prob=self.config.routing("token").norm_topk_prob)
         tensors = self.checkpoint_tensors()
-        tensors = {name: t if name.endswith("expert_bias") else t.to(dtype) for name, t in tensors.items()}
-        checkpoint.write(Path(folder), {**extra, **config}, tensors)
+        forms = sorted({moe.form for moe in self.moe_layers} - {None})
+        if len(forms) > 1:
+            raise ValueError(f"experts must be in one format to be saved, got {' and '.join(forms)}")
+        config.pop("quantization_config", None)
+        if forms:
+            config["quantization_config"] = quantized.config_of(forms[0], tensors)
+        narrow = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Matrix):
+                narrow |= quantized.WRITTEN[forms[0]].pack(name, tensor)
+            else:
+                narrow[name] = tensor if name.endswith("expert_bias") else tensor.to(dtype)
+        checkpoint.write(Path(folder), {**extra, **config}, narrow)
 
 
 def usable(device) -> torch.device | None:
@@ -582,12 +623,13 @@ def usable(device) -> torch.device | None:
         raise ValueError(f"device must be one that torch can use here, got {str(device)!r}: {why[:300]}") from None
 
 
-def _projections(prefix: str, stacked: str, weight) -> dict[str, torch.Tensor]:
+def _projections(prefix: str, stacked: str, weight, scale=None) -> dict[str, torch.Tensor | Matrix]:
     """w13 [2I, H] or w2 [H, I] under the names of the projections it holds."""
-    if stacked == "w2":
-        return {f"{prefix}.down_proj.weight": weight}
-    gate, up = weight.chunk(2)
-    return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+    names = ["down_proj"] if stacked == "w2" else ["gate_proj", "up_proj"]
+    weights = weight.chunk(len(names))
+    if scale is not None:
+        weights = map(Matrix, weights, scale.chunk(len(names)))
+    return {f"{prefix}.{name}.weight": part for name, part in zip(names, weights)}
 
 
 def rotate(x, cos, sin) -> torch.Tensor:
