@@ -76,7 +76,10 @@ class Cpp:
 
 
 class Triton:
-    """triton_kernels, on GPUs"""
+    """triton_kernels, on GPUs; weights plain, fp8, int8 or int4
+
+    What it doesn't take, int8 activations, goes to the reference.
+    """
 
     @staticmethod
     def why_not(device) -> str | None:
@@ -95,27 +98,27 @@ class Triton:
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, *args) -> None:
         if Triton._takes(weights):
-            _triton_backend().moe_experts(x, weights.w13, weights.w2, *args, weights.expert_map)
+            _triton_backend().moe_experts(x, weights, *args)
         else:
             Reference.moe_experts(x, weights, *args)
 
     @staticmethod
     def moe_experts_backward(d_y, x, weights: ExpertWeights, *args) -> None:
-        if Triton._takes(weights):
-            _triton_backend().moe_experts_backward(d_y, x, weights.w13, weights.w2, *args)
+        if not weights.quantized:
+            _triton_backend().moe_experts_backward(d_y, x, weights, *args)
         else:
             reference.moe_experts_backward(d_y, x, weights, *args)
 
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights: ExpertWeights, *args) -> None:
         if Triton._takes(weights):
-            _triton_backend().block_moe(x, gate_weight, expert_bias, weights[:4], *args, weights.expert_map)
+            _triton_backend().block_moe(x, gate_weight, expert_bias, weights, *args)
         else:
             Reference.block_moe(x, gate_weight, expert_bias, weights, *args)
 
     @staticmethod
     def _takes(weights: ExpertWeights) -> bool:
-        return not weights.quantized
+        return not weights.quantize_activations
 
 
 @functools.cache

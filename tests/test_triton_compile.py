@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "triton_resources.py"
+CHIPS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 LAYER = {
     32: ["gate_kernel", "route_kernel", "dense_up_kernel", "dense_down_kernel"],
     2048: ["gate_kernel", "route_kernel", "gathered_up_kernel", "gathered_down_kernel"],
@@ -44,7 +45,7 @@ def check(rows):
 
 
 @pytest.mark.parametrize("model", ["mini", "flash"])
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_layer(resources, chip, model):
     """Latency and throughput form of the layer: four launches each, two of them the router's."""
     rows = resources("--target", chip, "--model", model, "--tokens", *LAYER)
@@ -55,6 +56,16 @@ def test_layer(resources, chip, model):
     assert all(row["mma"] for row in products)
     if chip == "sm_90":  # 16 rows per program are too few for wgmma, see tiles.py
         assert all("wgmma" in row["mma"] for row in products if row["kernel"] != "dense_down_kernel")
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_quantised_weights(resources, chip):
+    formats = ["fp8", "int8", "int4"]
+    rows = resources("--target", chip, "--weights", *formats, "--tokens", *LAYER)
+    products = [row for row in rows if row["kernel"].endswith(("up_kernel", "down_kernel"))]
+    assert [row["weights"] for row in products] == [form for _ in LAYER for form in formats for _ in "ud"]
+    assert all(row["mma"] for row in products)
+    check(rows)
 
 
 GRADIENT = {"hidden_gradient_kernel", "token_gradient_kernel", "combine_gradient_kernel", "weight_gradient_kernel"}

@@ -59,8 +59,8 @@ def test_a_broken_file_is_named(tiles, user_file, text):
 
 def test_stages_fit_into_the_shared_memory(tiles):
     h100 = tiles.for_name("H100", 227 << 10, 132)
-    assert h100.fit("dense_up", 32, torch.bfloat16) == h100.dense_up
-    wide = h100.fit("dense_down", 128, torch.bfloat16)
+    assert h100.fit("dense_up", 32, torch.bfloat16, torch.bfloat16) == h100.dense_up
+    wide = h100.fit("dense_down", 128, torch.bfloat16, torch.bfloat16)
     assert 1 <= wide.stages < h100.dense_down.stages
     assert (wide.rows + 128) * wide.depth * 2 * wide.stages <= h100.shared_memory
 

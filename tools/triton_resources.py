@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -27,6 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dmoe_ops import router
+from dmoe_ops.formats import FORMATS, ExpertWeights, scale_dtypes, scale_shape, stored_columns
 from dmoe_ops.routing import BlockRouting
 
 
@@ -39,13 +41,17 @@ class Chip:
     shared_memory: int
     processors: int
     pdl: bool = False
+    fp8: bool = False
 
 
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), "A100", 163 << 10, 108),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), "H100", 227 << 10, 132, pdl=True),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), "B200", 227 << 10, 148, pdl=True),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), "L40S", 99 << 10, 142, fp8=True),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), "H100", 227 << 10, 132, pdl=True, fp8=True),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), "B200", 227 << 10, 148, pdl=True, fp8=True),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), "RTX PRO 6000", 99 << 10, 188, pdl=True, fp8=True),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "MI300X", 64 << 10, 304),
+    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), "MI355X", 160 << 10, 256),
 }
 # hidden size, intermediate size, intermediate size of the shared expert, routing
 MODELS = {
@@ -88,15 +94,23 @@ def recorded():
 
 
 def launches(
-    chip: Chip, model: str, n_tokens: int, form: str | None = None, dtype=torch.bfloat16, ops: bool = False
+    chip: Chip,
+    model: str,
+    n_tokens: int,
+    form: str | None = None,
+    dtype=torch.bfloat16,
+    ops: bool = False,
+    stored: str | None = None,
 ) -> list[Call]:
-    """What `block_moe` launches for that many tokens; with `ops`, `block_route`, `moe_experts` and its gradient."""
+    """What `block_moe` launches for that many tokens; with `ops`, `block_route`, `moe_experts` and its gradient. stored: a
+    format of quantised weights."""
     hidden, intermediate, shared, routing = MODELS[model]
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, n_experts = empty(n_tokens, hidden), routing.num_experts
-    weights = [empty(n_experts, 2 * intermediate, hidden), empty(n_experts, hidden, intermediate), None, None]
+    weights = ExpertWeights(**_mlp(stored, dtype, hidden, intermediate, n_experts))
     if shared:
-        weights[2:] = empty(2 * shared, hidden), empty(hidden, shared)
+        own = _mlp(stored, dtype, hidden, shared)
+        weights = weights._replace(**{f"shared_{name}": value for name, value in own.items()})
     bias = empty(n_experts, dtype=torch.float32)
     logits = empty(n_tokens, n_experts, dtype=torch.float32)
     out = router.allocate(n_tokens, n_tokens, None, routing, x)
@@ -105,6 +119,7 @@ def launches(
         calls = stack.enter_context(recorded())
         stack.enter_context(mock.patch.object(tiles, "for_device", lambda device: table))
         stack.enter_context(mock.patch.object(backend, "has_pdl", lambda device: chip.pdl))
+        stack.enter_context(mock.patch.object(backend, "has_fp8", lambda device: chip.fp8))
         if form:
             stack.enter_context(mock.patch.object(backend, "form_of", lambda *_: form))
         serve = backend.Triton
@@ -112,10 +127,23 @@ def launches(
             serve.block_moe(x, empty(n_experts, hidden), bias, weights, None, n_tokens, routing, x, out, logits)
         else:
             serve.block_route(logits, bias, None, n_tokens, routing, out)
-            serve.moe_experts(x, *weights[:2], out.topk_ids, out.topk_weights, x)
-            grads = (x, *weights[:2], out.topk_weights)
-            serve.moe_experts_backward(x, x, *weights[:2], out.topk_ids, out.topk_weights, grads)
+            experts = weights._replace(**{f"shared_{name}": None for name in own}) if shared else weights
+            serve.moe_experts(x, experts, out.topk_ids, out.topk_weights, x)
+            grads = (x, *(weights[:2] if stored is None else (None, None)), out.topk_weights)
+            serve.moe_experts_backward(x, x, experts, out.topk_ids, out.topk_weights, grads)
     return calls
+
+
+def _mlp(stored: str | None, dtype, hidden: int, intermediate: int, *lead: int) -> dict[str, torch.Tensor]:
+    """w13 and w2, and their scales where `stored` names a format."""
+    tensors = {}
+    for name, rows, columns, halves in (("w13", 2 * intermediate, hidden, 2), ("w2", hidden, intermediate, 1)):
+        kind = FORMATS.get(stored, dtype)
+        tensors[name] = torch.empty(*lead, rows, stored_columns(kind, columns), dtype=kind, device="meta")
+        if stored:
+            shape = scale_shape(kind, rows, columns, halves)
+            tensors[f"{name}_scale"] = torch.empty(*lead, *shape, dtype=scale_dtypes(kind)[0], device="meta")
+    return tensors
 
 
 def source(call: Call) -> ASTSource:
@@ -134,7 +162,14 @@ def source(call: Call) -> ASTSource:
     return ASTSource(call.fn, signature, constants, attributes)
 
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
 
 
 def _scalar_type(value) -> str:
@@ -188,17 +223,29 @@ def _tool(name: str) -> str:
 
 
 def report(
-    chip_name: str, model: str, n_tokens: int, form: str | None, dtype, ops: bool = False, asm: str | None = None
+    chip_name: str,
+    model: str,
+    n_tokens: int,
+    form: str | None,
+    dtype,
+    ops: bool = False,
+    asm: str | None = None,
+    stored: str | None = None,
 ):
     """One row (a dict) per distinct kernel."""
     chip, seen = CHIPS[chip_name], set()
-    for call in launches(chip, model, n_tokens, form, dtype, ops):
+    for call in launches(chip, model, n_tokens, form, dtype, ops, stored):
         kernel = compiled(call, chip)
         if kernel.hash in seen:
             continue
         seen.add(kernel.hash)
         row = dict(
-            chip=chip_name, model=model, tokens=n_tokens, kernel=call.fn.__name__, warps=kernel.metadata.num_warps
+            chip=chip_name,
+            model=model,
+            tokens=n_tokens,
+            weights=stored,
+            kernel=call.fn.__name__,
+            warps=kernel.metadata.num_warps,
         )
         row |= resources(kernel, chip) | dict(limit=chip.shared_memory, grid=list(call.grid))
         row["mma"] = sorted(set(re.findall(r"wgmma|tcgen05\.mma|mma\.sync|v_mfma", "".join(map(str, _texts(kernel))))))
@@ -206,7 +253,9 @@ def report(
             Path(asm).mkdir(parents=True, exist_ok=True)
             for kind, text in kernel.asm.items():
                 if isinstance(text, str):
-                    (Path(asm) / f"{chip_name}-{model}-{n_tokens}-{call.fn.__name__}.{kind}").write_text(text)
+                    (Path(asm) / f"{chip_name}-{model}-{n_tokens}-{stored or ''}{call.fn.__name__}.{kind}").write_text(
+                        text
+                    )
         yield row
 
 
@@ -218,6 +267,9 @@ def main() -> int:
     parser.add_argument("--form", choices=["dense", "gathered"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument(
+        "--weights", nargs="+", choices=FORMATS, default=[None], help="quantised weights (default: of the dtype)"
+    )
+    parser.add_argument(
         "--ops", action="store_true", help="block_route, moe_experts and its gradient in place of block_moe"
     )
     parser.add_argument("--json", action="store_true", help="one row per line, as JSON")
@@ -228,19 +280,17 @@ def main() -> int:
         print(
             f"{'chip':7} {'model':9} {'tokens':>6} {'kernel':22} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}"
         )
-    for chip in args.target:
-        for model in args.model:
-            for tokens in args.tokens:
-                for row in report(chip, model, tokens, args.form, getattr(torch, args.dtype), args.ops, args.asm):
-                    bad += row["spills"] > 0 or row["shared"] > row["limit"]
-                    if args.json:
-                        print(json.dumps(row), flush=True)
-                    else:
-                        print(
-                            f"{chip:7} {model:9} {tokens:6} {row['kernel']:22} {row['warps']:5} {row['registers']:5} "
-                            f"{row['spills']:6} {row['shared']:7}",
-                            flush=True,
-                        )
+    for chip, model, tokens, stored in itertools.product(args.target, args.model, args.tokens, args.weights):
+        for row in report(chip, model, tokens, args.form, getattr(torch, args.dtype), args.ops, args.asm, stored):
+            bad += row["spills"] > 0 or row["shared"] > row["limit"]
+            if args.json:
+                print(json.dumps(row), flush=True)
+            else:
+                print(
+                    f"{chip:7} {model:9} {tokens:6} {row['kernel']:22} {row['warps']:5} {row['registers']:5} "
+                    f"{row['spills']:6} {row['shared']:7}  {stored or ''}",
+                    flush=True,
+                )
     return 1 if bad else 0
 
 

@@ -8,7 +8,9 @@ import functools
 import torch
 import triton
 
+from ..formats import ExpertWeights
 from . import experts, gradient, router, schedule, tiles
+from .weights import stored
 
 DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
 MAX_DENSE_BLOCK = 128
@@ -38,6 +40,12 @@ def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@functools.lru_cache(maxsize=64)
+def has_fp8(device: torch.device) -> bool:
+    """Conversions of float8_e4m3fn: NVIDIA, compute capability 8.9 and later. Those of AMD's gfx942 are of another e4m3."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 class Triton:
     """triton_kernels."""
 
@@ -48,30 +56,30 @@ class Triton:
             router.route(logits, None, expert_bias, block_offsets, seq_len, routing, out, None, tile, None, False)
 
     @staticmethod
-    def moe_experts(x, w13, w2, topk_ids, topk_weights, y, expert_map=None) -> None:
+    def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
         """Without blocks the schedule takes one launch of its own before the two (dense), or two (gathered)."""
         n_tokens, top_k = topk_ids.shape
-        n_experts = w13.shape[0] if expert_map is None else expert_map.shape[0]
-        weights = (w13, w2, None, None)
+        expert_map = weights.expert_map
+        n_experts = weights.w13.shape[0] if expert_map is None else expert_map.shape[0]
         with _on(x.device):
+            weights = stored(weights, has_fp8(x.device))
             table, pdl = tiles.for_device(x.device), has_pdl(x.device)
             if n_tokens <= DENSE_TOKENS:
                 plan = schedule.Dense.empty(1, min(n_experts, n_tokens * top_k), x.device)
                 chunk = triton.next_power_of_2(n_tokens)
                 schedule.mark(topk_ids, n_experts, chunk, plan, expert_map)
-                h = experts.dense_h(x, w2, None, plan, chunk)
-                experts.dense(
-                    x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, h, y, table, expert_map, pdl
-                )
+                h = experts.dense_h(x, weights, plan, chunk)
+                experts.dense(x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, h, y, table, pdl)
             else:
-                plan = _gathered_plan(x, w2, top_k, n_experts, -(-n_tokens // schedule.MAX_WORD), table)
+                plan = _gathered_plan(x, weights, top_k, n_experts, -(-n_tokens // schedule.MAX_WORD), table)
                 schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, expert_map)
                 schedule.order_all(topk_ids, n_experts, plan, pdl)
-                h, rows = experts.gathered_buffers(x, w2, None, top_k)
-                experts.gathered(x, weights, topk_ids, topk_weights, plan, h, rows, y, table, expert_map, pdl)
+                h, rows = experts.gathered_buffers(x, weights, top_k)
+                experts.gathered(x, weights, topk_ids, topk_weights, plan, h, rows, y, table, pdl)
 
     @staticmethod
-    def moe_experts_backward(d_y, x, w13, w2, topk_ids, topk_weights, out) -> None:
+    def moe_experts_backward(d_y, x, weights: ExpertWeights, topk_ids, topk_weights, out) -> None:
+        w13, w2 = weights[:2]
         n_tokens, top_k = topk_ids.shape
         n_experts = w13.shape[0]
         tile = min(gradient.most_positions(x.dtype), tile_tokens(n_tokens, top_k, n_experts))
@@ -85,19 +93,19 @@ class Triton:
 
     @staticmethod
     def block_moe(
-        x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits, expert_map=None
+        x, gate_weight, expert_bias, weights: ExpertWeights, block_offsets, seq_len, routing, y, out, router_logits
     ) -> None:
         """Four launches: gate, route, up, down."""
-        w2, shared_w2 = weights[1], weights[3]
         n_blocks = out.coreset_sizes.shape[0]
         with _on(x.device):
+            weights = stored(weights, has_fp8(x.device))
             table, pdl = tiles.for_device(x.device), has_pdl(x.device)
             if form_of(n_blocks, routing, table.dense_blocks) == "dense":
                 width = min(routing.num_experts, routing.coreset_width, routing.block_size * routing.top_k)
                 plan = schedule.Dense.empty(n_blocks, width, x.device)
             else:
                 words = n_blocks * router.route_constants(routing, table.route)["N_WORDS"]
-                plan = _gathered_plan(x, w2, routing.top_k, routing.num_experts, words, table)
+                plan = _gathered_plan(x, weights, routing.top_k, routing.num_experts, words, table)
             score = torch.empty_like(router_logits) if routing.score == "sigmoid" else None
             gate_tile = table.gate_for(x.dtype, gate_weight.dtype)
             router.gate(x, gate_weight, router_logits, score, plan.done, gate_tile, pdl)
@@ -111,24 +119,24 @@ class Triton:
                 out,
                 plan,
                 table.route,
-                expert_map,
+                weights.expert_map,
                 pdl,
             )
             if plan.form == "dense":
-                h = experts.dense_h(x, w2, shared_w2, plan, routing.block_size)
+                h = experts.dense_h(x, weights, plan, routing.block_size)
                 experts.dense(
                     x, weights, out.topk_ids, out.topk_weights, block_offsets, seq_len, routing.block_size, plan, h, y,
-                    table, expert_map, pdl,
+                    table, pdl,
                 )  # fmt: skip
             else:
-                h, rows = experts.gathered_buffers(x, w2, shared_w2, routing.top_k)
-                experts.gathered(x, weights, out.topk_ids, out.topk_weights, plan, h, rows, y, table, expert_map, pdl)
+                h, rows = experts.gathered_buffers(x, weights, routing.top_k)
+                experts.gathered(x, weights, out.topk_ids, out.topk_weights, plan, h, rows, y, table, pdl)
 
 
-def _gathered_plan(x, w2, top_k, n_experts, n_words, table) -> schedule.Gathered:
+def _gathered_plan(x, weights, top_k, n_experts, n_words, table) -> schedule.Gathered:
     n_tokens, hidden = x.shape
     tile = tile_tokens(n_tokens, top_k, n_experts)
-    n_arrived = n_tokens * triton.cdiv(hidden, table.fit("gathered_down", tile, x.dtype).rows)
+    n_arrived = n_tokens * triton.cdiv(hidden, table.fit("gathered_down", tile, x.dtype, weights.down[0].dtype).rows)
     return schedule.Gathered.empty(n_tokens, n_experts, top_k, n_words, n_arrived, tile, x.device)
 
 

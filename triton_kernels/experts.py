@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .products import multiply, rounded
 from .schedule import block_range, load_tile
+from .weights import load_numbers, load_scales, product, scale_rows, scales_per_half, stored_columns
 
 HALF_GROUP = tl.constexpr(8)  # rows of gate and of up alternate in groups: both halves of a product sit in one thread
 
@@ -30,36 +31,32 @@ def up_product(
     x_cols,
     token_mask,
     w13_ptr,
+    scale_ptr,
+    expert,
     first_row,
     H: tl.constexpr,
     I: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
-    """silu(gate) * up for rows first_row .. first_row + BLOCK_I of one expert: float32 [BLOCK_I, BLOCK_N].
+    """silu(gate) * up for rows first_row .. first_row + BLOCK_I of one expert: float32 [BLOCK_I, tokens].
 
-    x_cols: pointers [1, BLOCK_N] to the tokens' rows of x; w13_ptr: the expert's [2I, H].
+    x_cols: pointers [1, tokens] to the tokens' rows of x; w13_ptr: [experts, 2I, H].
     """
     r = tl.arange(0, 2 * BLOCK_I)
     i = first_row + r // (2 * HALF_GROUP) * HALF_GROUP + r % HALF_GROUP
-    rows = i + (r // HALF_GROUP % 2) * I
-    w_rows = w13_ptr + rows.to(tl.int64)[:, None] * H
-    k = tl.arange(0, BLOCK_H)
-    acc = tl.zeros([2 * BLOCK_I, BLOCK_N], tl.float32)
-    for h0 in tl.range(0, H, BLOCK_H, num_stages=STAGES):
-        h = h0 + k
-        if I % BLOCK_I == 0 and H % BLOCK_H == 0:
-            w = tl.load(w_rows + h[None, :])
-        else:
-            w = tl.load(w_rows + h[None, :], mask=(i < I)[:, None] & (h < H)[None, :], other=0.0)
-        x = tl.load(x_cols + h[:, None], mask=token_mask[None, :] & (h < H)[:, None], other=0.0)
-        acc = multiply(w, x, acc)
-    halves = tl.reshape(acc, [BLOCK_I // HALF_GROUP, 2, HALF_GROUP, BLOCK_N])
+    half = r // HALF_GROUP % 2
+    w13_ptr += expert * (2 * I * stored_columns(H, FORMAT))
+    if FORMAT != "plain":
+        scale_ptr += expert * (2 * scales_per_half(I, H, FORMAT))
+    MASKED: tl.constexpr = I % BLOCK_I != 0 or H % BLOCK_H != 0
+    acc = product(w13_ptr, scale_ptr, half, i, i < I, x_cols, token_mask, I, H, BLOCK_H, STAGES, MASKED, FORMAT)
+    halves = tl.reshape(acc, [BLOCK_I // HALF_GROUP, 2, HALF_GROUP, token_mask.shape[0]])
     gate, up = tl.split(tl.permute(halves, [0, 2, 3, 1]))
-    gate = tl.reshape(gate, [BLOCK_I, BLOCK_N])
-    up = tl.reshape(up, [BLOCK_I, BLOCK_N])
+    gate = tl.reshape(gate, [BLOCK_I, token_mask.shape[0]])
+    up = tl.reshape(up, [BLOCK_I, token_mask.shape[0]])
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
@@ -92,7 +89,9 @@ def weighted(hidden, expert, ids, weights):
 def dense_up_kernel(
     x_ptr,
     w13_ptr,
+    w13_scale_ptr,
     shared_w13_ptr,
+    shared_w13_scale_ptr,
     ids_ptr,
     weights_ptr,
     map_ptr,
@@ -115,6 +114,8 @@ def dense_up_kernel(
     STAGES: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """h [n_blocks, slots, BLOCK_N, I] of every used expert. The shared expert's is the first slot where it is as wide as
@@ -132,7 +133,7 @@ def dense_up_kernel(
     tile = tl.program_id(0)
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     SHARED_TILES: tl.constexpr = (SHARED_I + BLOCK_I - 1) // BLOCK_I
-    FIRST: tl.constexpr = 1 if SHARED_I == I else 0
+    FIRST: tl.constexpr = 1 if SHARED_I == I and SHARED_FORMAT == FORMAT else 0
     slots = block.to(tl.int64) * (WIDTH + FIRST) + FIRST
 
     if SHARED_I > 0:
@@ -142,8 +143,9 @@ def dense_up_kernel(
             shared_h = shared_h_ptr + block.to(tl.int64) * (BLOCK_N * SHARED_I)
         while tile < SHARED_TILES:
             out = up_product(
-                x_cols, there, shared_w13_ptr, tile * BLOCK_I, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES
-            )
+                x_cols, there, shared_w13_ptr, shared_w13_scale_ptr, 0, tile * BLOCK_I,
+                H, SHARED_I, BLOCK_I, BLOCK_H, STAGES, SHARED_FORMAT,
+            )  # fmt: skip
             i = tile * BLOCK_I + row
             at = n.to(tl.int64)[None, :] * SHARED_I + i[:, None]
             tl.store(shared_h + at, rounded(out, h_ptr.dtype.element_ty), mask=(i < SHARED_I)[:, None])
@@ -160,8 +162,10 @@ def dense_up_kernel(
     while tile < n_tiles:
         member = tile // TILES
         first_row = tile % TILES * BLOCK_I
-        w13 = w13_ptr + local_expert(expert, map_ptr, HAS_MAP) * (2 * I * H)
-        out = up_product(x_cols, there, w13, first_row, H, I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
+        local = local_expert(expert, map_ptr, HAS_MAP)
+        out = up_product(
+            x_cols, there, w13_ptr, w13_scale_ptr, local, first_row, H, I, BLOCK_I, BLOCK_H, STAGES, FORMAT
+        )
         out = weighted(out, expert, ids, weights)
         i = first_row + row
         at = ((slots + member) * BLOCK_N + n)[None, :] * I + i[:, None]
@@ -170,12 +174,48 @@ def dense_up_kernel(
         expert = tl.load(used + tl.minimum(tile // TILES, WIDTH - 1))
 
 
+@triton.jit
+def member_expert(used, map_ptr, member, FIRST: tl.constexpr, HAS_MAP: tl.constexpr):
+    """Where the weights of a block's member lie in w2, where it isn't the shared expert (FIRST, and member 0)."""
+    expert = tl.load(used + tl.maximum(member - FIRST, 0))
+    if HAS_MAP:
+        expert = tl.load(map_ptr + expert, mask=member >= FIRST, other=0)
+    return expert.to(tl.int64)
+
+
+@triton.jit
+def member_scales(
+    scale_ptr,
+    shared_scale_ptr,
+    used,
+    map_ptr,
+    step,
+    row,
+    row_mask,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    FIRST: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """The scales of one step of `dense_down_kernel`."""
+    member = step // TILES
+    scales = scale_ptr + member_expert(used, map_ptr, member, FIRST, HAS_MAP) * scales_per_half(H, I, FORMAT)
+    if FIRST == 1:
+        scales = tl.where(member == 0, shared_scale_ptr, scales)
+    return load_scales(scale_rows(scales, 0, row, H, I, FORMAT), row_mask, step % TILES * BLOCK_I, I, FORMAT)
+
+
 @triton.jit(do_not_specialize=["seq_len"])
 def dense_down_kernel(
     h_ptr,
     shared_h_ptr,
     w2_ptr,
+    w2_scale_ptr,
     shared_w2_ptr,
+    shared_w2_scale_ptr,
     map_ptr,
     offsets_ptr,
     used_ptr,
@@ -193,6 +233,8 @@ def dense_down_kernel(
     STAGES: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y of one block, BLOCK_H of its columns: the used experts are one long K. Programs [H / BLOCK_H, n_blocks]."""
@@ -200,51 +242,63 @@ def dense_down_kernel(
     start, length = block_range(block, offsets_ptr, seq_len, BLOCK_SIZE, HAS_OFFSETS)
     n = tl.arange(0, BLOCK_N)
     row = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    row_mask = (row < H)[:, None]
+    row_mask = row < H
     k = tl.arange(0, BLOCK_I)
     acc = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
-    FIRST: tl.constexpr = 1 if SHARED_I == I else 0
+    FIRST: tl.constexpr = 1 if SHARED_I == I and SHARED_FORMAT == FORMAT else 0
     n_steps = (tl.load(counts_ptr + block) + FIRST) * TILES
 
     if SHARED_I > 0 and FIRST == 0:
-        shared_rows = shared_w2_ptr + row.to(tl.int64)[:, None] * SHARED_I
         shared_cols = shared_h_ptr + (block.to(tl.int64) * BLOCK_N + n)[None, :] * SHARED_I
-        for i0 in tl.range(0, SHARED_I, BLOCK_I, num_stages=STAGES):
-            i = i0 + k
-            w = tl.load(shared_rows + i[None, :], mask=row_mask & (i < SHARED_I)[None, :], other=0.0)
-            h = tl.load(shared_cols + i[:, None], mask=(i < SHARED_I)[:, None], other=0.0)
-            acc = multiply(w, h, acc)
+        acc = product(
+            shared_w2_ptr, shared_w2_scale_ptr, 0, row, row_mask, shared_cols, n >= 0,
+            H, SHARED_I, BLOCK_I, STAGES, True, SHARED_FORMAT,
+        )  # fmt: skip
 
     used = used_ptr + block.to(tl.int64) * WIDTH
-    rows = row.to(tl.int64)[:, None] * I
+    rows = row.to(tl.int64)[:, None] * stored_columns(I, FORMAT)
     h_cols = h_ptr + (block.to(tl.int64) * ((WIDTH + FIRST) * BLOCK_N) + n)[None, :] * I
+    if FORMAT != "plain":
+        scale = member_scales(
+            w2_scale_ptr, shared_w2_scale_ptr, used, map_ptr, 0, row, row_mask,
+            H, I, FIRST, HAS_MAP, TILES, BLOCK_I, FORMAT,
+        )  # fmt: skip
     # The expert's id is loaded in the loop, one more level of its pipeline: 2 * STAGES - 1 keeps STAGES buffers.
     for step in tl.range(0, n_steps, num_stages=2 * STAGES - 1):
         member = step // TILES
-        i = step % TILES * BLOCK_I + k
-        expert = tl.load(used + tl.maximum(member - FIRST, 0))
-        if HAS_MAP:
-            expert = tl.load(map_ptr + expert, mask=member >= FIRST, other=0)
-        w2 = w2_ptr + expert.to(tl.int64) * (H * I)
+        first = step % TILES * BLOCK_I
+        expert = member_expert(used, map_ptr, member, FIRST, HAS_MAP)
+        w2 = w2_ptr + expert * (H * stored_columns(I, FORMAT))
         if FIRST == 1:
             w2 = tl.where(member == 0, shared_w2_ptr, w2)
-        w = tl.load(w2 + rows + i[None, :], mask=row_mask & (i < I)[None, :], other=0.0)
+        i = first + k
         h = tl.load(h_cols + member.to(tl.int64) * (BLOCK_N * I) + i[:, None], mask=(i < I)[:, None], other=0.0)
-        acc = multiply(w, h, acc)
+        w = load_numbers(w2 + rows, row_mask, first, I, BLOCK_I, True, FORMAT, h.dtype)
+        if FORMAT == "plain":
+            acc = multiply(w, h, acc)
+        else:
+            following = member_scales(
+                w2_scale_ptr, shared_w2_scale_ptr, used, map_ptr, tl.minimum(step + 1, n_steps - 1), row, row_mask,
+                H, I, FIRST, HAS_MAP, TILES, BLOCK_I, FORMAT,
+            )  # fmt: skip
+            acc += multiply(w, h, tl.zeros([BLOCK_H, BLOCK_N], tl.float32)) * scale[:, None]
+            scale = following
 
     at = (start + n).to(tl.int64)[None, :] * H + row[:, None]
-    tl.store(y_ptr + at, rounded(acc, y_ptr.dtype.element_ty), mask=row_mask & (n < length)[None, :])
+    tl.store(y_ptr + at, rounded(acc, y_ptr.dtype.element_ty), mask=row_mask[:, None] & (n < length)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_arrived"])
 def gathered_up_kernel(
     x_ptr,
     w13_ptr,
+    w13_scale_ptr,
     shared_w13_ptr,
+    shared_w13_scale_ptr,
     ids_ptr,
     weights_ptr,
     map_ptr,
@@ -268,6 +322,8 @@ def gathered_up_kernel(
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """h of every position [T * K, I], and shared_h [T, SHARED_I] by the first programs, which need no schedule. Also clears
@@ -291,7 +347,10 @@ def gathered_up_kernel(
             there = token < n_tokens
             first_row = program % SHARED_TILES * BLOCK_I
             x_cols = x_ptr + token.to(tl.int64)[None, :] * H
-            out = up_product(x_cols, there, shared_w13_ptr, first_row, H, SHARED_I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
+            out = up_product(
+                x_cols, there, shared_w13_ptr, shared_w13_scale_ptr, 0, first_row,
+                H, SHARED_I, BLOCK_I, BLOCK_H, STAGES, SHARED_FORMAT,
+            )  # fmt: skip
             i = first_row + row
             at = token.to(tl.int64)[None, :] * SHARED_I + i[:, None]
             tl.store(
@@ -318,8 +377,10 @@ def gathered_up_kernel(
         ids, weights = load_slots(token, there, ids_ptr, weights_ptr, K, KP)
         first_row = program % TILES * BLOCK_I
         x_cols = x_ptr + token.to(tl.int64)[None, :] * H
-        w13 = w13_ptr + local_expert(expert, map_ptr, HAS_MAP) * (2 * I * H)
-        out = up_product(x_cols, there, w13, first_row, H, I, BLOCK_N, BLOCK_I, BLOCK_H, STAGES)
+        local = local_expert(expert, map_ptr, HAS_MAP)
+        out = up_product(
+            x_cols, there, w13_ptr, w13_scale_ptr, local, first_row, H, I, BLOCK_I, BLOCK_H, STAGES, FORMAT
+        )
         out = weighted(out, expert, ids, weights)
         i = first_row + row
         at = position.to(tl.int64)[None, :] * I + i[:, None]
@@ -329,6 +390,8 @@ def gathered_up_kernel(
 @triton.jit
 def down_rows(
     w2_ptr,
+    scale_ptr,
+    expert,
     h_ptr,
     position,
     there,
@@ -349,21 +412,16 @@ def down_rows(
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_SHARED: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """One tile of W2 @ h into the rows `position` of out_ptr [., H]; then y of the tokens whose last row this was."""
-    hidden_mask = (hidden < H)[:, None]
-    w_rows = w2_ptr + hidden.to(tl.int64)[:, None] * I
+    w2_ptr += expert * (H * stored_columns(I, FORMAT))
+    if FORMAT != "plain":
+        scale_ptr += expert * scales_per_half(H, I, FORMAT)
     h_cols = h_ptr + position.to(tl.int64)[None, :] * I
-    k = tl.arange(0, BLOCK_I)
-    acc = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-    for i0 in tl.range(0, I, BLOCK_I, num_stages=STAGES):
-        i = i0 + k
-        if H % BLOCK_H == 0 and I % BLOCK_I == 0:
-            w = tl.load(w_rows + i[None, :])
-        else:
-            w = tl.load(w_rows + i[None, :], mask=hidden_mask & (i < I)[None, :], other=0.0)
-        h = tl.load(h_cols + i[:, None], mask=there[None, :] & (i < I)[:, None], other=0.0)
-        acc = multiply(w, h, acc)
+    MASKED: tl.constexpr = H % BLOCK_H != 0 or I % BLOCK_I != 0
+    acc = product(w2_ptr, scale_ptr, 0, hidden, hidden < H, h_cols, there, H, I, BLOCK_I, STAGES, MASKED, FORMAT)
+    hidden_mask = (hidden < H)[:, None]
     mask = hidden_mask & there[None, :]
     at = position.to(tl.int64)[None, :] * H + hidden[:, None]
     tl.store(out_ptr + at, rounded(acc, out_ptr.dtype.element_ty), mask=mask)
@@ -398,7 +456,9 @@ def gathered_down_kernel(
     h_ptr,
     shared_h_ptr,
     w2_ptr,
+    w2_scale_ptr,
     shared_w2_ptr,
+    shared_w2_scale_ptr,
     map_ptr,
     token_at_ptr,
     position_ptr,
@@ -418,6 +478,8 @@ def gathered_down_kernel(
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """rows [T * K, H], one per position, and shared_rows [T, H]; then y [T, H]."""
@@ -434,53 +496,50 @@ def gathered_down_kernel(
         if program < n_shared:
             token = program // TILES * BLOCK_N + n
             down_rows(
-                shared_w2_ptr, shared_h_ptr, token, token < n_tokens, hidden, token, arrived_ptr, position_ptr,
-                rows_ptr, shared_rows_ptr, shared_rows_ptr, y_ptr, hidden_tile,
-                H, SHARED_I, K, BLOCK_N, BLOCK_H, BLOCK_I, STAGES, True,
+                shared_w2_ptr, shared_w2_scale_ptr, 0, shared_h_ptr, token, token < n_tokens, hidden, token,
+                arrived_ptr, position_ptr, rows_ptr, shared_rows_ptr, shared_rows_ptr, y_ptr, hidden_tile,
+                H, SHARED_I, K, BLOCK_N, BLOCK_H, BLOCK_I, STAGES, True, SHARED_FORMAT,
             )  # fmt: skip
     program -= n_shared
     if (program >= 0) & (program < tl.load(n_tiles_ptr) * TILES):
         expert, position, there, token = load_tile(program // TILES, tiles_ptr, token_at_ptr, BLOCK_N)
         expert = local_expert(expert, map_ptr, HAS_MAP)
         down_rows(
-            w2_ptr + expert * (H * I), h_ptr, position, there, hidden, token, arrived_ptr, position_ptr,
-            rows_ptr, shared_rows_ptr, rows_ptr, y_ptr, hidden_tile,
-            H, I, K, BLOCK_N, BLOCK_H, BLOCK_I, STAGES, SHARED_I > 0,
+            w2_ptr, w2_scale_ptr, expert, h_ptr, position, there, hidden, token,
+            arrived_ptr, position_ptr, rows_ptr, shared_rows_ptr, rows_ptr, y_ptr, hidden_tile,
+            H, I, K, BLOCK_N, BLOCK_H, BLOCK_I, STAGES, SHARED_I > 0, FORMAT,
         )  # fmt: skip
 
 
-def dense(
-    x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size, schedule, h, y, tiles, expert_map, pdl
-):
-    """y of blocks with a `schedule.Dense`. h: what `dense_h` allocates; tiles: `tiles.Tiles` of the device; pdl: see
-    `router.route`."""
-    w13, w2, shared_w13, shared_w2 = weights
+def dense(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size, schedule, h, y, tiles, pdl):
+    """y of blocks with a `schedule.Dense`. weights: `weights.Stored`; h: what `dense_h` allocates; tiles: `tiles.Tiles` of
+    the device; pdl: see `router.route`."""
     n_blocks, width = schedule.used.shape
     routed_h, shared_h = h
-    hidden, intermediate = w2.shape[1:]
+    hidden, intermediate = x.shape[1], weights.intermediate
     tokens = routed_h.shape[2]
-    up, down = tiles.fit("dense_up", tokens, x.dtype), tiles.fit("dense_down", tokens, x.dtype)
+    up, down = (tiles.fit(name, tokens, x.dtype, weights.up[0].dtype) for name in ("dense_up", "dense_down"))
     common = dict(
         H=hidden,
         I=intermediate,
-        SHARED_I=shared_intermediate(shared_w2),
+        SHARED_I=weights.shared_intermediate,
         BLOCK_SIZE=block_size,
         WIDTH=width,
         BLOCK_N=tokens,
         HAS_OFFSETS=block_offsets is not None,
-        HAS_MAP=expert_map is not None,
+        HAS_MAP=weights.expert_map is not None,
         PDL=pdl,
+        **weights.formats,
         **(dict(launch_pdl=True) if pdl else {}),
     )
-    most = triton.cdiv(intermediate, up.rows) * width + triton.cdiv(common["SHARED_I"], up.rows)
+    most = triton.cdiv(intermediate, up.rows) * width + triton.cdiv(weights.shared_intermediate, up.rows)
     programs = min(most, max(1, triton.cdiv(tiles.processors * up.per_processor, n_blocks)))
     dense_up_kernel[(programs, n_blocks)](
         x,
-        w13,
-        shared_w13,
+        *weights.up,
         topk_ids,
         topk_weights,
-        expert_map,
+        weights.expert_map,
         block_offsets,
         schedule.used,
         schedule.counts,
@@ -498,9 +557,8 @@ def dense(
     dense_down_kernel[(triton.cdiv(hidden, down.rows), n_blocks)](
         routed_h,
         shared_h,
-        w2,
-        shared_w2,
-        expert_map,
+        *weights.down,
+        weights.expert_map,
         block_offsets,
         schedule.used,
         schedule.counts,
@@ -514,32 +572,31 @@ def dense(
     )
 
 
-def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, expert_map, pdl):
+def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pdl):
     """y of tokens with a `schedule.Gathered`. h, rows: what `gathered_buffers` allocates; the rest: see `dense`."""
-    w13, w2, shared_w13, shared_w2 = weights
-    hidden, intermediate = w2.shape[1:]
+    hidden, intermediate, shared = x.shape[1], weights.intermediate, weights.shared_intermediate
     n_tokens, top_k = topk_ids.shape
-    up, down = (tiles.fit(name, schedule.tile, x.dtype) for name in ("gathered_up", "gathered_down"))
-    shared = shared_intermediate(shared_w2)
+    stored = weights.up[0].dtype
+    up, down = (tiles.fit(name, schedule.tile, x.dtype, stored) for name in ("gathered_up", "gathered_down"))
     common = dict(
         H=hidden,
         I=intermediate,
         SHARED_I=shared,
         K=top_k,
         BLOCK_N=schedule.tile,
-        HAS_MAP=expert_map is not None,
+        HAS_MAP=weights.expert_map is not None,
         PDL=pdl,
+        **weights.formats,
         **(dict(launch_pdl=True) if pdl else {}),
     )
     most, token_tiles = schedule.tiles.shape[0], triton.cdiv(n_tokens, schedule.tile)
     programs = most * triton.cdiv(intermediate, up.rows) + token_tiles * triton.cdiv(shared, up.rows)
     gathered_up_kernel[(programs,)](
         x,
-        w13,
-        shared_w13,
+        *weights.up,
         topk_ids,
         topk_weights,
-        expert_map,
+        weights.expert_map,
         schedule.token_at,
         schedule.position_of,
         schedule.tiles,
@@ -559,9 +616,8 @@ def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, ex
     programs = (most + (token_tiles if shared else 0)) * triton.cdiv(hidden, down.rows)
     gathered_down_kernel[(programs,)](
         *h,
-        w2,
-        shared_w2,
-        expert_map,
+        *weights.down,
+        weights.expert_map,
         schedule.token_at,
         schedule.position_of,
         schedule.tiles,
@@ -578,25 +634,21 @@ def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, ex
     )
 
 
-def shared_intermediate(shared_w2) -> int:
-    return 0 if shared_w2 is None else shared_w2.shape[1]
-
-
-def dense_h(x, w2, shared_w2, schedule, block_size: int) -> tuple:
+def dense_h(x, weights, schedule, block_size: int) -> tuple:
     """(h, shared_h or None) of `dense`."""
     n_blocks, width = schedule.used.shape
-    tokens, intermediate = max(16, triton.next_power_of_2(block_size)), w2.shape[2]
-    shared = shared_intermediate(shared_w2)
-    if shared == intermediate:
+    tokens, intermediate = max(16, triton.next_power_of_2(block_size)), weights.intermediate
+    if weights.shared_alike:
         return x.new_empty(n_blocks, width + 1, tokens, intermediate), None
+    shared = weights.shared_intermediate
     shared_h = x.new_empty(n_blocks, tokens, shared) if shared else None
     return x.new_empty(n_blocks, width, tokens, intermediate), shared_h
 
 
-def gathered_buffers(x, w2, shared_w2, top_k: int) -> tuple:
+def gathered_buffers(x, weights, top_k: int) -> tuple:
     """((h, shared_h or None), (rows, shared_rows or None)) of `gathered`."""
     n_tokens, hidden = x.shape
-    h, rows = x.new_empty(n_tokens * top_k, w2.shape[2]), x.new_empty(n_tokens * top_k, hidden)
-    if shared_w2 is None:
+    h, rows = x.new_empty(n_tokens * top_k, weights.intermediate), x.new_empty(n_tokens * top_k, hidden)
+    if not weights.shared_intermediate:
         return (h, None), (rows, None)
-    return (h, x.new_empty(n_tokens, shared_w2.shape[1])), (rows, torch.empty_like(x))
+    return (h, x.new_empty(n_tokens, weights.shared_intermediate)), (rows, torch.empty_like(x))

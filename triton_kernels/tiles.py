@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ..formats import GROUP, QUANTIZED
+
 UNMEASURED = "not measured; chosen from the resource report (python tools/triton_resources.py); measure with: dmoe tune"
 
 
@@ -71,18 +73,22 @@ class Tiles:
             return self.gate
         return dataclasses.replace(self.gate, hidden=min(self.gate.hidden, 64), stages=2)
 
-    def fit(self, name: str, tokens: int, dtype: torch.dtype) -> Product:
-        """The tile of a product with `tokens` tokens per tile, its pipeline cut down to the shared memory at hand.
+    def fit(self, name: str, tokens: int, dtype: torch.dtype, stored: torch.dtype) -> Product:
+        """The tile of a product with `tokens` tokens of `dtype` per tile, its pipeline cut down to the shared memory at
+        hand. stored: dtype of the weights; a step over quantised ones stays within a group of columns.
 
         float32 is there for checks, not for speed: it gets a shallow tile, as its products run without matrix units."""
         product = getattr(self, name)
         size = dtype.itemsize
         if size > 2:
             product = dataclasses.replace(product, depth=min(product.depth, 32), stages=2)
+        if stored in QUANTIZED:
+            product = dataclasses.replace(product, depth=min(product.depth, GROUP))
         if tokens >= 128:  # the accumulators of 4 warps would not fit into their registers
             product = dataclasses.replace(product, warps=max(product.warps, 8))
         m = product.rows * (2 if name.endswith("up") else 1)
-        stage = (m + tokens) * product.depth * size
+        weight_bits = 4 if stored == torch.uint8 else 8 * stored.itemsize
+        stage = product.depth * (m * weight_bits // 8 + tokens * size)
         return dataclasses.replace(product, stages=max(1, min(product.stages, self.shared_memory // stage)))
 
 
