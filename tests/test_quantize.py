@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe_ops import reference
-from dmoe_ops.formats import scale_shape
+from dmoe_ops.formats import QUANTIZED, ExpertWeights, scale_shape
 from dmoe_ops.quantize import quantize
 
 FORMATS = ["fp8", "int8", "int4"]
@@ -109,6 +109,15 @@ def test_properties(form, rows, columns, halves, dtype, power, seed):
     # Stacked weights are quantised one by one.
     pair = quantize(torch.stack([weight, -weight]), form, halves=halves)
     assert torch.equal(pair[0][0].view(torch.uint8), got.view(torch.uint8)) and torch.equal(pair[1][1], same)
+
+
+def test_a_weight_has_one_part_and_a_layer_is_quantised_by_its_dtype():
+    assert scale_shape(torch.float8_e4m3fn, 100, 300) == [1, 3] and scale_shape(torch.float8_e4m3fn, 100, 300, 2) == [
+        2,
+        3,
+    ]
+    assert not ExpertWeights(torch.ones(1, 2, 2), torch.ones(1, 2, 1)).quantized
+    assert all(ExpertWeights(torch.ones(1, 2, 2).to(dtype), None).quantized for dtype in QUANTIZED)
 
 
 @pytest.mark.parametrize("form", FORMATS)
