@@ -18,7 +18,7 @@ endif
 export MODEL ?=
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint fuzz compat miniature miniature-train bench gpu-check clean given-python FORCE
+.PHONY: demo test test-sglang lint fuzz compat miniature miniature-train bench gpu-check clean given-python FORCE
 .DEFAULT_GOAL := demo
 
 demo: $(SETUP)
@@ -44,6 +44,16 @@ compat:
 	grep -Ev "^(torch|triton|setuptools)==" requirements.txt > $(COMPAT_ENV)/requirements.txt
 	$(COMPAT_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(COMPAT_ENV)/requirements.txt
 	$(MAKE) test PY=$(COMPAT_ENV)/bin/python SITE=$(COMPAT_ENV)/site
+
+# An engine whole, on the CPU, in an environment of its own with the versions of tests/engines/ENGINE.txt: 3 GB, elsewhere by
+# ENGINES=folder, and a quarter of an hour. ARGS="-k dmoe" for a part.
+ENGINES ?= build/engines
+test-sglang: test-%:
+	test -x $(ENGINES)/$*/bin/python || python3 -m venv $(ENGINES)/$*
+	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/$*.txt
+	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+		--force-reinstall .
+	PYTHONSAFEPATH=1 $(ENGINES)/$*/bin/python -m pytest --confcutdir tests/engines tests/engines/test_$*.py $(ARGS)
 
 # Ends with an error if anything differs or crashes. FUZZ="--count 5000 --seed 3" for fewer cases, or others.
 fuzz: $(SETUP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -10,6 +11,10 @@ import sys
 import torch
 
 from . import __version__, _backends, _library
+from .engines import serving
+
+# Of each serving engine, the group of entry points in which it looks for plugins.
+PLUGINS = {"sglang": "sglang.srt.plugins"}
 
 
 def report() -> str:
@@ -32,7 +37,25 @@ def report() -> str:
             f"extension: {built.compiler}, torch {built.torch_version}; CPU kernels run as {built.cpu_isa()}; "
             f"CUDA kernels {cuda}"
         )
+    lines += ["engines:", *(f"  {name:12} {_engine(name, group)}" for name, group in PLUGINS.items())]
+    lines.append(f"  transformers {_version('transformers')}; block routing by dmoe_ops.patch")
     return "\n".join(lines)
+
+
+def _engine(name: str, group: str) -> str:
+    version = _version(name)
+    if version == "not installed":
+        return version
+    points = importlib.metadata.entry_points(group=group)
+    if not any(point.value.startswith("dmoe_ops.") for point in points):
+        return f"{version}; its plugin is not registered: this folder was not installed (pip install .)"
+    try:
+        asked = serving.asked()
+    except ValueError as error:
+        return f"{version}; its plugin is off: {error}"
+    if asked is None:
+        return f"{version}; its plugin is off: DMOE_POLICY is not set"
+    return f"{version}; its plugin is on: policy {asked.policy}, {json.dumps(asked.overrides)}"
 
 
 def _used_by(device: str) -> str:

@@ -211,19 +211,24 @@ class LLaDA2Config:
     def routing(self, policy: str = OWN, **overrides) -> BlockRouting:
         """The policy with this model's experts, top-k, groups and scaling; `overrides` are fields of `BlockRouting`.
         "own": what the weights were trained for, dmoe where the config does not say."""
-        policy = own_policy(self) if policy == OWN else policy
-        geometry = dict(
-            num_experts=self.num_experts,
-            top_k=self.num_experts_per_tok,
-            n_group=1 if self.expert_capacity else self.n_group,
-            topk_group=1 if self.expert_capacity else self.topk_group,
-            score=self.score_function,
-            # LLaDA2's gate normalises except at top-1.
-            norm_topk_prob=self.num_experts_per_tok != 1,
-            routed_scaling_factor=float(self.routed_scaling_factor),
-        )
-        trained = trained_for(self, policy)
-        return BlockRouting.of_model(policy, geometry, **{**trained, **overrides})
+        return routing_for(self, policy, **overrides)
+
+
+def routing_for(config, policy: str, **overrides) -> BlockRouting:
+    """The policy with the experts, top-k, groups and scaling that a LLaDA2 config (ours or a Hugging Face model's) names."""
+    policy = own_policy(config) if policy == OWN else policy
+    ungrouped = getattr(config, "expert_capacity", None)
+    geometry = dict(
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        n_group=1 if ungrouped else getattr(config, "n_group", None) or 1,
+        topk_group=1 if ungrouped else getattr(config, "topk_group", None) or 1,
+        score=getattr(config, "score_function", None) or "sigmoid",
+        # LLaDA2's gate normalises except at top-1.
+        norm_topk_prob=config.num_experts_per_tok != 1,
+        routed_scaling_factor=float(getattr(config, "routed_scaling_factor", None) or 1.0),
+    )
+    return BlockRouting.of_model(policy, geometry, **{**trained_for(config, policy), **overrides})
 
 
 def own_policy(config) -> str:
@@ -592,6 +597,8 @@ class LLaDA2ForDiffusion(nn.Module):
         files are the caller's to add. Raises ValueError where layers are quantised in different formats."""
         dtype = checkpoint.dtype_of(dtype) or self.dtype
         config = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
+        if not self.config.expert_capacity:
+            del config["expert_capacity"]  # SGLang takes one that is there, 0 too, for block routing
         extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=str(dtype).removeprefix("torch."))
         extra |= dict(auto_map=checkpoint.AUTO_MAP, pad_token_id=self.config.eos_token_id, **READ_BY_OTHERS)
         extra |= dict(norm_topk_prob=self.config.routing("token").norm_topk_prob)

@@ -1,0 +1,80 @@
+"""What the plugins of serving engines share: the routing that the environment asks for, and counts of what was routed."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import NamedTuple
+
+import torch
+
+from ..models.llada2 import OWN
+from ..routing import FIELDS, POLICIES, BlockRouting, RoutingResult
+
+
+class Asked(NamedTuple):
+    policy: str
+    overrides: dict
+
+
+def asked(environ=os.environ) -> Asked | None:
+    """The policy that DMOE_POLICY names ("own": the one the weights were trained for), with the fields of `BlockRouting`
+    that DMOE_ROUTING, a JSON object, gives. None where DMOE_POLICY is not set.
+
+    Raises ValueError, naming the variable and its value.
+    """
+    policy, text = environ.get("DMOE_POLICY"), environ.get("DMOE_ROUTING") or "{}"
+    if not policy:
+        return None
+    if policy not in (OWN, *POLICIES):
+        raise ValueError(f"DMOE_POLICY must be one of {OWN}, {', '.join(POLICIES)}, got {policy!r}")
+    try:
+        overrides = json.loads(text)
+    except ValueError:
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise ValueError(f"DMOE_ROUTING must be a JSON object, got {text!r:.200}")
+    for name, value in overrides.items():
+        if name not in FIELDS:
+            raise ValueError(f"DMOE_ROUTING must hold fields of BlockRouting, got {name}={value!r:.100}")
+    return Asked(policy, overrides)
+
+
+def report_every(environ=os.environ) -> int:
+    """DMOE_STATISTICS: after how many forwards the counts are reported; 0, never, where it is not set. Raises ValueError."""
+    text = environ.get("DMOE_STATISTICS") or "0"
+    if not text.isdecimal():
+        raise ValueError(f"DMOE_STATISTICS must be a number of forwards, got {text!r:.100}")
+    return int(text)
+
+
+def expert_map(experts: int, local: int, rank: int, device) -> torch.Tensor | None:
+    """int32 [experts]: where rank `rank` of those that hold `local` experts each has an expert, or -1. None where one rank
+    holds all."""
+    if local == experts:
+        return None
+    rows = torch.arange(experts, dtype=torch.int32, device=device) - rank * local
+    return rows.masked_fill((rows < 0) | (rows >= local), -1)
+
+
+class Counts:
+    """Sums over the blocks that a layer routed, kept on its device; adding to them waits for nothing and can be captured.
+
+    sums: int64 [3]: blocks, distinct experts that their tokens were routed to, and experts in their coresets.
+    """
+
+    NAMES = ("blocks", "unique_experts", "coreset_experts")
+
+    def __init__(self, device):
+        self.sums = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def add(self, routed: RoutingResult, routing: BlockRouting) -> None:
+        """Of blocks cut every `block_size` tokens."""
+        n_blocks, experts = routed.coreset_sizes.shape[0], routing.num_experts
+        block = torch.arange(routed.topk_ids.shape[0], device=self.sums.device) // routing.block_size
+        taken = routed.topk_ids.long() % (experts + 1) + (experts + 1) * block[:, None]  # -1 becomes the last column
+        seen = torch.zeros(n_blocks * (experts + 1), dtype=torch.int64, device=self.sums.device)
+        unique = seen.index_fill_(0, taken.flatten(), 1).view(n_blocks, experts + 1)[:, :experts].sum()
+        self.sums[0] += n_blocks
+        self.sums[1] += unique
+        self.sums[2] += routed.coreset_sizes.sum()
