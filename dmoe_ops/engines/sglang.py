@@ -68,7 +68,7 @@ def llada2_block(asked: serving.Asked, counted: bool = False):
             experts = self.experts
             self.routing = routing
             # Whatever a runner of SGLang would make of the weights (packed, permuted), ours reads them as they are loaded.
-            experts.quant_method.process_weights_after_loading = lambda layer: None
+            experts.quant_method.process_weights_after_loading = leave
             place = experts.num_local_experts, experts.moe_ep_rank, experts.w13_weight.device
             self.register_buffer("expert_map", serving.expert_map(self.num_experts, *place), persistent=False)
             self.counts = serving.Counts(experts.w13_weight.device) if counted else None
@@ -95,6 +95,10 @@ def llada2_block(asked: serving.Asked, counted: bool = False):
             return y
 
     return BlockRoutedMoE
+
+
+def leave(layer) -> None:
+    pass
 
 
 def why_not(block_size: int, quant_config) -> str | None:

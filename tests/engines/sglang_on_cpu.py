@@ -68,7 +68,10 @@ def record(folder: Path, calls: int = 12) -> None:
         if len(args[0]) and len(done) < calls:
             done.append(None)
             rank = torch.distributed.get_rank()
-            torch.save((args, kwargs, tuple(result)), folder / f"rank{rank}-call{len(done):02}.pt")
+            plain = [
+                arg if arg is None else arg.detach() for arg in args
+            ]  # without what the engine keeps in a parameter
+            torch.save((plain, kwargs, tuple(result)), folder / f"rank{rank}-call{len(done):02}.pt")
         return result
 
     plugin.block_moe = recording
