@@ -42,7 +42,7 @@ void check(const Tensor& tensor, const char* name, const std::vector<int64_t>& s
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_contiguous();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || tensor.size(i) == shape[i];
   std::string want;
-  for (int64_t size : shape) want += (want.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
+  for (int64_t size : shape) want.append(want.empty() ? "" : ", ").append(size < 0 ? "any" : std::to_string(size));
   STD_TORCH_CHECK(fits, "dmoe: ", name, " must be contiguous with shape [", want, "]");
   STD_TORCH_CHECK(tensor.is_cpu(), "dmoe: ", name, " must be on the CPU");
 }

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kMostTile = 16;
 constexpr int64_t kUpTokens = 96;       // of a task of up: with the weights of its rows, their activations stay in L2
 constexpr int64_t kChunkTokens = 512;   // of a task of down: its sums stay in L2
+constexpr int64_t kDownRows = 64;       // of a task of down at most
 constexpr int64_t kSumsBytes = 1 << 18;  // of a task of down
 
 // The slots of every group cut into tiles that do not cross a chunk of tokens.
@@ -44,39 +45,28 @@ struct Tiles {
 
 // Packed activations, one area per depth: the routed slots and those of the shared expert differ in h.
 struct Packed {
-  int64_t routed, routed_steps, shared_steps;
+  int64_t routed, routed_bytes, shared_bytes;
   Buffer<char> data;
 
-  Packed(const Slots& slots, int64_t routed_steps, int64_t shared_steps)
+  Packed(const Slots& slots, int64_t routed_bytes, int64_t shared_bytes)
       : routed(slots.routed),
-        routed_steps(routed_steps),
-        shared_steps(shared_steps),
-        data(uninitialized<char>((routed * routed_steps + (slots.token.size() - routed) * shared_steps) * kStepBytes)) {}
-  char* at(int64_t slot) const {
-    return data.get() + (slot < routed ? slot * routed_steps : base_of_shared() + slot * shared_steps) * kStepBytes;
-  }
+        routed_bytes(routed_bytes),
+        shared_bytes(shared_bytes),
+        data(uninitialized<char>(routed * routed_bytes + (slots.token.size() - routed) * shared_bytes)) {}
+  char* at(int64_t slot) const { return data.get() + (slot < routed ? slot * routed_bytes : base_of_shared() + slot * shared_bytes); }
   // What DotBlock::x of a group is: as if slot 0 had the group's depth.
-  const char* base(int64_t slot) const { return data.get() + (slot < routed ? 0 : base_of_shared()) * kStepBytes; }
+  const char* base(int64_t slot) const { return data.get() + (slot < routed ? 0 : base_of_shared()); }
 
  private:
-  int64_t base_of_shared() const { return routed * (routed_steps - shared_steps); }
+  int64_t base_of_shared() const { return routed * (routed_bytes - shared_bytes); }
 };
 
-// Rows rounded to int8, with their scales and sums.
-struct Rounded {
-  int64_t depth;
-  Buffer<int8_t> q;
+// Scales and sums of rows that were rounded to integers.
+struct Rounding {
   std::vector<float> scale;
   std::vector<int32_t> sum;
 
-  Rounded(int64_t rows, int64_t depth)
-      : depth(depth), q(uninitialized<int8_t>(rows * depth)), scale(rows), sum(rows) {}
-  void fill(const DotKernels& kernels, const void* x, Dtype dtype, const ParallelFor& parallel) {
-    parallel(scale.size(), 1 + (1 << 14) / depth, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        kernels.quantize(dmoe::cpu::at(x, dtype, i * depth), dtype, depth, q.get() + i * depth, &scale[i], &sum[i]);
-    });
-  }
+  explicit Rounding(int64_t rows) : scale(rows), sum(2 * rows) {}
 };
 
 // What the two projections of a call share.
@@ -86,10 +76,9 @@ struct Call {
   const DotKernels& kernels;
   const ParallelFor& parallel;
   Tiles tiles;
-  bool routed_int8, shared_int8;  // whether activations are rounded to int8
+  Parts routed_parts, shared_parts;
   Packed x, h;
-  std::vector<float> x_scale, h_scale;  // of every slot whose activations are int8
-  std::vector<int32_t> x_sum, h_sum;
+  Rounding x_rounding, h_rounding;  // of every slot
 
   Call(const Experts& a, const Slots& slots, const DotKernels& kernels, const ParallelFor& parallel)
       : a(a),
@@ -97,18 +86,21 @@ struct Call {
         kernels(kernels),
         parallel(parallel),
         tiles(slots, a.tokens, kernels.tile),
-        routed_int8(a.quantize_activations && a.w13.format == Format::int8),
-        shared_int8(a.quantize_activations && a.shared_w13.format == Format::int8),
-        x(slots, steps_of(a.hidden, routed_int8), steps_of(a.hidden, shared_int8)),
-        h(slots, steps_of(a.intermediate, routed_int8), steps_of(a.shared_intermediate, shared_int8)) {
-    if (!routed_int8 && !shared_int8) return;
-    for (auto* scale : {&x_scale, &h_scale}) scale->resize(slots.token.size());
-    for (auto* sum : {&x_sum, &h_sum}) sum->resize(slots.token.size());
+        routed_parts(parts_for(a.w13)),
+        shared_parts(parts_for(a.shared_w13)),
+        x(slots, packed_bytes(a.hidden, routed_parts), packed_bytes(a.hidden, shared_parts)),
+        h(slots, packed_bytes(a.intermediate, routed_parts), packed_bytes(a.shared_intermediate, shared_parts)),
+        x_rounding(integers() ? slots.token.size() : 0),
+        h_rounding(integers() ? slots.token.size() : 0) {}
+  Parts parts_for(const Weight& weight) const {
+    if (weight.format != Format::int8) return Parts::bf16;
+    return a.quantize_activations ? Parts::int8 : Parts::int16;
   }
-  bool int8(int64_t slot) const { return slot < slots.routed ? routed_int8 : shared_int8; }
+  Parts parts(int64_t slot) const { return slot < slots.routed ? routed_parts : shared_parts; }
+  bool integers() const { return routed_parts != Parts::bf16 || shared_parts != Parts::bf16; }
 };
 
-// pack_tile(i, slot, width) for every tile.
+// pack_tile(slot, width) for every tile.
 template <class PackTile>
 void each_tile(const Call& call, int64_t bytes, const PackTile& pack_tile) {
   const auto& begin_of = call.tiles.begin;
@@ -117,47 +109,60 @@ void each_tile(const Call& call, int64_t bytes, const PackTile& pack_tile) {
   });
 }
 
+// Packs a tile of integers, q_of(t) being token t's rows of `depth` numbers, one for each part.
+template <class RowOf>
+void pack_integers(const Call& call, int64_t width, int64_t depth, Parts parts, const RowOf& q_of, char* to) {
+  const char* line[2 * kMostTile];
+  const int64_t lines = lines_of(parts);
+  for (int64_t t = 0; t < width; ++t)
+    for (int64_t p = 0; p < lines; ++p) line[t * lines + p] = reinterpret_cast<const char*>(q_of(t)) + p * depth;
+  call.kernels.pack(line, width * lines, depth, to);
+}
+
 void pack_tokens(Call& call) {
   const Experts& a = call.a;
-  const bool some_int8 = call.routed_int8 || call.shared_int8;
-  Rounded rounded(some_int8 ? a.tokens : 0, a.hidden);
-  if (some_int8) rounded.fill(call.kernels, a.x, a.dtype, call.parallel);
+  const Parts integers = call.routed_parts != Parts::bf16 ? call.routed_parts : call.shared_parts;
+  const int64_t row = a.hidden * lines_of(integers);
+  const Buffer<int8_t> q = uninitialized<int8_t>(call.integers() ? a.tokens * row : 0);
+  Rounding rounding(call.integers() ? a.tokens : 0);
+  call.parallel(rounding.scale.size(), 1 + (1 << 14) / a.hidden, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      call.kernels.quantize(at(a.x, a.dtype, t * a.hidden), a.dtype, a.hidden, integers, q.get() + t * row,
+                            &rounding.scale[t], &rounding.sum[2 * t]);
+  });
   each_tile(call, a.hidden * 2, [&](int64_t slot, int64_t width) {
-    const char* token[kMostTile];
-    const bool int8 = call.int8(slot);
-    for (int64_t t = 0; t < width; ++t) {
-      const int64_t row = call.slots.token[slot + t];
-      token[t] = int8 ? reinterpret_cast<const char*>(rounded.q.get()) + row * a.hidden
-                      : static_cast<const char*>(a.x) + row * a.hidden * 2;
-      if (int8) call.x_scale[slot + t] = rounded.scale[row], call.x_sum[slot + t] = rounded.sum[row];
+    const int64_t* token = call.slots.token.data() + slot;
+    const Parts parts = call.parts(slot);
+    if (parts == Parts::bf16) {
+      const char* line[kMostTile];
+      for (int64_t t = 0; t < width; ++t) line[t] = static_cast<const char*>(at(a.x, a.dtype, token[t] * a.hidden));
+      return call.kernels.pack(line, width, a.hidden * 2, call.x.at(slot));
     }
-    call.kernels.pack(token, width, a.hidden * (int8 ? 1 : 2), call.x.at(slot));
+    for (int64_t t = 0; t < width; ++t) {
+      call.x_rounding.scale[slot + t] = rounding.scale[token[t]];
+      std::copy_n(&rounding.sum[2 * token[t]], 2, &call.x_rounding.sum[2 * (slot + t)]);
+    }
+    pack_integers(call, width, a.hidden, parts, [&](int64_t t) { return q.get() + token[t] * row; }, call.x.at(slot));
   });
 }
 
-// Hidden values that are rounded to int8: in fp32 first, as a row has one scale.
+// Hidden values that are rounded to integers: in fp32 first, as a row has one scale.
 void pack_hidden(Call& call, const float* h, int64_t h_stride) {
-  const auto part = [&](int64_t first, int64_t count, int64_t depth) {
-    each_tile(call, depth * 4, [&](int64_t slot, int64_t width) {
-      if (slot < first || slot >= first + count) return;
-      std::vector<int8_t> q(width * depth);
-      const char* token[kMostTile];
-      for (int64_t t = 0; t < width; ++t) {
-        int8_t* row = q.data() + t * depth;
-        call.kernels.quantize(h + (slot + t) * h_stride, Dtype::f32, depth, row, &call.h_scale[slot + t],
-                              &call.h_sum[slot + t]);
-        token[t] = reinterpret_cast<const char*>(row);
-      }
-      call.kernels.pack(token, width, depth, call.h.at(slot));
-    });
-  };
-  const int64_t routed = call.slots.routed;
-  if (call.routed_int8) part(0, routed, call.a.intermediate);
-  if (call.shared_int8) part(routed, call.slots.token.size() - routed, call.a.shared_intermediate);
+  each_tile(call, h_stride * 4, [&](int64_t slot, int64_t width) {
+    const Parts parts = call.parts(slot);
+    if (parts == Parts::bf16) return;
+    const int64_t depth = slot < call.slots.routed ? call.a.intermediate : call.a.shared_intermediate;
+    const int64_t row = depth * lines_of(parts);
+    std::vector<int8_t> q(width * row);
+    for (int64_t t = slot; t < slot + width; ++t)
+      call.kernels.quantize(h + t * h_stride, Dtype::f32, depth, parts, q.data() + (t - slot) * row,
+                            &call.h_rounding.scale[t], &call.h_rounding.sum[2 * t]);
+    pack_integers(call, width, depth, parts, [&](int64_t t) { return q.data() + t * row; }, call.h.at(slot));
+  });
 }
 
-// h = silu(gate x) * (up x) of every slot. A task is kDotRows hidden values of an expert for some of its tiles.
-// Where activations are rounded to int8, h_f32 [slots, h_stride] takes them.
+// h = silu(gate x) * (up x) of every slot. A task is kUpRows hidden values of an expert for some of its tiles.
+// Those that are to be rounded to integers stay fp32, in h_f32 [slots, h_stride].
 void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
   const Experts& a = call.a;
   const Slots& slots = call.slots;
@@ -166,7 +171,7 @@ void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
     const Group* group;
     int64_t row, tile, n_tiles;
   };
-  constexpr int64_t kSums = 2 * kDotRows;  // gate, up
+  constexpr int64_t kSums = 2 * kUpRows;  // gate, up
   std::vector<Task> tasks;
   int64_t cost = 0, most = 0;
   for (size_t g = 0; g < slots.groups.size(); ++g) {
@@ -174,7 +179,7 @@ void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
     cost += group.count * group.intermediate * a.hidden * 2;
     const int64_t first = tiles.first[g * tiles.chunks], n = tiles.first[(g + 1) * tiles.chunks] - first;
     const int64_t parts = ceil_div(group.count, kUpTokens);
-    for (int64_t row = 0; row < group.intermediate; row += kDotRows)
+    for (int64_t row = 0; row < group.intermediate; row += kUpRows)
       for (int64_t p = 0; p < parts; ++p) {
         const int64_t begin = first + n * p / parts, end = first + n * (p + 1) / parts;
         if (begin == end) continue;
@@ -190,24 +195,26 @@ void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
     int64_t h_stride;
     Buffer<float> sums;
     Buffer<char> panel = uninitialized<char>(kPanelRows * panel_stride(call.a.hidden));
+    Buffer<char> tables = uninitialized<char>(table_bytes(call.a.hidden));
 
     void plan(int64_t index, std::vector<DotBlock>& blocks) {
       const Task& task = tasks[index];
       const Group& group = *task.group;
       DotBlock block{};
       block.matrix = &group.w13;
-      block.rows = std::min(kDotRows, group.intermediate - task.row);
-      block.int8 = call.int8(group.begin);
+      block.rows = std::min(kUpRows, group.intermediate - task.row);
+      block.parts = call.parts(group.begin);
       block.tiles = call.tiles.begin.data() + task.tile;
       block.n_tiles = task.n_tiles;
       block.x = call.x.base(group.begin);
-      block.x_scale = call.x_scale.data();
-      block.x_sum = call.x_sum.data();
+      block.x_scale = call.x_rounding.scale.data();
+      block.x_sum = call.x_rounding.sum.data();
       block.panel = panel.get();
+      block.tables = tables.get();
       block.out_stride = kSums;
       for (int half = 0; half < 2; ++half) {
         block.row = half * group.intermediate + task.row;
-        block.out = sums.get() + half * kDotRows;
+        block.out = sums.get() + half * kUpRows;
         blocks.push_back(block);
       }
     }
@@ -215,14 +222,14 @@ void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
     void finish(int64_t index) {
       const Task& task = tasks[index];
       const int64_t* begin = call.tiles.begin.data() + task.tile;
-      const int64_t rows = std::min(kDotRows, task.group->intermediate - task.row);
+      const int64_t rows = std::min(kUpRows, task.group->intermediate - task.row);
       for (int64_t i = 0; i < task.n_tiles; ++i) {
         const float* from = sums.get() + (begin[i] - begin[0]) * kSums;
         const int64_t width = begin[i + 1] - begin[i];
-        if (call.int8(begin[i])) {
+        if (call.parts(begin[i]) != Parts::bf16) {
           call.kernels.hidden_f32(from, kSums, rows, width, h_f32 + begin[i] * h_stride + task.row, h_stride);
         } else {
-          call.kernels.hidden(from, kSums, rows, width, task.row / kDotRows, call.h.at(begin[i]));
+          call.kernels.hidden(from, kSums, rows, width, task.row / kUpRows, call.h.at(begin[i]));
         }
       }
     }
@@ -238,7 +245,7 @@ void down_projection(const Call& call) {
   const Slots& slots = call.slots;
   const Tiles& tiles = call.tiles;
   const int64_t fit = kSumsBytes / (tiles.chunk * call.kernels.lanes * 4) / 8 * 8;
-  const int64_t rows = std::clamp<int64_t>(fit, 8, kDotRows), row_tasks = ceil_div(a.hidden, rows);
+  const int64_t rows = std::clamp<int64_t>(fit, 8, kDownRows), row_tasks = ceil_div(a.hidden, rows);
   std::vector<int32_t> token(slots.token.size());  // within its chunk
   for (size_t slot = 0; slot < token.size(); ++slot) token[slot] = slots.token[slot] % tiles.chunk;
   int64_t cost = 0;
@@ -251,8 +258,9 @@ void down_projection(const Call& call) {
     const std::vector<int32_t>& token;
     int64_t rows, row_tasks;
     std::vector<float> sums = std::vector<float>(rows * tiles.chunk * call.kernels.lanes, 0.f);
-    Buffer<char> panel =
-        uninitialized<char>(kPanelRows * panel_stride(std::max(a.intermediate, a.shared_intermediate)));
+    int64_t depth = std::max(a.intermediate, a.shared_intermediate);
+    Buffer<char> panel = uninitialized<char>(kPanelRows * panel_stride(depth));
+    Buffer<char> tables = uninitialized<char>(table_bytes(depth));
 
     int64_t tokens(int64_t task) const { return std::min(tiles.chunk, a.tokens - task / row_tasks * tiles.chunk); }
     void plan(int64_t task, std::vector<DotBlock>& blocks) {
@@ -265,13 +273,14 @@ void down_projection(const Call& call) {
         block.matrix = &group.w2;
         block.row = row;
         block.rows = std::min(rows, a.hidden - row);
-        block.int8 = call.int8(group.begin);
+        block.parts = call.parts(group.begin);
         block.tiles = tiles.begin.data() + first;
         block.n_tiles = end - first;
         block.x = call.h.base(group.begin);
-        block.x_scale = call.h_scale.data();
-        block.x_sum = call.h_sum.data();
+        block.x_scale = call.h_rounding.scale.data();
+        block.x_sum = call.h_rounding.sum.data();
         block.panel = panel.get();
+        block.tables = tables.get();
         block.sums = sums.data();
         block.tokens = tokens(task);
         block.token = token.data();
@@ -302,7 +311,8 @@ const DotKernels* dot_kernels() {
 void dot_forward(const Experts& args, const Slots& slots, const DotKernels& kernels, const ParallelFor& parallel) {
   Call call(args, slots, kernels, parallel);
   pack_tokens(call);
-  const int64_t h_stride = std::max(call.routed_int8 ? args.intermediate : 0, call.shared_int8 ? args.shared_intermediate : 0);
+  const int64_t h_stride = std::max(call.routed_parts != Parts::bf16 ? args.intermediate : 0,
+                                    call.shared_parts != Parts::bf16 ? args.shared_intermediate : 0);
   const Buffer<float> h_f32 = uninitialized<float>(slots.token.size() * h_stride);
   up_projection(call, h_f32.get(), h_stride);
   if (h_stride) pack_hidden(call, h_f32.get(), h_stride);

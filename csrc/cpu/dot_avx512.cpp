@@ -1,5 +1,5 @@
-// vdpbf16ps (and vpdpbusd for int8): 16 sums of two (four) products each. A tile is 4 rows against up to 6 tokens, or 8 rows against up to 3: 24 vectors of
-// sums, 16 parts of each dot product, which are added up at the very end.
+// vdpbf16ps, and vpdpbusd for int8: 16 sums of two, or four, products each. A tile is 4 rows against up to 6 tokens: 24 vectors
+// of sums, 16 parts of each dot product, which are added up at the very end.
 #if defined(__x86_64__) || defined(DMOE_EMULATE)
 #include <type_traits>
 
@@ -7,14 +7,13 @@
 
 #ifndef DMOE_EMULATE
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarm inside GCC 12's AVX-512 intrinsics
-#include <immintrin.h>
+#include "decode_avx512.h"
 #endif
-
 
 namespace dmoe::cpu {
 namespace {
 
-constexpr int64_t kTile = 6;
+constexpr int kTile = 6, kRows = 4;
 
 using Bits = VectorOf<uint32_t, 16>::type;
 
@@ -50,12 +49,32 @@ void add_products(Ints& sum, Bits a, Bits b) {
 void add_products(Ints& sum, Bits a, Bits b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 #endif
 
-void place(const char* line, int64_t step, int64_t token, int64_t width, char* to) {
-  store(to + (step * width + token) * kStepBytes, load<Bits>(line));
+void place(const char* from, int64_t step, int64_t line, int64_t width, char* to) {
+  store(to + (step * width + line) * kStepBytes, load<Bits>(from));
 }
 
+// The weights that come next, a few cache lines a step: memory works while the tiles compute, and a burst would stall them.
+// They come a whole block ahead: hardware follows neither from row to row nor from expert to expert.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  int64_t bytes = 0;  // of a step
+
+  Ahead(const DotBlock& next, int64_t steps) {
+    if (next.rows <= 0) return;
+    at = next.matrix->row(next.row);
+    end = at + next.rows * next.matrix->row_bytes();
+    bytes = ((end - at) / kStepBytes / steps + 1) * kStepBytes;
+  }
+  void fetch() {
+    const char* stop = end - at < bytes ? end : at + bytes;
+    for (; at < stop; at += kStepBytes) __builtin_prefetch(at, 0, 2);  // into L2
+  }
+};
+
 #ifdef DMOE_EMULATE
-void unpack(const Matrix& matrix, int64_t row, int64_t rows, char* to, int64_t stride) {
+void unpack(const DotBlock& block, int64_t row, int64_t rows, char* to, int64_t stride) {
+  const Matrix& matrix = *block.matrix;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < matrix.depth; k += 8) {
       float eight[8] = {};
@@ -66,79 +85,35 @@ void unpack(const Matrix& matrix, int64_t row, int64_t rows, char* to, int64_t s
     }
 }
 #else
-// 32 numbers at a time, each bf16(q * scale).
-struct Int8 {
-  __m512 scale;
-  explicit Int8(float s) : scale(_mm512_set1_ps(s)) {}
-  __m512i operator()(const char* q) const {
-    const auto part = [&](const char* from) {
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-      return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale);
-    };
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part(q + 16), part(q)));
-  }
-};
-
-struct Int4 {  // from a table of the 16 values, twice, as lookups go by five bits
-  __m512i table;
-  explicit Int4(float s) {
-    const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    const __m256i words = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(s))));
-    table = _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
-  }
-  __m512i operator()(const char* q) const {  // of each byte the low nibble is the low word's index, the high one the high's
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-    return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
-  }
-};
-
-struct E4m3 {  // from a table of the 128 magnitudes
-  __m512i table[4];
-  explicit E4m3(float s) {
-    for (int i = 0; i < 4; ++i) {
-      const auto part = [&](int at) { return _mm512_mul_ps(_mm512_loadu_ps(kFp8.value + at), _mm512_set1_ps(s)); };
-      table[i] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part(32 * i + 16), part(32 * i)));
-    }
-  }
-  __m512i operator()(const char* q) const {
-    const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
-    const __m512i low = _mm512_permutex2var_epi16(table[0], codes, table[1]);
-    const __m512i high = _mm512_permutex2var_epi16(table[2], codes, table[3]);
-    const __m512i value = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(codes, _mm512_set1_epi16(64)), low, high);
-    return _mm512_xor_si512(value, _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16(-32768)));
-  }
-};
-
 template <class Decoder>
-void unpack_as(const Matrix& matrix, int64_t row, int64_t rows, char* to, int64_t stride) {
-  constexpr int64_t bytes = std::is_same_v<Decoder, Int4> ? kStepDepth / 2 : kStepDepth;  // of a step
+void unpack_as(const DotBlock& block, int64_t row, int64_t rows, char* to, int64_t stride) {
+  constexpr int64_t kWeights = Decoder::kWeights;
+  const Matrix& matrix = *block.matrix;
+  Decoders<Decoder, kRows> decoders(block, row, rows);
+  __m512i values[kWeights / kStepDepth];
   for (int64_t begin = 0; begin < matrix.depth; begin += kScaleGroup) {
     const int64_t end = begin + kScaleGroup < matrix.depth ? begin + kScaleGroup : matrix.depth;
-    float scale = matrix.scale(row, begin / kScaleGroup);
-    Decoder decode(scale);
+    decoders.set(begin / kScaleGroup);
     for (int64_t r = 0; r < rows; ++r) {
-      const float next = matrix.scale(row + r, begin / kScaleGroup);
-      if (next != scale) decode = Decoder(scale = next);
-      const char* from = matrix.row(row + r) + begin / kStepDepth * bytes;
+      const char* from = matrix.row(row + r) + Decoder::bytes(begin);
       char* out = to + r * stride + begin * 2;
       int64_t k = begin;
-      for (; k + kStepDepth <= end; k += kStepDepth, from += bytes, out += kStepBytes) _mm512_storeu_si512(out, decode(from));
+      for (; k + kWeights <= end; k += kWeights, from += Decoder::bytes(kWeights), out += sizeof values) {
+        decoders(r)(from, values);
+        std::memcpy(out, values, sizeof values);
+      }
       if (k == end) continue;
-      char last[kStepDepth] = {};
-      std::memcpy(last, from, std::is_same_v<Decoder, Int4> ? (end - k + 1) / 2 : end - k);
-      const __m512i values = decode(last);
-      std::memcpy(out, &values, 2 * (end - k));
+      char last[kStepBytes] = {};
+      std::memcpy(last, from, Decoder::bytes(end - k));
+      decoders(r)(last, values);
+      std::memcpy(out, values, 2 * (end - k));
     }
   }
 }
 
-void unpack(const Matrix& matrix, int64_t row, int64_t rows, char* to, int64_t stride) {
-  switch (matrix.weight.format) {
-    case Format::fp8: return unpack_as<E4m3>(matrix, row, rows, to, stride);
-    case Format::int8: return unpack_as<Int8>(matrix, row, rows, to, stride);
-    case Format::int4: return unpack_as<Int4>(matrix, row, rows, to, stride);
-    case Format::plain: return;
-  }
+void unpack(const DotBlock& block, int64_t row, int64_t rows, char* to, int64_t stride) {
+  if (block.matrix->weight.format == Format::fp8) unpack_as<E4m3>(block, row, rows, to, stride);
+  if (block.matrix->weight.format == Format::int4) unpack_as<Int4>(block, row, rows, to, stride);
 }
 #endif
 
@@ -163,103 +138,175 @@ Four add_up(Vec a, Vec b, Vec c, Vec d) {
 }
 
 
-// The weights that come next, a few cache lines a step: memory works while the tiles compute, and a burst would stall them.
-struct Ahead {
-  const char* from = nullptr;
-  int64_t lines = 0;
-};
+// The sums of a token, 16 parts of each: where they go. Those of rows past the block's last one are written too: there is
+// room for them, and nobody reads them.
+template <bool down>
+void add_sums(const DotBlock& block, int64_t row, int64_t slot, const Vec (&parts)[kRows]) {
+  if constexpr (down) {
+    const float scale = block.scale[slot];
+    float* to = block.sums + (row * block.tokens + block.token[slot]) * 16;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r, to += block.tokens * 16) store(to, load<Vec>(to) + parts[r] * scale);
+  } else {
+    store(block.out + (slot - block.tiles[0]) * block.out_stride + row, add_up(parts[0], parts[1], parts[2], parts[3]));
+  }
+}
 
-// Rows `row`, … of a block against the tile of tokens at `slot`. Sums of rows past the block's last one are written too:
-// there is room for them, and nobody reads them.
-template <int rows, int width, bool down, bool int8>
-__attribute__((noinline)) void tile(const DotBlock& block, const Rows& source, int64_t row, int64_t slot,
-                                    Ahead ahead) {
-  const char* weight[rows];
-  for (int r = 0; r < rows; ++r) weight[r] = source(r);
-  const int64_t steps = steps_of(block.matrix->depth, int8);
-  const char* x = block.x + slot * steps * kStepBytes;
-  std::conditional_t<int8, Ints, Vec> sums[rows][width] = {};
-  const Bits offset = Bits{} + (int8 ? 0x80808080 : 0);  // int8 weights go in as q + 128, which has no sign
+// Rows `row`, … of a block against the tokens of a tile, `x` and `slot` being the first one's.
+template <int width, bool down>
+__attribute__((noinline)) void tile(const DotBlock& block, const Rows& source, int64_t row, int64_t slot, const char* x,
+                                    Ahead& next) {
+  const char* weight[kRows];
+  for (int r = 0; r < kRows; ++r) weight[r] = source(r);
+  const int64_t steps = steps_of(block.matrix->depth, Parts::bf16);
+  Ahead ahead = next;
+  Vec sums[width][kRows] = {};
   for (int64_t k = 0; k < steps; ++k, x += width * kStepBytes) {
-    for (int64_t i = 0; i < ahead.lines; ++i, ahead.from += kStepBytes) __builtin_prefetch(ahead.from, 0, 2);  // into L2
-    if constexpr (width <= 3) {
-      Bits token[width];
-#pragma GCC unroll 3
-      for (int t = 0; t < width; ++t) token[t] = load<Bits>(x + t * kStepBytes);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const Bits weights = load<Bits>(weight[r] + k * kStepBytes) ^ offset;
-#pragma GCC unroll 3
-        for (int t = 0; t < width; ++t) add_products(sums[r][t], weights, token[t]);
-      }
-    } else {
-      Bits weights[rows];
+    ahead.fetch();
+    Bits weights[kRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) weights[r] = load<Bits>(weight[r] + k * kStepBytes) ^ offset;
+    for (int r = 0; r < kRows; ++r) weights[r] = load<Bits>(weight[r] + k * kStepBytes);
 #pragma GCC unroll 6
-      for (int t = 0; t < width; ++t) {
-        const Bits token = load<Bits>(x + t * kStepBytes);
+    for (int t = 0; t < width; ++t) {
+      const Bits token = load<Bits>(x + t * kStepBytes);
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) add_products(sums[r][t], weights[r], token);
-      }
+      for (int r = 0; r < kRows; ++r) add_products(sums[t][r], weights[r], token);
     }
   }
+  next = ahead;
+#pragma GCC unroll 6
+  for (int t = 0; t < width; ++t) add_sums<down>(block, row, slot + t, sums[t]);
+}
+
+// The same with int8 weights and integers of `parts` parts, for `width` tokens of a tile; a step of the tile has `stride` bytes.
+template <int width, bool down, int parts>
+__attribute__((noinline)) void integer_tile(const DotBlock& block, const Rows& source, int64_t row, int64_t slot,
+                                            const char* x, int64_t stride, Ahead& next) {
+  const char* weight[kRows];
+  for (int r = 0; r < kRows; ++r) weight[r] = source(r);
+  const int64_t steps = steps_of(block.matrix->depth, Parts::int8);
+  Ahead ahead = next;
+  Ints sums[width][parts][kRows] = {};
+  const Bits offset = Bits{} + 0x80808080;  // weights go in as q + 128, which has no sign
+  for (int64_t k = 0; k < steps; ++k, x += stride) {
+    ahead.fetch();
+    Bits weights[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) weights[r] = load<Bits>(weight[r] + k * kStepBytes) ^ offset;
+#pragma GCC unroll 6
+    for (int t = 0; t < width; ++t)
+#pragma GCC unroll 2
+      for (int p = 0; p < parts; ++p) {
+        const Bits token = load<Bits>(x + (t * parts + p) * kStepBytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) add_products(sums[t][p][r], weights[r], token);
+      }
+  }
+  next = ahead;
+  float scale[kRows];
+  for (int r = 0; r < kRows; ++r) scale[r] = block.matrix->scale(block.row + (row + r < block.rows ? row + r : row), 0);
 #pragma GCC unroll 6
   for (int t = 0; t < width; ++t) {
-    Vec parts[rows];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      if constexpr (int8) {
-        Ints whole = sums[r][t];
-        whole[0] -= 128 * block.x_sum[slot + t];
-        const float scale = block.matrix->scale(block.row + (row + r < block.rows ? row + r : row), 0);
-        parts[r] = __builtin_convertvector(whole, Vec) * (scale * block.x_scale[slot + t]);
-      } else {
-        parts[r] = sums[r][t];
+    Vec whole[kRows] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < parts; ++p) {
+        sums[t][p][r][0] -= 128 * block.x_sum[2 * (slot + t) + p];
+        whole[r] = whole[r] * 256.f + __builtin_convertvector(sums[t][p][r], Vec);
+      }
+      whole[r] *= scale[r] * block.x_scale[slot + t];
+    }
+    add_sums<down>(block, row, slot + t, whole);
+  }
+}
+
+#ifndef DMOE_EMULATE
+// The same with weights that are decoded on the way, of whole groups: where a block has one tile, so each is decoded once.
+template <class Decoder, int width, bool down>
+__attribute__((noinline)) void decoding_tile(const DotBlock& block, int64_t row, int64_t slot, const char* x, Ahead& next) {
+  constexpr int kSteps = Decoder::kWeights / kStepDepth;
+  const Matrix& matrix = *block.matrix;
+  const int64_t count = block.rows - row < kRows ? block.rows - row : kRows;
+  const char* weight[kRows];
+  for (int r = 0; r < kRows; ++r) weight[r] = matrix.row(block.row + row + (r < count ? r : count - 1));
+  Decoders<Decoder, kRows> decoders(block, block.row + row, count);
+  Ahead ahead = next;
+  Vec sums[width][kRows] = {};
+  for (int64_t begin = 0; begin < matrix.depth; begin += kScaleGroup) {
+    decoders.set(begin / kScaleGroup);
+    for (int64_t k = begin; k < begin + kScaleGroup; k += Decoder::kWeights, x += kSteps * width * kStepBytes) {
+      ahead.fetch();
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        __m512i values[kSteps];
+        decoders(r)(weight[r] + Decoder::bytes(k), values);
+#pragma GCC unroll 2
+        for (int s = 0; s < kSteps; ++s)
+#pragma GCC unroll 6
+          for (int t = 0; t < width; ++t)
+            add_products(sums[t][r], reinterpret_cast<Bits>(values[s]), load<Bits>(x + (s * width + t) * kStepBytes));
       }
     }
-    if constexpr (down) {
-      const float scale = block.scale[slot + t];
-      float* to = block.sums + (row * block.tokens + block.token[slot + t]) * 16;
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r, to += block.tokens * 16) store(to, load<Vec>(to) + parts[r] * scale);
-    } else {
-      float* to = block.out + (slot + t - block.tiles[0]) * block.out_stride + row;
-#pragma GCC unroll 2
-      for (int r = 0; r < rows; r += 4) store(to + r, add_up(parts[r], parts[r + 1], parts[r + 2], parts[r + 3]));
+  }
+  next = ahead;
+#pragma GCC unroll 6
+  for (int t = 0; t < width; ++t) add_sums<down>(block, row, slot + t, sums[t]);
+}
+#endif
+
+// call(width) with the width of a tile as a constant.
+template <int most, class Call>
+void with_width(int64_t width, const Call& call) {
+  if (width == most) return call(std::integral_constant<int, most>());
+  if constexpr (most > 1) with_width<most - 1>(width, call);
+}
+
+template <bool down, Parts parts>
+void tiles(const DotBlock& block, const DotBlock& next) {
+  constexpr int kLines = lines_of(parts), kMost = kTile / kLines;  // two parts take twice the sums
+  const int64_t bytes = packed_bytes(block.matrix->depth, parts), slots = block.tiles[block.n_tiles] - block.tiles[0];
+  const int64_t pieces = slots <= kMost * block.n_tiles ? block.n_tiles : kLines * block.n_tiles;  // roughly
+  Ahead ahead(next, (block.rows + kRows - 1) / kRows * pieces * steps_of(block.matrix->depth, parts));
+  for (int64_t row = 0; row < block.rows; row += kRows) {
+    const Rows source = rows_of(block, row, kRows);
+    for (int64_t i = 0; i < block.n_tiles; ++i) {
+      const int64_t begin = block.tiles[i], end = block.tiles[i + 1];
+      const char* x = block.x + begin * bytes;
+      for (int64_t slot = begin; slot < end; slot += kMost, x += kMost * kLines * kStepBytes)
+        with_width<kMost>(end - slot < kMost ? end - slot : kMost, [&](auto width) {
+          if constexpr (parts == Parts::bf16) tile<width, down>(block, source, row, slot, x, ahead);
+          if constexpr (parts != Parts::bf16)
+            integer_tile<width, down, kLines>(block, source, row, slot, x, (end - begin) * kLines * kStepBytes, ahead);
+        });
     }
   }
 }
 
-template <int rows, bool down, bool int8>
-void tiles(const DotBlock& block, const DotBlock& next) {
-  const int64_t tile_steps = steps_of(block.matrix->depth, int8), row_bytes = block.matrix->row_bytes();
-  for (int64_t row = 0; row < block.rows; row += rows) {
-    const Rows source = rows_of(block, row, rows);
-    Ahead ahead{};
-    const bool last = row + rows >= block.rows;
-    if (!last) ahead.from = block.matrix->row(block.row + row + rows);
-    if (last && next.rows > 0) ahead.from = next.matrix->row(next.row);
-    if (ahead.from) ahead.lines = (rows * row_bytes / kStepBytes + block.n_tiles * tile_steps - 1) / (block.n_tiles * tile_steps);
-    for (int64_t i = 0; i < block.n_tiles; ++i, ahead.from += ahead.lines * tile_steps * kStepBytes) {
-      const int64_t slot = block.tiles[i], width = block.tiles[i + 1] - slot;
-      if (width == 1) tile<rows, 1, down, int8>(block, source, row, slot, ahead);
-      if (width == 2) tile<rows, 2, down, int8>(block, source, row, slot, ahead);
-      if (width == 3) tile<rows, 3, down, int8>(block, source, row, slot, ahead);
-      if constexpr (rows == 4) {
-        if (width == 4) tile<4, 4, down, int8>(block, source, row, slot, ahead);
-        if (width == 5) tile<4, 5, down, int8>(block, source, row, slot, ahead);
-        if (width == 6) tile<4, 6, down, int8>(block, source, row, slot, ahead);
-      }
-    }
-  }
+#ifndef DMOE_EMULATE
+template <class Decoder, bool down>
+void decoding_tiles(const DotBlock& block, const DotBlock& next) {
+  const int64_t slot = block.tiles[0], depth = block.matrix->depth;
+  Ahead ahead(next, (block.rows + kRows - 1) / kRows * (depth / Decoder::kWeights));
+  with_width<kTile>(block.tiles[1] - slot, [&](auto width) {
+    for (int64_t row = 0; row < block.rows; row += kRows)
+      decoding_tile<Decoder, width, down>(block, row, slot, block.x + slot * packed_bytes(depth, Parts::bf16), ahead);
+  });
 }
+#endif
 
 template <bool down>
 void multiply(const DotBlock& block, const DotBlock& next) {
-  const bool few = block.tiles[block.n_tiles] - block.tiles[0] <= 3;
-  if (block.int8) return few ? tiles<8, down, true>(block, next) : tiles<4, down, true>(block, next);
-  few ? tiles<8, down, false>(block, next) : tiles<4, down, false>(block, next);
+  if (block.parts == Parts::int8) return tiles<down, Parts::int8>(block, next);
+  if (block.parts == Parts::int16) return tiles<down, Parts::int16>(block, next);
+#ifndef DMOE_EMULATE
+  const Matrix& matrix = *block.matrix;
+  if (block.n_tiles == 1 && matrix.depth % kScaleGroup == 0) {
+    if (matrix.weight.format == Format::fp8) return decoding_tiles<E4m3, down>(block, next);
+    if (matrix.weight.format == Format::int4) return decoding_tiles<Int4, down>(block, next);
+  }
+#endif
+  tiles<down, Parts::bf16>(block, next);
 }
 
 void finish(float* sums, int64_t rows, int64_t tokens, uint16_t* y, int64_t y_stride) {

@@ -7,17 +7,17 @@ namespace {
 
 using Vec = VectorOf<float, 16>::type;
 
-// One step of one token: where its 64 bytes go within a tile is the instruction set's choice.
-void place(const char* line, int64_t step, int64_t token, int64_t width, char* to);
+// One step of a line: where its 64 bytes go within a tile is the instruction set's choice.
+void place(const char* from, int64_t step, int64_t line, int64_t width, char* to);
 
-void pack(const char* const* token, int64_t width, int64_t bytes, char* to) {
+void pack(const char* const* line_of, int64_t width, int64_t bytes, char* to) {
   const int64_t whole = bytes / kStepBytes;
   for (int64_t step = 0; step < whole; ++step)
-    for (int64_t t = 0; t < width; ++t) place(token[t] + step * kStepBytes, step, t, width, to);
+    for (int64_t t = 0; t < width; ++t) place(line_of[t] + step * kStepBytes, step, t, width, to);
   if (whole * kStepBytes == bytes) return;
   for (int64_t t = 0; t < width; ++t) {
     char line[kStepBytes] = {};
-    std::memcpy(line, token[t] + whole * kStepBytes, bytes - whole * kStepBytes);
+    std::memcpy(line, line_of[t] + whole * kStepBytes, bytes - whole * kStepBytes);
     place(line, whole, t, width, to);
   }
 }
@@ -27,7 +27,7 @@ void hidden(const float* gate_up, int64_t stride, int64_t rows, int64_t width, i
     alignas(64) uint16_t line[kStepDepth] = {};
     for (int64_t i = 0; i < rows; i += 8) {
       const float* gate = gate_up + t * stride + i;
-      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kDotRows));
+      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kUpRows));
       store(line + i, __builtin_convertvector(narrow_eight(value, Dtype::bf16), EightShorts));
     }
     for (int64_t i = rows; i < kStepDepth; ++i) line[i] = 0;  // sums past the last row are not its own
@@ -39,12 +39,12 @@ void hidden_f32(const float* gate_up, int64_t stride, int64_t rows, int64_t widt
   for (int64_t t = 0; t < width; ++t)
     for (int64_t i = 0; i < rows; i += 8) {
       const float* gate = gate_up + t * stride + i;
-      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kDotRows));
+      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kUpRows));
       std::memcpy(to + t * to_stride + i, &value, 4 * (rows - i < 8 ? rows - i : 8));
     }
 }
 
-void quantize(const void* x, Dtype dtype, int64_t n, int8_t* q, float* scale, int32_t* sum) {
+void quantize(const void* x, Dtype dtype, int64_t n, Parts parts, int8_t* q, float* scale, int32_t sum[2]) {
   const auto at = [&](int64_t i) {
     return dtype == Dtype::f32 ? static_cast<const uint32_t*>(x)[i]
                                : static_cast<uint32_t>(static_cast<const uint16_t*>(x)[i]) << 16;
@@ -53,25 +53,33 @@ void quantize(const void* x, Dtype dtype, int64_t n, int8_t* q, float* scale, in
   for (int64_t i = 0; i < n; ++i) most = most < (at(i) & 0x7fffffff) ? at(i) & 0x7fffffff : most;
   float largest;
   std::memcpy(&largest, &most, 4);
-  *scale = largest / 127 == 0 ? 1.f : largest / 127;
-  *sum = 0;
+  const float limit = parts == Parts::int16 ? 127 * 256 : 127;
+  *scale = largest / limit == 0 ? 1.f : largest / limit;
+  sum[0] = sum[1] = 0;
   if (most >= 0x7f800000) {
     *scale = __builtin_nanf("");
-    std::memset(q, 0, n);
+    std::memset(q, 0, n * lines_of(parts));
     return;
   }
-  int32_t total = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  const auto rounded = [&](int64_t i) {
     const uint32_t bits = at(i);
     float value;
     std::memcpy(&value, &bits, 4);
     value /= *scale;
-    value = value < -127.f ? -127.f : value > 127.f ? 127.f : value;
-    const auto rounded = static_cast<int32_t>(value + 0x1.8p23f - 0x1.8p23f);
-    q[i] = rounded;
-    total += rounded;
+    value = value < -limit ? -limit : value > limit ? limit : value;
+    return static_cast<int32_t>(value + 0x1.8p23f - 0x1.8p23f);
+  };
+  int32_t first = 0, second = 0;
+  if (parts == Parts::int8) {
+    for (int64_t i = 0; i < n; ++i) first += q[i] = rounded(i);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t value = rounded(i), high = (value + 128) >> 8, low = value - 256 * high;
+      q[i] = high, q[n + i] = low;
+      first += high, second += low;
+    }
   }
-  *sum = total;
+  sum[0] = first, sum[1] = second;
 }
 
 // Whole steps of some rows. Rows past the last repeat it; their sums go nowhere.
@@ -81,18 +89,18 @@ struct Rows {
   const char* operator()(int64_t row) const { return first + (row < count ? row : count - 1) * stride; }
 };
 
-// Rows of a quantised matrix as bf16, [rows] of `stride` bytes.
-void unpack(const Matrix& matrix, int64_t row, int64_t rows, char* to, int64_t stride);
+// Rows of a quantised matrix as bf16, [rows] of `stride` bytes. They share the scales of fp8.
+void unpack(const DotBlock& block, int64_t row, int64_t rows, char* to, int64_t stride);
 
 // As they are in memory or, where they are quantised or do not fill their last step, in block.panel.
 Rows rows_of(const DotBlock& block, int64_t row, int64_t rows) {
   const Matrix& matrix = *block.matrix;
   const int64_t count = block.rows - row < rows ? block.rows - row : rows, first = block.row + row;
-  const bool as_is = block.int8 || !matrix.quantized();
+  const bool as_is = block.parts != Parts::bf16 || !matrix.quantized();
   const int64_t bytes = as_is ? matrix.row_bytes() : 2 * matrix.depth;
   if (as_is && bytes % kStepBytes == 0) return {matrix.row(first), bytes, count};
   const int64_t stride = panel_stride(matrix.depth);
-  if (!as_is) unpack(matrix, first, count, block.panel, stride);
+  if (!as_is) unpack(block, first, count, block.panel, stride);
   for (int64_t r = 0; r < count; ++r) {
     if (as_is) std::memcpy(block.panel + r * stride, matrix.row(first + r), bytes);
     std::memset(block.panel + r * stride + bytes, 0, stride - bytes);

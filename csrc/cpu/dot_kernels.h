@@ -1,11 +1,12 @@
 // What dot.cpp asks of an instruction set. dot_avx512.cpp compiles dot_body.h into one table.
 //
 // Depth is cut into steps of 64 bytes: 32 numbers of bf16, or 64 of int8. Activations are packed by tiles, a few tokens side
-// by side: [step][token][64 bytes], so that a tile is read from front to back whatever the token's row was. Where slot s of
-// a group begins a tile, the tile begins at s * steps * 64 bytes. The last step is padded with zeros.
+// by side: [step][token][part][64 bytes], so that a tile is read from front to back whatever the token's row was. The last
+// step is padded with zeros.
 //
-// Quantised weights become bf16 in a panel, a few rows at a time: bf16(float(q) * scale). Against int8 activations int8
-// weights are multiplied as they are, in exact integers.
+// Weights of bf16, and quantised ones that become bf16(float(q) * scale) on the way, meet bf16 activations (one part). Weights
+// of int8 are multiplied as they are, in exact integers: activations are integers then, rounded to int8 (one part), or to
+// 16 bits of their row's largest magnitude (two parts of int8, 256 * the first + the second), finer than bf16.
 #pragma once
 
 #include <cstdint>
@@ -16,28 +17,38 @@ namespace dmoe::cpu {
 
 constexpr int64_t kStepBytes = 64;
 constexpr int64_t kStepDepth = 32;  // bf16 numbers
-constexpr int64_t kPanelRows = 8;
-constexpr int64_t kDotRows = 32;    // rows of a block at most: as hidden values, those are one step
+constexpr int64_t kPanelRows = 4;
+constexpr int64_t kUpRows = 32;     // rows of gate, and as many of up, of a task of up: as hidden values, those are one step
 
-// Steps of 64 bytes that `depth` numbers take.
-constexpr int64_t steps_of(int64_t depth, bool int8) {
-  const int64_t numbers = int8 ? kStepBytes : kStepDepth;
-  return (depth + numbers - 1) / numbers;
+// How activations are stored.
+enum class Parts { bf16 = 0, int8 = 1, int16 = 2 };
+
+constexpr int64_t depth_of_step(Parts parts) { return parts == Parts::bf16 ? kStepDepth : kStepBytes; }
+constexpr int64_t lines_of(Parts parts) { return parts == Parts::int16 ? 2 : 1; }  // of 64 bytes, a step of a token
+constexpr int64_t steps_of(int64_t depth, Parts parts) {
+  return (depth + depth_of_step(parts) - 1) / depth_of_step(parts);
 }
+// Bytes of a packed token.
+constexpr int64_t packed_bytes(int64_t depth, Parts parts) { return steps_of(depth, parts) * lines_of(parts) * kStepBytes; }
 
 // Bytes from row to row of a panel: rows that are 4 KiB apart would share a few sets of L1.
-constexpr int64_t panel_stride(int64_t depth) { return steps_of(depth, false) * kStepBytes + kStepBytes; }
+constexpr int64_t panel_stride(int64_t depth) { return packed_bytes(depth, Parts::bf16) + kStepBytes; }
+
+// Bytes of the tables that decode the fp8 weights of a row: 128 numbers of bf16 for each group.
+constexpr int64_t table_bytes(int64_t depth) { return (depth + kScaleGroup - 1) / kScaleGroup * 256; }
 
 // Some rows of one matrix against the tiles of a group's tokens.
 struct DotBlock {
   const Matrix* matrix;
   int64_t row, rows;     // the block's first row, and how many
-  bool int8;             // activations are int8, and so are the weights
+  Parts parts;           // of the activations
   const int64_t* tiles;  // tile i has the slots from tiles[i] to tiles[i + 1]
   int64_t n_tiles;
-  const char* x;  // the packed activations of slot 0
-  char* panel;    // scratch: kPanelRows * panel_stride(depth) bytes
-  // Of every slot, for int8 activations: their scale and their sum.
+  const char* x;  // the packed activations of slot 0; those of a tile begin at x + its first slot * packed_bytes
+  // Scratch.
+  char* panel;   // kPanelRows * panel_stride(depth) bytes
+  char* tables;  // table_bytes(depth) bytes
+  // Of every slot, where activations are integers: their scale, and the sum of each of two parts.
   const float* x_scale;
   const int32_t* x_sum;
   // Where the sums go, up:    out[(slot - tiles[0]) * out_stride + row] is written;
@@ -53,19 +64,19 @@ struct DotBlock {
 struct DotKernels {
   int64_t tile;   // tokens of a tile at most
   int64_t lanes;  // parts in which `down` keeps a sum
-  // `width` tokens of `bytes` bytes each into a tile.
-  void (*pack)(const char* const* token, int64_t width, int64_t bytes, char* to);
-  // Each fetches the first rows of `next` into L2 on the way; a `next` without rows fetches nothing.
+  // `width` lines of `bytes` bytes each, of the tokens and their parts, into a tile.
+  void (*pack)(const char* const* line, int64_t width, int64_t bytes, char* to);
+  // Each fetches the rows of `next` into L2 on the way; a `next` without rows fetches nothing.
   void (*up)(const DotBlock& block, const DotBlock& next);
   void (*down)(const DotBlock& block, const DotBlock& next);
-  // Step `step` of a tile of hidden values: silu(gate) * up of `width` tokens and `rows` <= kDotRows, where a token's gate
-  // begins at gate_up + token * stride and its up kDotRows behind.
+  // Step `step` of a tile of hidden values: silu(gate) * up of `width` tokens and `rows` <= kUpRows, where a token's gate
+  // begins at gate_up + token * stride and its up kUpRows behind.
   void (*hidden)(const float* gate_up, int64_t stride, int64_t rows, int64_t width, int64_t step, char* to);
   // The same in fp32, to[token * to_stride + row].
   void (*hidden_f32)(const float* gate_up, int64_t stride, int64_t rows, int64_t width, float* to, int64_t to_stride);
-  // A row as int8: q = x / scale rounded half to even, scale = max |x| / 127 (1 where that is 0); their sum. A row with NaN or
-  // infinity has the scale NaN.
-  void (*quantize)(const void* x, Dtype dtype, int64_t n, int8_t* q, float* scale, int32_t* sum);
+  // A row of n numbers as integers, q[part][n] of int8, and the sum of each part: q = x / scale rounded half to even, scale =
+  // max |x| / 127, of two parts / (127 * 256) (1 where that is 0). A row with NaN or infinity has the scale NaN.
+  void (*quantize)(const void* x, Dtype dtype, int64_t n, Parts parts, int8_t* q, float* scale, int32_t sum[2]);
   // y[token * y_stride + row] = the sum of its parts, as bf16; clears the parts.
   void (*finish)(float* sums, int64_t rows, int64_t tokens, uint16_t* y, int64_t y_stride);
 };

@@ -32,8 +32,9 @@ Isa best() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
       !__builtin_cpu_supports("avx512dq"))
     return Isa::avx2;
-  // Whatever multiplies bf16 has the dot products of bytes as well.
-  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
+  // Whatever multiplies bf16 has the dot products of bytes and, but for one generation of Xeons, lookups of bytes as well.
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi"))
+    return Isa::avx512;
   // GCC 12 knows no name for AMX here: CPUID 7.0, EDX bits 22 (AMX-BF16) and 24 (AMX-TILE).
   unsigned a = 7, b, c = 0, d;
   asm("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));

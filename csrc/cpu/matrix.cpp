@@ -7,8 +7,9 @@ namespace {
 
 template <class Value>
 void scaled(const Matrix& matrix, int64_t r, int64_t begin, int64_t end, float* to, const Value& value) {
+  const int64_t scales = matrix.scales_of(r), per_group = matrix.weight.format == Format::int8 ? 0 : 1;
   for (int64_t k = begin; k < end;) {
-    const float scale = matrix.scale(r, k / kScaleGroup);
+    const float scale = matrix.scale_at(scales + k / kScaleGroup * per_group);
     for (const int64_t stop = std::min(end, (k / kScaleGroup + 1) * kScaleGroup); k < stop; ++k) *to++ = value(k) * scale;
   }
 }

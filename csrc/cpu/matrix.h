@@ -26,12 +26,16 @@ struct Matrix {
 
   // The scale of row r for the inputs of `group`.
   float scale(int64_t r, int64_t group) const {
-    int64_t at = r;
-    if (weight.format == Format::int4) at = r * groups() + group;
-    if (weight.format == Format::fp8) {
-      const int64_t half = rows / halves, blocks = (half + kScaleGroup - 1) / kScaleGroup;
-      at = (r / half * blocks + r % half / kScaleGroup) * groups() + group;
-    }
+    return scale_at(scales_of(r) + (weight.format == Format::int8 ? 0 : group));
+  }
+  // Where the scales of row r begin: dividing is slow, so loops over groups do it once.
+  int64_t scales_of(int64_t r) const {
+    if (weight.format == Format::int8) return r;
+    if (weight.format == Format::int4) return r * groups();
+    const int64_t half = rows / halves, blocks = (half + kScaleGroup - 1) / kScaleGroup;
+    return (r / half * blocks + r % half / kScaleGroup) * groups();
+  }
+  float scale_at(int64_t at) const {
     if (!weight.scale_bf16) return static_cast<const float*>(weight.scale)[at];
     const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(weight.scale)[at]) << 16;
     float value;
