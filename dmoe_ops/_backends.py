@@ -104,10 +104,7 @@ class Triton:
 
     @staticmethod
     def moe_experts_backward(d_y, x, weights: ExpertWeights, *args) -> None:
-        if not weights.quantized:
-            _triton_backend().moe_experts_backward(d_y, x, weights, *args)
-        else:
-            reference.moe_experts_backward(d_y, x, weights, *args)
+        _triton_backend().moe_experts_backward(d_y, x, weights, *args)
 
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights: ExpertWeights, *args) -> None:

@@ -85,6 +85,12 @@ def test_gradient(resources, chip, dtype):
     check([row for row in rows if row["kernel"] in GRADIENT])
 
 
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_120", "gfx942"])
+def test_gradient_of_quantised_weights(resources, chip):
+    rows = resources("--target", chip, "--ops", "--weights", "fp8", "int8", "int4", "--tokens", 2048)
+    check([row for row in rows if row["kernel"] in GRADIENT])
+
+
 def test_other_routings(resources):
     """Softmax, no groups, a block of 256 tokens; 512 experts and 32 of them per token; float32."""
     check(resources("--target", "sm_90", "--model", "llada_moe", "gemma", "--tokens", 256))

@@ -170,3 +170,37 @@ def test_int8_activations_are_left_to_the_reference():
     y = moe_experts(**on_device(inputs), **on_device(quant), activations="int8")
     want = reference.moe_experts(**inputs, **quant, activations="int8")
     torch.testing.assert_close(y.cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+# ---- gradients ----
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    "hidden, inter, dtype", [(140, 70, torch.float32), (30, 22, torch.float32), (270, 140, torch.bfloat16)]
+)
+def test_gradients_are_those_of_the_dequantised_weights(kind, hidden, inter, dtype):
+    """Of x and of the routing weights; ids of -1, an expert named twice, and one whose scales are NaN but that is unused."""
+    quant, inputs = layer(kind, hidden, inter), routed(9, hidden, dtype=dtype)
+    inputs["topk_ids"][inputs["topk_ids"] == 2] = -1
+    inputs["topk_ids"][1] = 3
+    quant["w13_scale"][2] = quant["w2_scale"][2] = float("nan")
+    plain = dict(zip(("w13", "w2"), wide(quant, torch.float32)))
+    grads = []
+    for function, move, either in ((moe_experts, on_device, quant), (reference.moe_experts, dict, plain)):
+        d_y = torch.randn(9, hidden, generator=torch.Generator().manual_seed(4)).to(dtype)
+        leaves = move(inputs if function is moe_experts else {**inputs, "x": inputs["x"].float()})
+        for name in ("x", "topk_weights"):
+            leaves[name] = leaves[name].clone().requires_grad_()
+        y = function(**leaves, **move(either))
+        y.backward(d_y.to(y))
+        grads.append([leaves[name].grad.cpu().double() for name in ("x", "topk_weights")])
+    for mine, want in zip(*grads):
+        assert (mine - want).norm() <= (8e-3 if dtype == torch.bfloat16 else 1e-6) * want.norm()
+
+
+def test_a_gradient_launches_no_kernel_of_the_reference(monkeypatch):
+    monkeypatch.setattr(reference, "moe_experts_backward", None)
+    quant, inputs = layer("int4"), routed(4, 30)
+    inputs["x"].requires_grad_()
+    moe_experts(**on_device(inputs), **on_device(quant)).sum().backward()

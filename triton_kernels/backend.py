@@ -79,17 +79,17 @@ class Triton:
 
     @staticmethod
     def moe_experts_backward(d_y, x, weights: ExpertWeights, topk_ids, topk_weights, out) -> None:
-        w13, w2 = weights[:2]
         n_tokens, top_k = topk_ids.shape
-        n_experts = w13.shape[0]
+        n_experts = weights.w13.shape[0]
         tile = min(gradient.most_positions(x.dtype), tile_tokens(n_tokens, top_k, n_experts))
         words = -(-n_tokens // schedule.MAX_WORD)
         with _on(x.device):
             plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, 0, tile, x.device)
             schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, None)
             schedule.order_all(topk_ids, n_experts, plan, has_pdl(x.device))
-            buffers = gradient.gradient_buffers(x, w2, n_tokens * top_k)
-            gradient.experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, plan, buffers, out)
+            weights = stored(weights, has_fp8(x.device))
+            buffers = gradient.gradient_buffers(x, weights.intermediate, n_tokens * top_k)
+            gradient.experts_gradient(d_y, x, weights, topk_ids, topk_weights, plan, buffers, out)
 
     @staticmethod
     def block_moe(

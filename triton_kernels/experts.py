@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .products import multiply, rounded
 from .schedule import block_range, load_tile
-from .weights import load_numbers, load_scales, product, scale_rows, scales_per_half, stored_columns
+from .weights import load_numbers, load_scales, of_expert, product, scale_rows, scales_per_half, stored_columns
 
 HALF_GROUP = tl.constexpr(8)  # rows of gate and of up alternate in groups: both halves of a product sit in one thread
 
@@ -48,9 +48,7 @@ def up_product(
     r = tl.arange(0, 2 * BLOCK_I)
     i = first_row + r // (2 * HALF_GROUP) * HALF_GROUP + r % HALF_GROUP
     half = r // HALF_GROUP % 2
-    w13_ptr += expert * (2 * I * stored_columns(H, FORMAT))
-    if FORMAT != "plain":
-        scale_ptr += expert * (2 * scales_per_half(I, H, FORMAT))
+    w13_ptr, scale_ptr = of_expert(w13_ptr, scale_ptr, expert, 2, I, H, FORMAT)
     MASKED: tl.constexpr = I % BLOCK_I != 0 or H % BLOCK_H != 0
     acc = product(w13_ptr, scale_ptr, half, i, i < I, x_cols, token_mask, I, H, BLOCK_H, STAGES, MASKED, FORMAT)
     halves = tl.reshape(acc, [BLOCK_I // HALF_GROUP, 2, HALF_GROUP, token_mask.shape[0]])
@@ -415,9 +413,7 @@ def down_rows(
     FORMAT: tl.constexpr,
 ):
     """One tile of W2 @ h into the rows `position` of out_ptr [., H]; then y of the tokens whose last row this was."""
-    w2_ptr += expert * (H * stored_columns(I, FORMAT))
-    if FORMAT != "plain":
-        scale_ptr += expert * scales_per_half(H, I, FORMAT)
+    w2_ptr, scale_ptr = of_expert(w2_ptr, scale_ptr, expert, 1, H, I, FORMAT)
     h_cols = h_ptr + position.to(tl.int64)[None, :] * I
     MASKED: tl.constexpr = H % BLOCK_H != 0 or I % BLOCK_I != 0
     acc = product(w2_ptr, scale_ptr, 0, hidden, hidden < H, h_cols, there, H, I, BLOCK_I, STAGES, MASKED, FORMAT)

@@ -5,7 +5,8 @@ of the hidden values beside them; `token_gradient_kernel` takes that back to one
 `combine_gradient_kernel` adds up the rows of a token, and the parts of the routing weights' gradient;
 `weight_gradient_kernel` sums the outer products of an expert's positions, once for w13 and once for w2.
 
-What is written between two of them has the dtype of x; every sum is float32.
+What is written between two of them has the dtype of x; every sum is float32. Quantised weights are widened tile by tile, and
+rounded to the dtype of x.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton.language as tl
 from .experts import load_slots
 from .products import multiply, rounded
 from .schedule import load_tile, popcount
+from .weights import dequantised, of_expert
 
 # Hidden values per program of `hidden_gradient_kernel`, each of which leaves a part of the weights' gradient. Not measured.
 HIDDEN_TILE = 32
@@ -27,7 +29,9 @@ def hidden_gradient_kernel(
     d_y_ptr,
     x_ptr,
     w13_ptr,
+    w13_scale_ptr,
     w2_ptr,
+    w2_scale_ptr,
     ids_ptr,
     weights_ptr,
     token_at_ptr,
@@ -44,6 +48,7 @@ def hidden_gradient_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Per position: hidden [., I], silu(gate) * up times the routing weight, for the gradient of w2; d_gate_up [., 2I]; and
     d_weight [., I tiles], the parts of the routing weight's gradient. Programs [tiles * I tiles]."""
@@ -54,9 +59,9 @@ def hidden_gradient_kernel(
         ids, weights = load_slots(token, there, ids_ptr, weights_ptr, K, KP)
         i_tile = program % TILES
         i = i_tile * BLOCK_I + tl.arange(0, BLOCK_I)
-        columns = token.to(tl.int64)[None, :] * H
-        gate_rows = w13_ptr + expert.to(tl.int64) * (2 * I * H) + i.to(tl.int64)[:, None] * H
-        w2_rows = w2_ptr + expert.to(tl.int64) * (H * I) + i[:, None]
+        x_columns = token.to(tl.int64)[None, :] * H
+        w13, w13_scale = of_expert(w13_ptr, w13_scale_ptr, expert.to(tl.int64), 2, I, H, FORMAT)
+        w2, w2_scale = of_expert(w2_ptr, w2_scale_ptr, expert.to(tl.int64), 1, H, I, FORMAT)
         k = tl.arange(0, BLOCK_H)
         gate = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
         up = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
@@ -65,12 +70,15 @@ def hidden_gradient_kernel(
             h = h0 + k
             w_mask = (i < I)[:, None] & (h < H)[None, :]
             x_mask = there[None, :] & (h < H)[:, None]
-            x = tl.load(x_ptr + columns + h[:, None], mask=x_mask, other=0.0)
-            d_y = tl.load(d_y_ptr + columns + h[:, None], mask=x_mask, other=0.0)
-            gate = multiply(tl.load(gate_rows + h[None, :], mask=w_mask, other=0.0), x, gate)
-            up = multiply(tl.load(gate_rows + I * H + h[None, :], mask=w_mask, other=0.0), x, up)
-            w2 = tl.load(w2_rows + h.to(tl.int64)[None, :] * I, mask=w_mask, other=0.0)
-            d_hidden = multiply(w2, d_y, d_hidden)
+            x = tl.load(x_ptr + x_columns + h[:, None], mask=x_mask, other=0.0)
+            d_y = tl.load(d_y_ptr + x_columns + h[:, None], mask=x_mask, other=0.0)
+            rows, columns = i[:, None], h[None, :]
+            w = dequantised(w13, w13_scale, 0, rows, columns, w_mask, I, H, FORMAT, x.dtype)
+            gate = multiply(w, x, gate)
+            w = dequantised(w13, w13_scale, 1, rows, columns, w_mask, I, H, FORMAT, x.dtype)
+            up = multiply(w, x, up)
+            w = dequantised(w2, w2_scale, 0, columns, rows, w_mask, H, I, FORMAT, x.dtype)  # transposed
+            d_hidden = multiply(w, d_y, d_hidden)
 
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         silu = gate * sigmoid
@@ -93,6 +101,7 @@ def hidden_gradient_kernel(
 def token_gradient_kernel(
     d_gate_up_ptr,
     w13_ptr,
+    w13_scale_ptr,
     token_at_ptr,
     tiles_ptr,
     n_tiles_ptr,
@@ -103,6 +112,7 @@ def token_gradient_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """rows [., H]: what each position adds to d_x. Programs [tiles * H tiles]."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -110,15 +120,18 @@ def token_gradient_kernel(
     if program < tl.load(n_tiles_ptr) * TILES:
         expert, position, there, _ = load_tile(program // TILES, tiles_ptr, token_at_ptr, BLOCK_N)
         h = program % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
-        w_columns = w13_ptr + expert.to(tl.int64) * (2 * I * H) + h[:, None]
+        w13, w13_scale = of_expert(w13_ptr, w13_scale_ptr, expert.to(tl.int64), 2, I, H, FORMAT)
         d_columns = d_gate_up_ptr + position.to(tl.int64)[None, :] * (2 * I)
         k = tl.arange(0, BLOCK_I)
         acc = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
         for i0 in tl.range(0, 2 * I, BLOCK_I, num_stages=STAGES):
             i = i0 + k
             w_mask = (h < H)[:, None] & (i < 2 * I)[None, :]
-            w = tl.load(w_columns + i.to(tl.int64)[None, :] * H, mask=w_mask, other=0.0)
             d = tl.load(d_columns + i[:, None], mask=there[None, :] & (i < 2 * I)[:, None], other=0.0)
+            half = i // I
+            w = dequantised(
+                w13, w13_scale, half[None, :], (i - half * I)[None, :], h[:, None], w_mask, I, H, FORMAT, d.dtype
+            )
             acc = multiply(w, d, acc)
         at = position.to(tl.int64)[None, :] * H + h[:, None]
         tl.store(rows_ptr + at, rounded(acc, rows_ptr.dtype.element_ty), mask=there[None, :] & (h < H)[:, None])
@@ -214,21 +227,22 @@ def most_positions(dtype: torch.dtype) -> int:
     return 64 if dtype.itemsize <= 2 else 32
 
 
-def gradient_buffers(x, w2, slots: int) -> tuple[torch.Tensor, ...]:
+def gradient_buffers(x, intermediate: int, slots: int) -> tuple[torch.Tensor, ...]:
     """Scratch of `experts_gradient`: hidden values, gradients of gate and up, of the tokens, and of the weights in parts."""
-    _, hidden, intermediate = w2.shape
+    hidden = x.shape[1]
     rows = (x.new_empty(slots, n) for n in (intermediate, 2 * intermediate, hidden))
     return *rows, x.new_empty((slots, triton.cdiv(intermediate, HIDDEN_TILE)), dtype=torch.float32)
 
 
-def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, buffers, out) -> None:
+def experts_gradient(d_y, x, weights, topk_ids, topk_weights, schedule, buffers, out) -> None:
     """Fills out = (d_x, d_w13, d_w2, d_topk_weights); d_w13 and d_w2 may both be None.
 
-    schedule: a `schedule.Gathered` of topk_ids, in tiles of at most `most_positions`; buffers: `gradient_buffers`.
+    weights: `weights.Stored`, without a shared expert; schedule: a `schedule.Gathered` of topk_ids, in tiles of at most
+    `most_positions`; buffers: `gradient_buffers`.
     """
     d_x, d_w13, d_w2, d_topk_weights = out
     n_tokens, top_k = topk_ids.shape
-    n_experts, hidden, intermediate = w2.shape
+    hidden, intermediate, form = x.shape[1], weights.intermediate, weights.formats["FORMAT"]
     tile = schedule.tile
     # Tiles not measured; chosen from the resource report (python tools/triton_resources.py --ops). float32 is there for
     # checks, and runs without matrix units: shallow tiles.
@@ -240,8 +254,8 @@ def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, buffers,
     hidden_gradient_kernel[(most * i_tiles,)](
         d_y,
         x,
-        w13,
-        w2,
+        *weights.up[:2],
+        *weights.down[:2],
         topk_ids,
         topk_weights,
         schedule.token_at,
@@ -258,11 +272,12 @@ def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, buffers,
         BLOCK_I=HIDDEN_TILE,
         BLOCK_H=depth,
         STAGES=2,
+        FORMAT=form,
         num_warps=4,
     )
     token_gradient_kernel[(most * triton.cdiv(hidden, 64),)](
         d_gate_up,
-        w13,
+        *weights.up[:2],
         schedule.token_at,
         schedule.tiles,
         schedule.n_tiles,
@@ -273,6 +288,7 @@ def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, buffers,
         BLOCK_H=64,
         BLOCK_I=depth,
         STAGES=3,
+        FORMAT=form,
         num_warps=4,
     )
     combine_gradient_kernel[(n_tokens,)](
@@ -292,7 +308,7 @@ def experts_gradient(d_y, x, w13, w2, topk_ids, topk_weights, schedule, buffers,
     if d_w13 is None:
         return
     for left, right, by_token, grad in ((d_gate_up, x, False, d_w13), (d_y, kept, True, d_w2)):
-        m, n = grad.shape[1:]
+        n_experts, m, n = grad.shape
         weight_gradient_kernel[(triton.cdiv(m, side) * triton.cdiv(n, side), n_experts)](
             left,
             right,

@@ -90,6 +90,23 @@ def scaled_by_group(form):
 
 
 @triton.jit
+def of_expert(
+    w_ptr,
+    scale_ptr,
+    expert,
+    HALVES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Where the weight [HALVES * ROWS, COLUMNS] of one expert begins, and its scales."""
+    w_ptr += expert * (HALVES * ROWS * stored_columns(COLUMNS, FORMAT))
+    if FORMAT != "plain":
+        scale_ptr += expert * (HALVES * scales_per_half(ROWS, COLUMNS, FORMAT))
+    return w_ptr, scale_ptr
+
+
+@triton.jit
 def from_e4m3(byte):
     """float32 of float8_e4m3fn, by its bits: the exponent is moved to where float32 has its own, 120 steps too low."""
     bits = (byte.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
