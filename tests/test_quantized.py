@@ -169,7 +169,7 @@ def unquantized(arguments, dtype=torch.float64):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("shared", [None, "plain", "quantized"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_layer_is_that_of_the_dequantised_weights(form, shared, dtype):
     arguments = layer_arguments(form, shared, dtype)
     y, result, _ = block_moe(**arguments)
