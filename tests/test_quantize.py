@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe_ops import reference
-from dmoe_ops.formats import QUANTIZED, ExpertWeights, scale_shape
+from dmoe_ops.formats import QUANTIZED, ExpertWeights, empty, scale_shape
 from dmoe_ops.quantize import quantize
 
 FORMATS = ["fp8", "int8", "int4"]
@@ -116,6 +116,9 @@ def test_a_weight_has_one_part_and_a_layer_is_quantised_by_its_dtype():
         2,
         3,
     ]
+    assert [list(part.shape) for part in empty(torch.ones(100, 300), "fp8")] == [[100, 300], [1, 3]]
+    with pytest.raises(ValueError, match="weight must have an even number of columns for int4"):
+        empty(torch.ones(2, 5), "int4")
     assert not ExpertWeights(torch.ones(1, 2, 2), torch.ones(1, 2, 1)).quantized
     assert all(ExpertWeights(torch.ones(1, 2, 2).to(dtype), None).quantized for dtype in QUANTIZED)
 

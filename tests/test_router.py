@@ -454,16 +454,17 @@ def test_strides_and_layouts_do_not_matter():
     equal(packed, block_route(flat, bias[:24], routing=routing, block_offsets=offsets.contiguous()))
 
 
+@pytest.mark.parametrize("route", [block_route, reference.block_route])
 @pytest.mark.parametrize("aggregate, select", SELECTIONS)
-def test_whatever_torch_makes_tensors_on_by_default_the_inputs_say(aggregate, select):
+def test_whatever_torch_makes_tensors_on_by_default_the_inputs_say(aggregate, select, route):
     settings = dict(num_experts=6, top_k=3, block_size=4, topk_group=2, min_experts=2, capacity=4, union_k=2)
     logits, bias = fill(np.random.default_rng(3), [2, 9, 6], None), torch.linspace(-0.1, 0.1, 6)
     for n_group in (2, 6):
         routing = BlockRouting(aggregate=aggregate, select=select, n_group=n_group, **settings)
         for offsets in (None, torch.tensor([0, 3, 7, 11, 15, 18], dtype=torch.int32)):
-            wanted = block_route(logits, bias, routing=routing, block_offsets=offsets)
+            wanted = route(logits, bias, routing=routing, block_offsets=offsets)
             with torch.device("meta"):
-                equal(block_route(logits, bias, routing=routing, block_offsets=offsets), wanted)
+                equal(route(logits, bias, routing=routing, block_offsets=offsets), wanted)
 
 
 def test_the_inputs_are_left_as_they_were():
