@@ -101,7 +101,9 @@ def of_expert(
 ):
     """Where the weight [HALVES * ROWS, COLUMNS] of one expert begins, and its scales."""
     w_ptr += expert * (HALVES * ROWS * stored_columns(COLUMNS, FORMAT))
-    if FORMAT != "plain":
+    if FORMAT == "plain":
+        scale_ptr = w_ptr  # there are none, and a function returns no None
+    else:
         scale_ptr += expert * (HALVES * scales_per_half(ROWS, COLUMNS, FORMAT))
     return w_ptr, scale_ptr
 
