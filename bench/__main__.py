@@ -196,7 +196,7 @@ def run_op(args) -> int:
 
     def work() -> None:
         out["ceilings"] = roofline.measure_ceilings(args.device, dtype)._asdict()
-        sets = make_weights(args, model, forms, out) if forms else [[]]
+        sets = make_weights(args, model, forms, out, args.peers) if forms else [[]]
         measure.run(out, args.op, groups, sets, args.peers, args.seconds)
 
     code = finish(args, out, work, measure.print_rows)
@@ -344,10 +344,14 @@ def forms_of(args, model: cases.Model) -> list[str]:
     return forms
 
 
-def make_weights(args, model: cases.Model, forms: list[str], out: dict) -> list[list[cases.Weights]]:
-    """A set of layers for each form."""
+def make_weights(args, model: cases.Model, forms: list[str], out: dict, names=()) -> list[list[cases.Weights]]:
+    """A set of layers for each form; names: of peers, some of which make copies."""
     dtype, sizes = cases.DTYPES[args.dtype], {form: model.layer_bytes(cases.FORMS[form]) for form in forms}
-    count = args.layers or cases.layers_that_fit(model, sum(sizes.values()), cases.memory_budget(args.device))
+    copying = [
+        peer for peer in peers.PEERS.values() if peer.name in names and peer.copies and not peer.absent(args.device)
+    ]
+    held = sum(size * (1 + sum(peer.takes(form) for peer in copying)) for form, size in sizes.items())
+    count = args.layers or cases.layers_that_fit(model, held, cases.memory_budget(args.device))
     out["settings"]["weights"] = (
         f"{count} of the model's {model.moe_layers} layers take turns, "
         + ", ".join(f"{form} {count * size / 1e9:.1f} GB" for form, size in sizes.items())

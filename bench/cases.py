@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import reference
 from ..formats import FORMATS, scale_dtypes, scale_shape, stored_columns
 from ..quantize import LARGEST, pack
 from ..routing import BlockRouting
@@ -125,6 +126,17 @@ class Weights(NamedTuple):
         """The arguments of `moe_experts`."""
         names = ("w13", "w2", "w13_scale", "w2_scale", "activations")
         return {name: getattr(self, name) for name in names}
+
+    def values(self, dtype, experts: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """w13 and w2 of some experts, or of the shared one, dequantised."""
+        pair = []
+        for name, halves in (("w13", 2), ("w2", 1)):
+            name = name if experts is not None else f"shared_{name}"
+            weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
+            if experts is not None:
+                weight, scale = weight[experts], None if scale is None else scale[experts]
+            pair.append(reference.widen(weight, scale, halves).to(dtype))
+        return pair
 
 
 class Case(NamedTuple):

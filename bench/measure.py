@@ -118,9 +118,10 @@ def entries_of(
     for peer in (peers.ROUTE_PEERS if op == "route" else peers.PEERS).values():
         if peer.name not in names or (weights and not peer.takes(weights[0].form)):
             continue
-        why = peer.absent(device)
+        name, why = peer.name, peer.absent(device)
         if why is None:
-            print(f"preparing {peer.name} for {case.label}", file=sys.stderr)
+            name = contender(peer.name, weights[0].form if weights else None)
+            print(f"preparing {name} for {case.label}", file=sys.stderr)
             try:
                 functions = peer_calls(op, peer, case, route, weights, built)
                 entries.append(entry(peer.name, functions=functions, capturable=peer.capturable))
@@ -128,7 +129,7 @@ def entries_of(
                 first_line = (str(error).strip() or repr(error)).splitlines()[0]
                 why = f"failed at {case.label}: {type(error).__name__}: {first_line}"
         if why is not None:
-            out["absent"].setdefault(peer.name, why)
+            out["absent"].setdefault(name, why)
     return entries
 
 
@@ -178,9 +179,9 @@ def exact(op: str, case: Case, weights: Weights, route: RoutingResult, chunk: in
     y = torch.zeros_like(x)
     for some in used_experts(route).split(chunk):
         ids = renumbered(route, some, case.model.num_experts)
-        y += reference.moe_experts(x, *widened(weights, torch.float32, some), ids, route.topk_weights)
+        y += reference.moe_experts(x, *weights.values(torch.float32, some), ids, route.topk_weights)
     if op == "layer" and weights.shared_w13 is not None:
-        y += reference.mlp(x, *widened(weights, torch.float32))
+        y += reference.mlp(x, *weights.values(torch.float32))
     return y
 
 
@@ -189,25 +190,13 @@ def plain(op: str, case: Case, weights: Weights, route: RoutingResult) -> torch.
     if weights.activations is not None:
         return calls(op, reference, case, route, [weights])[0]()
     used = used_experts(route)
-    w13, w2 = widened(weights, case.x.dtype, used)
+    w13, w2 = weights.values(case.x.dtype, used)
     model = dataclasses.replace(case.model, num_experts=len(used))
     ids = renumbered(route, used, case.model.num_experts)
     y = peers.PEERS["eager"].build(model, weights._replace(w13=w13, w2=w2))(case.x, ids, route.topk_weights)
     if op == "layer" and weights.shared_w13 is not None:
-        y = y + reference.mlp(case.x, *widened(weights, case.x.dtype))
+        y = y + reference.mlp(case.x, *weights.values(case.x.dtype))
     return y
-
-
-def widened(weights: Weights, dtype, experts: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """w13 and w2 of some experts, or of the shared one, as values."""
-    pair = []
-    for name, halves in (("w13", 2), ("w2", 1)):
-        name = name if experts is not None else f"shared_{name}"
-        weight, scale = getattr(weights, name), getattr(weights, f"{name}_scale")
-        if experts is not None:
-            weight, scale = weight[experts], None if scale is None else scale[experts]
-        pair.append(reference.widen(weight, scale, halves).to(dtype))
-    return pair
 
 
 def used_experts(route: RoutingResult) -> torch.Tensor:

