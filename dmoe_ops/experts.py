@@ -46,17 +46,17 @@ def setup_context(ctx, inputs, output):
     x, w13, w2, topk_ids, topk_weights, *rest = inputs
     weights = of_op(w13, w2, *rest)
     _checks.differentiable(weights, x=x, topk_weights=topk_weights)
-    scales = weights.w13_scale, weights.w2_scale
-    ctx.save_for_backward(x, w13, w2, weights.local(topk_ids), topk_weights, *scales)
+    ctx.save_for_backward(x, w13, w2, topk_ids, topk_weights, weights.w13_scale, weights.w2_scale, weights.expert_map)
     ctx.n_inputs = len(inputs)
 
 
 @_library.once_differentiable
 def backward(ctx, d_y):
     needs_x, needs_w13, needs_w2, _, needs_topk_weights, *_ = ctx.needs_input_grad
-    *inputs, w13_scale, w2_scale = ctx.saved_tensors
+    x, w13, w2, topk_ids, topk_weights, *scales, expert_map = ctx.saved_tensors
+    rows = ExpertWeights(w13, w2, expert_map=expert_map).local(topk_ids)
     d_x, d_w13, d_w2, d_topk_weights = torch.ops.dmoe._moe_experts_backward(
-        d_y, *inputs, needs_w13 or needs_w2, w13_scale, w2_scale
+        d_y, x, w13, w2, rows, topk_weights, needs_w13 or needs_w2, *scales
     )
     return (
         d_x if needs_x else None,

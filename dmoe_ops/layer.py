@@ -111,21 +111,20 @@ def setup_context(ctx, inputs, output):
     ctx.n_inputs = len(inputs)
     _, topk_weights, topk_ids, coreset_ids, coreset_sizes, router_logits = output
     ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
-    ctx.save_for_backward(
-        x, gate_weight, topk_ids, weights.local(topk_ids), topk_weights.detach(), router_logits.detach(), *weights[:8]
-    )
+    tensors = weights._replace(quantize_activations=None)  # such weights have no gradient
+    ctx.save_for_backward(x, gate_weight, topk_ids, topk_weights.detach(), router_logits.detach(), *tensors)
 
 
 @_library.once_differentiable
 def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_router_logits):
-    x, gate_weight, topk_ids, local_ids, topk_weights, router_logits, *weights = ctx.saved_tensors
+    x, gate_weight, topk_ids, topk_weights, router_logits, *weights = ctx.saved_tensors
     weights = ExpertWeights(*weights)
     needs = dict(zip(("x", "gate_weight", "bias", "w13", "w2", "shared_w13", "shared_w2"), ctx.needs_input_grad))
     expert_gradient = torch.ops.dmoe._moe_experts_backward
 
     of_weights, scales = needs["w13"] or needs["w2"], (weights.w13_scale, weights.w2_scale)
     d_x, d_w13, d_w2, d_weights = expert_gradient(
-        d_y, x, weights.w13, weights.w2, local_ids, topk_weights, of_weights, *scales
+        d_y, x, weights.w13, weights.w2, weights.local(topk_ids), topk_weights, of_weights, *scales
     )
     d_logits = d_router_logits + router.weights_backward(
         d_weights + d_topk_weights, router_logits, topk_ids, ctx.routing

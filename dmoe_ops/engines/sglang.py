@@ -52,8 +52,7 @@ def llada2_block(asked: serving.Asked, counted: bool = False):
 
         def __init__(self, layer_id, config, quant_config=None, *args, **kwargs):
             try:
-                routing = routing_for(config, asked.policy, **asked.overrides)
-                left_alone = why_not(routing.block_size, quant_config)
+                routing, left_alone = routing_here(config, quant_config, asked), None
             except ValueError as error:
                 left_alone = str(error)
             if left_alone is None and getattr(config, "expert_capacity", None) is not None:
@@ -101,8 +100,9 @@ def leave(layer) -> None:
     pass
 
 
-def why_not(block_size: int, quant_config) -> str | None:
-    """Why a model has to keep SGLang's own routing, in an engine that was started like this one."""
+def routing_here(config, quant_config, asked: serving.Asked):
+    """The routing of a model in this engine; its blocks are the engine's unless a block size is asked for. Raises ValueError
+    that says why the model has to keep SGLang's own routing."""
     from sglang.srt.dllm.config import DllmConfig
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
     from sglang.srt.runtime_context import get_exec, get_parallel, get_server_args
@@ -110,20 +110,20 @@ def why_not(block_size: int, quant_config) -> str | None:
     args = get_server_args()
     dllm, runner, exchange = DllmConfig.from_server_args(args), get_moe_runner_backend(), get_moe_a2a_backend()
     if dllm is None:
-        return "it needs --dllm-algorithm: in other batches nothing tells where a block begins"
-    if dllm.block_size % block_size:
-        return f"the engine's blocks of {dllm.block_size} tokens are no multiple of block_size={block_size}"
-    if quant_config is not None:
-        return f"quantised weights ({quant_config.get_name()}) are not served"
-    if args.device not in ("cpu", "cuda"):
-        return f"devices of kind {args.device} are not served"
-    if not (runner.is_auto() or runner.is_triton()):
-        return f"--moe-runner-backend must be auto or triton, got {runner.value}"
-    if not exchange.is_none():
-        return f"--moe-a2a-backend must be none, got {exchange.value}"
-    if get_exec().moe.enable_eplb:
-        return "--enable-eplb moves experts at run time, which is not served"
-    return "data-parallel attention is not served" if get_parallel().attn_dp_size > 1 else None
+        raise ValueError("it needs --dllm-algorithm: in other batches nothing tells where a block begins")
+    routing = routing_for(config, asked.policy, **{"block_size": dllm.block_size} | asked.overrides)
+    for refused, why in (
+        (dllm.block_size % routing.block_size, f"block_size must divide the engine's {dllm.block_size} tokens"),
+        (quant_config is not None, "quantised weights are not served"),
+        (args.device not in ("cpu", "cuda"), f"--device must be cpu or cuda, got {args.device}"),
+        (not (runner.is_auto() or runner.is_triton()), "--moe-runner-backend must be auto or triton"),
+        (not exchange.is_none(), "--moe-a2a-backend must be none"),
+        (get_exec().moe.enable_eplb, "--enable-eplb moves experts while the engine runs, which is not served"),
+        (get_parallel().attn_dp_size > 1, "data-parallel attention is not served"),
+    ):
+        if refused:
+            raise ValueError(why)
+    return routing
 
 
 def blocks_of(model) -> list:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+watching = False  # calls that `watch` makes are not recorded
+
 
 class Missing(types.ModuleType):
     """A module that can be imported from; what it gives raises when it is called."""
@@ -65,7 +67,7 @@ def record(folder: Path, calls: int = 12) -> None:
 
     def recording(*args, **kwargs):
         result = block_moe(*args, **kwargs)
-        if len(args[0]) and len(done) < calls:
+        if len(args[0]) and len(done) < calls and not watching:
             done.append(None)
             rank = torch.distributed.get_rank()
             plain = [
@@ -91,17 +93,19 @@ def watch(folder: Path) -> None:
                 self.names.append(str(op))
                 return op(*args, **(kwargs or {}))
 
-        seen = []
+        global watching
+        watching, seen = True, []
         for block in (module for module in runner.model.modules() if getattr(module, "block_routed", False)):
             x = torch.randn(64, block.hidden_size, dtype=block.experts.w13_weight.dtype)
             for _ in range(2):
-                with Log() as log:
+                with torch.no_grad(), Log() as log:
                     log.names = []
                     y = block._forward_router_experts(x)
                 seen.append(log.names)
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 fake = block._forward_router_experts(mode.from_tensor(x))
             assert (fake.shape, fake.dtype) == (y.shape, y.dtype)
+        watching = False
         (folder / f"ops-{torch.distributed.get_rank()}.json").write_text(json.dumps(seen))
 
     HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.initialize", after, HookType.AFTER)
