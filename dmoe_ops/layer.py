@@ -220,7 +220,6 @@ class BlockMoE(nn.Module):
         parts = (self.w13, self.w2, self.w13_scale, self.w2_scale)
         return sum(part[0].nbytes for part in parts if part is not None)
 
-    @torch.no_grad()
     def quantize(self, form: str, *, shared: bool = False) -> BlockMoE:
         """Puts w13 and w2, and with `shared` the shared expert's weights, into a format of `dmoe_ops.formats`: "fp8", "int8"
         or "int4". They become buffers, which have no gradients, and the float weights are let go one after the other.

@@ -834,6 +834,15 @@ def test_sampling_filters():
     assert torch.equal(sample(many, top_p=1.0)[1], sample(many)[1])
 
 
+def test_of_equal_probabilities_the_lower_tokens_and_positions_come_first():
+    """Beyond 16 equal numbers torch's sort keeps their order only where it is asked to."""
+    confidence = choose(torch.full((2, 40), 0.5), torch.ones(2, 40, dtype=torch.bool), 0.9, 10)
+    assert confidence.nonzero()[:, 1].tolist() == 2 * list(range(10))
+    generator = torch.Generator().manual_seed(0)
+    tokens, probability = sample(torch.zeros(1000, 64), temperature=1.0, top_p=0.25, generator=generator)
+    assert set(tokens.tolist()) == set(range(17)) and torch.allclose(probability, torch.tensor(1 / 17))
+
+
 def test_choosing_what_to_unmask():
     confidence = torch.tensor([0.9, 0.2, 0.7, 0.7, 0.99])
     active = torch.tensor([True, True, True, True, False])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dmoe_ops import reference
+from dmoe_ops import BlockMoE, BlockRouting, reference
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
 from dmoe_ops.models.quantized import Matrix
 from dmoe_ops.quantize import quantize
@@ -511,11 +511,19 @@ def test_the_rest_of_a_quantised_model_trains():
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+def test_a_layer_of_one_expert_is_as_large_as_that():
+    layer = BlockMoE(8, 4, BlockRouting(num_experts=1, top_k=1, n_group=1, topk_group=1), dtype=torch.bfloat16)
+    assert layer.bytes_per_expert == 2 * 3 * 8 * 4
+    assert layer.quantize("int8") is layer and layer.bytes_per_expert == 3 * 8 * 4 + 4 * (2 * 4 + 8)
+    assert layer.widen_scales() is layer
+
+
 def test_what_quantising_refuses():
     layer = build().moe_layers[0]
     for form, says in (("int3", "format must be one of fp8, int8, int4, got 'int3'"), (None, "format must be one of")):
-        with pytest.raises(ValueError, match=says):
-            layer.quantize(form)
+        for device in ("cpu", "meta"):
+            with pytest.raises(ValueError, match=says):
+                copy.deepcopy(layer).to(device).quantize(form)
     layer.quantize("int8")
     with pytest.raises(ValueError, match=r"w13 must be float to be quantised, got torch\.int8"):
         layer.quantize("int4")

@@ -348,6 +348,13 @@ def test_groups_of_one_expert_are_kept_by_their_order(oracle):
     assert check_against_oracle(Case(logits, None, routing, None), oracle).topk_ids.tolist() == [[1, 0, 2, 3]]
 
 
+def test_of_many_groups_alike_the_lowest_are_kept():
+    """Beyond 16 equal numbers torch's sort keeps their order only where it is asked to."""
+    routing = BlockRouting(num_experts=80, top_k=6, block_size=4, n_group=40, topk_group=3, select="all")
+    for route in (block_route, reference.block_route):
+        assert route(torch.zeros(2, 80), routing=routing).topk_ids.tolist() == 2 * [[0, 1, 2, 3, 4, 5]]
+
+
 def test_token_policy_is_the_plain_grouped_top_k_of_torch():
     logits = torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
     bias = torch.randn(256, generator=torch.Generator().manual_seed(2)) * 0.1

@@ -226,8 +226,6 @@ HAND = {
 }
 
 # By module: a part of a survivor's name, as tools/mutate.py gives it, and why no test can tell it from the original.
-DEVICE = "the tests have no device but the CPU, where tensors are made anyway"
-STABLE = "on the CPU torch sorts stably either way; elsewhere the order of equal values would be arbitrary"
 EQUIVALENT: dict[str, dict[str, str]] = {
     "dmoe_ops/router.py": {
         "if logits.shape[0]: | 0 -> 1": "spares a GPU empty launches; the CPU's backends take no rows too",
@@ -250,22 +248,16 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "3 * (experts,)": "zip ends with the three projections",
         "return False | return False -> return": "None is as false",
         "dict(gate_proj=[intermediate, hidden], up_proj": "the sizes are those of gate_proj",
-        "setattr(owner, name, own) | ": DEVICE,
+        "setattr(owner, name, own) | ": "for a weight that moves between kinds of devices; the tests have the CPU alone",
+        "recurse=True): | True -> False": "a layer has no modules in it",
         "device='me": "the result is the same; memory peaks higher",
     },
     "dmoe_ops/models/decoding.py": {
         "-> torch.zeros(layers, blocks, self.num_experts + 1, device": (
             "ones and zeros sum up to the same counts in float32"
         ),
-        "blocks, self.num_experts + 1, dtype=torch.bool)": DEVICE,
-        "device=self.device) -> torch.arange(": DEVICE,
-        "device=input_ids.device) -> torch.arange(input_ids.shape[1])": DEVICE,
         "begin:end -> :end": "no mask is left in the blocks before the current one",
         "top_k < logits.shape[1] -> top_k <= logits.shape[1]": "the k most probable of k tokens are all of them",
-        "logits.sort(descending=True, stable=True) -> logits.sort(descending=True)": STABLE,
-        "ordered, order = logits.sort(descending=True, stable=True) | True -> False (2)": STABLE,
-        "confidence.sort(descending=True, stable=True) -> confidence.sort(descending=True)": STABLE,
-        ".indices[..., :share] | True -> False (2)": STABLE,
         ">= share -> sure.sum(-1, keepdim=True) > share": "sure tokens are the most confident ones",
         "for router, _ in routed]).any() | -1 -> 1": "the largest of all are looked at, along whichever dimension",
         "for router, _ in routed]).any() | 1 -> 2": "the largest of all are looked at, along whichever dimension",
@@ -274,20 +266,14 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "prompts = input_ids.masked_fill(padding, 0) | 0 -> 1": "any token will do: padding is not looked at",
     },
     "dmoe_ops/models/checkpoint.py": {
-        'groups[self.file_of[name], ".".join(name.split(".")[:3])]': "decides only how long a file stays mapped",
+        "].append(name) | '.' -> '.X'": "joins a key that is looked at nowhere",
         "encoding='utf-8') -> (folder": "JSON is written in ASCII",
     },
     "dmoe_ops/reference.py": {
-        "device=logits.device) -> torch.arange(num_experts)": DEVICE,
-        "device=device) -> torch.arange(tokens)": DEVICE,
-        "device=score.device) -> torch.zeros(": DEVICE,
-        "device=value.device) -> torch.": DEVICE,
-        "device=candidates.device) -> torch.full(": DEVICE,
         "torch.tensor(routing.top_p, dtype=value.dtype, device=value.device) -> torch.tensor(routing.top_p, device": (
             "float32 is torch's default, and one number takes the dtype of what it is compared with"
         ),
-        "order = topk_ids.flatten().argsort(stable=True) |": "any order within an expert gives the same sum",
-        ":num_experts + 1 -> num": "an id above the experts is no valid one",
+        "order = topk_ids.flatten().argsort(stable=True) |": "any order within an expert adds up the same numbers",
         "zip(ends, counts[1:])) if count ->  for": "an expert without tokens multiplies empty matrices",
         "group_score = torch.full(grouped.shape[:2], -torch.inf, device=candidates.device) | -torch": (
             "groups of one expert all rank alike, whatever the number"
