@@ -16,8 +16,7 @@ namespace {
 constexpr int64_t kMostTile = 16;
 constexpr int64_t kUpTokens = 96;       // of a task of up: with the weights of its rows, their activations stay in L2
 constexpr int64_t kChunkTokens = 512;   // of a task of down: its sums stay in L2
-constexpr int64_t kDownRows = 64;       // of a task of down at most
-constexpr int64_t kSumsBytes = 1 << 18;  // of a task of down
+constexpr int64_t kDownRows = 64;       // of a task of down
 
 // The slots of every group cut into tiles that do not cross a chunk of tokens.
 struct Tiles {
@@ -244,27 +243,25 @@ void down_projection(const Call& call) {
   const Experts& a = call.a;
   const Slots& slots = call.slots;
   const Tiles& tiles = call.tiles;
-  const int64_t fit = kSumsBytes / (tiles.chunk * call.kernels.lanes * 4) / 8 * 8;
-  const int64_t rows = std::clamp<int64_t>(fit, 8, kDownRows), row_tasks = ceil_div(a.hidden, rows);
+  const int64_t row_tasks = ceil_div(a.hidden, kDownRows);
   std::vector<int32_t> token(slots.token.size());  // within its chunk
   for (size_t slot = 0; slot < token.size(); ++slot) token[slot] = slots.token[slot] % tiles.chunk;
   int64_t cost = 0;
-  for (const Group& group : slots.groups) cost += group.count * group.intermediate * rows;
+  for (const Group& group : slots.groups) cost += group.count * group.intermediate * kDownRows;
 
   struct Worker {
     const Call& call;
     const Experts& a;
     const Tiles& tiles;
     const std::vector<int32_t>& token;
-    int64_t rows, row_tasks;
-    std::vector<float> sums = std::vector<float>(rows * tiles.chunk * call.kernels.lanes, 0.f);
+    int64_t row_tasks;
+    std::vector<float> sums = std::vector<float>(tiles.chunk * kDownRows, 0.f);
     int64_t depth = std::max(a.intermediate, a.shared_intermediate);
     Buffer<char> panel = uninitialized<char>(kPanelRows * panel_stride(depth));
     Buffer<char> tables = uninitialized<char>(table_bytes(depth));
 
-    int64_t tokens(int64_t task) const { return std::min(tiles.chunk, a.tokens - task / row_tasks * tiles.chunk); }
     void plan(int64_t task, std::vector<DotBlock>& blocks) {
-      const int64_t row = task % row_tasks * rows, chunk = task / row_tasks;
+      const int64_t row = task % row_tasks * kDownRows, chunk = task / row_tasks;
       for (size_t g = 0; g < call.slots.groups.size(); ++g) {
         const Group& group = call.slots.groups[g];
         const int64_t first = tiles.first[g * tiles.chunks + chunk], end = tiles.first[g * tiles.chunks + chunk + 1];
@@ -272,7 +269,7 @@ void down_projection(const Call& call) {
         DotBlock block{};
         block.matrix = &group.w2;
         block.row = row;
-        block.rows = std::min(rows, a.hidden - row);
+        block.rows = std::min(kDownRows, a.hidden - row);
         block.parts = call.parts(group.begin);
         block.tiles = tiles.begin.data() + first;
         block.n_tiles = end - first;
@@ -281,8 +278,8 @@ void down_projection(const Call& call) {
         block.x_sum = call.h_rounding.sum.data();
         block.panel = panel.get();
         block.tables = tables.get();
-        block.sums = sums.data();
-        block.tokens = tokens(task);
+        block.out = sums.data();
+        block.out_stride = kDownRows;
         block.token = token.data();
         block.scale = call.slots.scale.data();
         blocks.push_back(block);
@@ -290,13 +287,15 @@ void down_projection(const Call& call) {
     }
     void multiply(const DotBlock& block, const DotBlock& next) { call.kernels.down(block, next); }
     void finish(int64_t task) {
-      const int64_t row = task % row_tasks * rows, begin = task / row_tasks * tiles.chunk;
-      call.kernels.finish(sums.data(), std::min(rows, a.hidden - row), tokens(task),
-                     static_cast<uint16_t*>(a.y) + begin * a.hidden + row, a.hidden);
+      const int64_t row = task % row_tasks * kDownRows, begin = task / row_tasks * tiles.chunk;
+      const int64_t rows = std::min(kDownRows, a.hidden - row), count = std::min(tiles.chunk, a.tokens - begin);
+      for (int64_t t = 0; t < count; ++t)
+        call.kernels.narrow(sums.data() + t * kDownRows, rows, static_cast<uint16_t*>(a.y) + (begin + t) * a.hidden + row);
+      std::fill_n(sums.data(), count * kDownRows, 0.f);
     }
   };
   run_tasks<DotBlock>(row_tasks * tiles.chunks, cost / tiles.chunks, call.parallel,
-                      [&] { return Worker{call, a, tiles, token, rows, row_tasks}; });
+                      [&] { return Worker{call, a, tiles, token, row_tasks}; });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // vdpbf16ps, and vpdpbusd for int8: 16 sums of two, or four, products each. A tile is 4 rows against up to 6 tokens: 24 vectors
-// of sums, 16 parts of each dot product, which are added up at the very end.
+// of sums, 16 parts of each dot product.
 #if defined(__x86_64__) || defined(DMOE_EMULATE)
 #include <type_traits>
 
@@ -138,17 +138,15 @@ Four add_up(Vec a, Vec b, Vec c, Vec d) {
 }
 
 
-// The sums of a token, 16 parts of each: where they go. Those of rows past the block's last one are written too: there is
-// room for them, and nobody reads them.
+// Adds up the parts of a token's sums, and puts them where they go.
 template <bool down>
 void add_sums(const DotBlock& block, int64_t row, int64_t slot, const Vec (&parts)[kRows]) {
+  const Four sums = add_up(parts[0], parts[1], parts[2], parts[3]);
   if constexpr (down) {
-    const float scale = block.scale[slot];
-    float* to = block.sums + (row * block.tokens + block.token[slot]) * 16;
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r, to += block.tokens * 16) store(to, load<Vec>(to) + parts[r] * scale);
+    float* to = block.out + block.token[slot] * block.out_stride + row;
+    store(to, load<Four>(to) + block.scale[slot] * sums);
   } else {
-    store(block.out + (slot - block.tiles[0]) * block.out_stride + row, add_up(parts[0], parts[1], parts[2], parts[3]));
+    store(block.out + (slot - block.tiles[0]) * block.out_stride + row, sums);
   }
 }
 
@@ -309,29 +307,9 @@ void multiply(const DotBlock& block, const DotBlock& next) {
   tiles<down, Parts::bf16>(block, next);
 }
 
-void finish(float* sums, int64_t rows, int64_t tokens, uint16_t* y, int64_t y_stride) {
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t row = 0; row < rows; row += 8) {
-      Four four[2] = {};
-      for (int half = 0; half < 2; ++half) {
-        Vec parts[4] = {};
-        for (int r = 0; r < 4; ++r) {
-          if (row + 4 * half + r >= rows) continue;
-          float* from = sums + ((row + 4 * half + r) * tokens + t) * 16;
-          parts[r] = load<Vec>(from);
-          store(from, Vec{});
-        }
-        four[half] = add_up(parts[0], parts[1], parts[2], parts[3]);
-      }
-      const EightShorts out = __builtin_convertvector(
-          narrow_eight(__builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 4, 5, 6, 7), Dtype::bf16), EightShorts);
-      std::memcpy(y + t * y_stride + row, &out, 2 * (rows - row < 8 ? rows - row : 8));
-    }
-}
-
 }  // namespace
 
-const DotKernels kDotAvx512 = {kTile, 16, pack, multiply<false>, multiply<true>, hidden, hidden_f32, quantize, finish};
+const DotKernels kDotAvx512 = {kTile, pack, multiply<false>, multiply<true>, hidden, hidden_f32, quantize, narrow};
 
 }  // namespace dmoe::cpu
 #endif

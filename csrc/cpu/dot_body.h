@@ -82,6 +82,16 @@ void quantize(const void* x, Dtype dtype, int64_t n, Parts parts, int8_t* q, flo
   sum[0] = first, sum[1] = second;
 }
 
+void narrow(const float* sums, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; i += 8) {
+    const int64_t count = n - i < 8 ? n - i : 8;
+    Eight eight{};
+    std::memcpy(&eight, sums + i, 4 * count);
+    const EightShorts out = __builtin_convertvector(narrow_eight(eight, Dtype::bf16), EightShorts);
+    std::memcpy(y + i, &out, 2 * count);
+  }
+}
+
 // Whole steps of some rows. Rows past the last repeat it; their sums go nowhere.
 struct Rows {
   const char* first;

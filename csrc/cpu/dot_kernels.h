@@ -51,19 +51,17 @@ struct DotBlock {
   // Of every slot, where activations are integers: their scale, and the sum of each of two parts.
   const float* x_scale;
   const int32_t* x_sum;
-  // Where the sums go, up:    out[(slot - tiles[0]) * out_stride + row] is written;
+  // Where the sums go, up:   out[(slot - tiles[0]) * out_stride + row] is written;
+  //                    down: out[token[slot] * out_stride + row] += scale[slot] * the sum.
+  // Rows go up to the next multiple of 4: there is room for them, and nobody reads them.
   float* out;
   int64_t out_stride;
-  // down: sums[(row * tokens + token[slot]) * lanes ...] += scale[slot] * the parts of the dot product.
-  float* sums;
-  int64_t tokens;
   const int32_t* token;
   const float* scale;
 };
 
 struct DotKernels {
-  int64_t tile;   // tokens of a tile at most
-  int64_t lanes;  // parts in which `down` keeps a sum
+  int64_t tile;  // tokens of a tile at most
   // `width` lines of `bytes` bytes each, of the tokens and their parts, into a tile.
   void (*pack)(const char* const* line, int64_t width, int64_t bytes, char* to);
   // Each fetches the rows of `next` into L2 on the way; a `next` without rows fetches nothing.
@@ -77,8 +75,8 @@ struct DotKernels {
   // A row of n numbers as integers, q[part][n] of int8, and the sum of each part: q = x / scale rounded half to even, scale =
   // max |x| / 127, of two parts / (127 * 256) (1 where that is 0). A row with NaN or infinity has the scale NaN.
   void (*quantize)(const void* x, Dtype dtype, int64_t n, Parts parts, int8_t* q, float* scale, int32_t sum[2]);
-  // y[token * y_stride + row] = the sum of its parts, as bf16; clears the parts.
-  void (*finish)(float* sums, int64_t rows, int64_t tokens, uint16_t* y, int64_t y_stride);
+  // Rounds n sums to bf16.
+  void (*narrow)(const float* sums, int64_t n, uint16_t* y);
 };
 
 extern const DotKernels kDotAvx512;
