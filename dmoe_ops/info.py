@@ -14,7 +14,7 @@ from . import __version__, _backends, _library
 from .engines import serving
 
 # Of each serving engine, the group of entry points in which it looks for plugins.
-PLUGINS = {"sglang": "sglang.srt.plugins"}
+PLUGINS = {"sglang": "sglang.srt.plugins", "vllm": "vllm.general_plugins"}
 
 
 def report() -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmoe_ops import BlockRouting, block_route, info
-from dmoe_ops.engines import serving, sglang
+from dmoe_ops.engines import serving, sglang, vllm
 
 
 def test_nothing_is_asked_for_without_a_policy():
@@ -99,3 +99,18 @@ def test_info_tells_of_engines(monkeypatch):
         )
         (line,) = [line for line in info.report().splitlines() if line.startswith("  sglang")]
         assert "1.2" in line and says in line
+
+
+@pytest.mark.parametrize(
+    "starts, lengths, rows, offsets",
+    [
+        ([0, 21, 66], [21, 45], 66, [0, 21, 53, 66]),  # two prompts: 21, then 32 and 13 tokens
+        ([0, 1, 2, 3], [40, 33, 96], 3, [0, 1, 2, 3]),  # a token each of three requests
+        ([0, 40], [50], 40, [0, 22, 40]),  # the rest of a prompt of which 10 tokens are known: a block ends at 32
+        ([0, 64], [128], 64, [0, 32, 64]),
+        ([0, 5, 5], [5, 7], 40, [0, 5, 37, 40]),  # a request without rows, and rows of nobody
+    ],
+)
+def test_blocks_are_cut_inside_requests(starts, lengths, rows, offsets):
+    """Never across two of them, and always at multiples of the block size from a request's first token."""
+    assert vllm.block_offsets(starts, lengths, rows, 32) == offsets

@@ -31,6 +31,7 @@ from dmoe_ops.demo import SHIPPED_PROMPTS
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, TextCodec
 from dmoe_ops.routing import POLICIES
 
+torch.set_num_threads(1)  # of models as small as these
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parents[1] / "examples" / "miniature" / "checkpoints" / "dmoe"
 RUN = [sys.executable, str(HERE / "sglang_on_cpu.py")]
@@ -136,6 +137,7 @@ def check_equal(got: list[list[int]], want: list[list[int]]) -> None:
 def environment(policy: str | None, overrides: dict | None = None, **more: str) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("DMOE_", "SGLANG_"))}
     env |= dict(HF_HUB_OFFLINE="1", SGLANG_USE_CPU_ENGINE="1", SGLANG_CPU_OMP_THREADS_BIND="0|1", **more)
+    env["OMP_WAIT_POLICY"] = "passive"  # threads that wait do not spin: two ranks and the tests share the cores
     if policy:
         env["DMOE_POLICY"] = policy
     if overrides:
