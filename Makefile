@@ -46,7 +46,7 @@ compat:
 	$(MAKE) test PY=$(COMPAT_ENV)/bin/python SITE=$(COMPAT_ENV)/site
 
 # An engine whole, on the CPU, in an environment of its own with the versions of tests/engines/ENGINE.txt: 3 GB, elsewhere by
-# ENGINES=folder, and a quarter of an hour. ARGS="-k dmoe" for a part.
+# ENGINES=folder, and half an hour. ARGS="-k dmoe" for a part.
 ENGINES ?= build/engines
 test-sglang test-vllm: test-%:
 	test -x $(ENGINES)/$*/bin/python || python3 -m venv $(ENGINES)/$*

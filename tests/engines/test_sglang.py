@@ -157,7 +157,7 @@ def run_engine(folder: Path, out: Path, env: dict, batches=None, ranks: int = 1,
     )
     (out / "job.json").write_text(json.dumps(job))
     with process([*RUN, "engine", str(out / "job.json")], env, out / "log.txt") as engine_process:
-        code = engine_process.wait(timeout=200)
+        code = engine_process.wait(timeout=500)
     log = (out / "log.txt").read_text()
     assert code == 0 and (out / "answers.json").exists(), log[-4000:]
     return json.loads((out / "answers.json").read_text()), log
@@ -226,7 +226,7 @@ def server(folder: Path, out: Path, env: dict, *arguments: str):
         options += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
     with process([*RUN, "serve", *options, *arguments], env, out / "log.txt") as child:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(400):
+        for _ in range(1000):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
                 break
             assert child.poll() is None, (out / "log.txt").read_text()[-4000:]
@@ -234,7 +234,7 @@ def server(folder: Path, out: Path, env: dict, *arguments: str):
         yield url
 
 
-def post(url: str, ids: list[int], timeout: float = 150) -> list[int]:
+def post(url: str, ids: list[int], timeout: float = 400) -> list[int]:
     body = dict(input_ids=ids, sampling_params=dict(temperature=0, max_new_tokens=NEW_TOKENS))
     request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=timeout) as answer:
