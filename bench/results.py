@@ -2,7 +2,7 @@
 
 schema      SCHEMA; a reader refuses any other
 command     the command line
-machine     processor, GPU, threads, versions, commit, backend
+machine     processor, instruction set of the C++ kernels, GPU, threads, versions, commit, backend
 settings    seed, seconds per case, dtype, how many layers of weights took turns
 ceilings    read (bytes/s), gemm (FLOP/s), gemm_dtype
 rows        one per contender and case, see `measure.row`
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import __version__, _backends, _files
+from .. import __version__, _backends, _files, _library
 from . import schema
 
 SCHEMA = 1
@@ -51,6 +51,7 @@ def machine(device: str) -> dict:
     return dict(
         device=device,
         cpu=_cpu_model(),
+        isa=_library._C.cpu_isa() if _library._C else None,
         gpu=torch.cuda.get_device_name() if device == "cuda" else None,
         threads=torch.get_num_threads(),
         cores=os.cpu_count(),
@@ -125,7 +126,8 @@ def read(path: str) -> dict:
 
 def print_header(results: dict) -> None:
     machine, settings, ceilings = results["machine"], results["settings"], results["ceilings"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    isa = f" (kernels: {machine['isa']})" if machine.get("isa") else ""
+    where = machine["gpu"] or f"{machine['cpu']}{isa}, {machine['threads']} threads"
     print(f"machine    {where}; torch {machine['torch']}; dmoe_ops at {machine['commit'] or machine['dmoe_ops']}")
     slow = ": plain torch, the times of dmoe_ops are not those of a kernel" if machine["backend"] == "reference" else ""
     print(f"backend    {machine['backend']}{slow}")

@@ -451,11 +451,11 @@ def test_compare(layer_json, tmp_path, capsys):
         path.write_text(json.dumps(other))
         return run("compare", layer_json, path, "--by", by)
 
-    assert changed("time", 1000, "dmoe_ops") == 1
-    assert changed("time", 1e-3, "dmoe_ops") == 0
-    assert changed("time", 1000, "eager") == 0  # not ours
-    assert changed("ratio", 1e-3, "eager") == 1
-    assert changed("ratio", 1000, "eager") == 0
+    assert changed("time", 1e6, "dmoe_ops") == 1
+    assert changed("time", 1e-6, "dmoe_ops") == 0
+    assert changed("time", 1e6, "eager") == 0  # not ours
+    assert changed("ratio", 1e-6, "eager") == 1
+    assert changed("ratio", 1e6, "eager") == 0
     assert "worse" in capsys.readouterr().out
 
 
@@ -474,8 +474,8 @@ def test_compare_takes_quantized_weights_for_ours(tmp_path, capsys):
         return run("compare", path, other, "--by", by)
 
     for by in ("time", "ratio"):
-        assert changed(by, 1000) == 1
-        assert changed(by, 1e-3) == 0
+        assert changed(by, 1e6) == 1
+        assert changed(by, 1e-6) == 0
     assert "dmoe_ops int8 @ U=12 / dmoe_ops " in capsys.readouterr().out
 
 
