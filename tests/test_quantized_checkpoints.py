@@ -513,6 +513,8 @@ def test_the_rest_of_a_quantised_model_trains():
 
 def test_a_layer_of_one_expert_is_as_large_as_that():
     layer = BlockMoE(8, 4, BlockRouting(num_experts=1, top_k=1, n_group=1, topk_group=1), dtype=torch.bfloat16)
+    for weight in layer.parameters():
+        weight.data.fill_(0.5)
     assert layer.bytes_per_expert == 2 * 3 * 8 * 4
     assert layer.quantize("int8") is layer and layer.bytes_per_expert == 3 * 8 * 4 + 4 * (2 * 4 + 8)
     assert layer.widen_scales() is layer

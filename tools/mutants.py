@@ -141,7 +141,6 @@ HAND = {
         ("a.quantize_activations ? Parts::int8 : Parts::int16", "Parts::int16"),
         ("std::copy_n(&rounding.sum[2 * token[t]], 2,", "std::copy_n(&rounding.sum[2 * token[t]], 1,"),
         ("routed_parts(parts_for(a.w13))", "routed_parts(parts_for(a.shared_w13))"),
-        ("call.integers() ? a.tokens * row : 0", "a.tokens * row"),
     ],
     ("csrc/cpu/dot_avx512.cpp", "test_experts"): [
         ("block.scale[slot] * sums", "sums"),
