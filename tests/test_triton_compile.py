@@ -54,8 +54,8 @@ def test_layer(resources, chip, model):
     check(rows)
     products = [row for row in rows if row["kernel"].endswith(("up_kernel", "down_kernel"))]
     assert all(row["mma"] for row in products)
-    if chip == "sm_90":  # 16 rows per program are too few for wgmma, see tiles.py
-        assert all("wgmma" in row["mma"] for row in products if row["kernel"] != "dense_down_kernel")
+    if chip == "sm_90":
+        assert all("wgmma" in row["mma"] for row in products)
 
 
 @pytest.mark.parametrize("chip", CHIPS)

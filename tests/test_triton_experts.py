@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from dmoe_ops import BlockRouting, block_moe, moe_experts, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
-from dmoe_ops.triton_kernels import backend, experts, gradient, router, schedule  # noqa: E402 - needs triton
+from dmoe_ops.triton_kernels import backend, experts, gradient, router, schedule, tiles  # noqa: E402 - needs triton
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
 
@@ -259,6 +260,26 @@ def test_layer_with_an_expert_map(form):
     ids = torch.where(out.topk_ids >= 0, expert_map[out.topk_ids.clamp(min=0)], -1)
     want = reference.moe_experts(x, *local, ids, out.topk_weights) + reference.mlp(x, *shared)
     close(y, want.cpu(), 1e-6)
+
+
+@pytest.mark.parametrize("processors, splits", [(1, 1), (3, 3), (64, 8)])
+def test_programs_that_share_the_members_of_a_block(processors, splits, monkeypatch):
+    """More of them than there are members, too; without a shared expert, with one in line, and with one of its own width."""
+    seen = []
+
+    def dense_buffers(*args, run=experts.dense_buffers):
+        seen.append(run(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(experts, "dense_buffers", dense_buffers)
+    table = tiles.for_device(torch.device(DEVICE))
+    with tiles.using(dataclasses.replace(table, processors=processors)):
+        for shared in (0, 16, 48):
+            check_layer(*layer((8,), shared=shared))
+        ids = torch.full((3, 2), -1, dtype=torch.int32)
+        ids[1, 0] = 5
+        check_experts(values(3, 32), *weights_of(), ids, values(3, 2, seed=5))
+    assert [parts.shape[2] if parts is not None else 1 for *_, parts in seen] == 4 * [splits]
 
 
 def test_launches(form, launches):

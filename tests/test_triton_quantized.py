@@ -165,6 +165,13 @@ def test_a_scale_of_nan_stays_with_its_tokens(kind, monkeypatch):
     assert torch.equal(changed[~chose], y[~chose]) and changed[chose].isnan().any(1).all()
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_experts_at_all(form, kind):
+    quant, inputs = layer(kind), routed(8, 30)
+    inputs["topk_ids"][:] = -1
+    assert (moe_experts(**on_device(inputs), **on_device(quant)) == 0).all()
+
+
 def test_int8_activations_are_left_to_the_reference():
     quant, inputs = layer("int8"), routed(8, 30)
     y = moe_experts(**on_device(inputs), **on_device(quant), activations="int8")

@@ -231,10 +231,13 @@ def report(
     ops: bool = False,
     asm: str | None = None,
     stored: str | None = None,
+    kernels: list[str] | None = None,
 ):
     """One row (a dict) per distinct kernel."""
     chip, seen = CHIPS[chip_name], set()
     for call in launches(chip, model, n_tokens, form, dtype, ops, stored):
+        if kernels and call.fn.__name__ not in kernels:
+            continue
         kernel = compiled(call, chip)
         if kernel.hash in seen:
             continue
@@ -272,6 +275,7 @@ def main() -> int:
     parser.add_argument(
         "--ops", action="store_true", help="block_route, moe_experts and its gradient in place of block_moe"
     )
+    parser.add_argument("--kernels", nargs="+", help="these alone")
     parser.add_argument("--json", action="store_true", help="one row per line, as JSON")
     parser.add_argument("--asm", help="folder for the assembly of each kernel")
     args = parser.parse_args()
@@ -281,7 +285,9 @@ def main() -> int:
             f"{'chip':7} {'model':9} {'tokens':>6} {'kernel':22} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}"
         )
     for chip, model, tokens, stored in itertools.product(args.target, args.model, args.tokens, args.weights):
-        for row in report(chip, model, tokens, args.form, getattr(torch, args.dtype), args.ops, args.asm, stored):
+        for row in report(
+            chip, model, tokens, args.form, getattr(torch, args.dtype), args.ops, args.asm, stored, args.kernels
+        ):
             bad += row["spills"] > 0 or row["shared"] > row["limit"]
             if args.json:
                 print(json.dumps(row), flush=True)

@@ -68,8 +68,8 @@ class Triton:
                 plan = schedule.Dense.empty(1, min(n_experts, n_tokens * top_k), x.device)
                 chunk = triton.next_power_of_2(n_tokens)
                 schedule.mark(topk_ids, n_experts, chunk, plan, expert_map)
-                h = experts.dense_h(x, weights, plan, chunk)
-                experts.dense(x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, h, y, table, pdl)
+                buffers = experts.dense_buffers(x, weights, plan, chunk, table)
+                experts.dense(x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, buffers, y, table, pdl)
             else:
                 plan = _gathered_plan(x, weights, top_k, n_experts, -(-n_tokens // schedule.MAX_WORD), table)
                 schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, expert_map)
@@ -123,9 +123,9 @@ class Triton:
                 pdl,
             )
             if plan.form == "dense":
-                h = experts.dense_h(x, weights, plan, routing.block_size)
+                buffers = experts.dense_buffers(x, weights, plan, routing.block_size, table)
                 experts.dense(
-                    x, weights, out.topk_ids, out.topk_weights, block_offsets, seq_len, routing.block_size, plan, h, y,
+                    x, weights, out.topk_ids, out.topk_weights, block_offsets, seq_len, routing.block_size, plan, buffers, y,
                     table, pdl,
                 )  # fmt: skip
             else:

@@ -2,8 +2,9 @@
 
 Dense, for latency: a block's tokens all go through each of its experts, with weight 0 where a token did not choose one.
 While reading weights is what takes the time, that arithmetic is free, and nothing is permuted. `dense_down_kernel` sums
-over all experts in one long loop, so a program owns its outputs: no atomics, one order of additions. The price: an expert
-whose own weights are not finite reaches the whole block (0 * inf), not only the tokens that chose it.
+over all experts in one long loop, which some programs share: each leaves its part in float32, and the one that comes last
+(an integer counter tells) adds the parts up in their order. The price of the form: an expert whose own weights are not
+finite reaches the whole block (0 * inf), not only the tokens that chose it.
 
 Gathered, for throughput: grouped products over the positions of `schedule`. `gathered_down_kernel` writes one row per
 position, and the program that brings a token's last row (an integer counter tells) adds the rows up in the order of the
@@ -59,6 +60,14 @@ def up_product(
 
 
 @triton.jit
+def clear(counters_ptr, n, program, n_programs):
+    """Sets n counters to 0; the programs share them."""
+    for first in range(program * 1024, n, n_programs * 1024):
+        counter = first + tl.arange(0, 1024)
+        tl.store(counters_ptr + counter, tl.zeros([1024], tl.int32), mask=counter < n)
+
+
+@triton.jit
 def local_expert(expert, map_ptr, HAS_MAP: tl.constexpr):
     """Where an expert's weights lie in w13 and w2."""
     if HAS_MAP:
@@ -83,7 +92,7 @@ def weighted(hidden, expert, ids, weights):
     return tl.where(weight != 0, hidden * weight, 0.0)
 
 
-@triton.jit(do_not_specialize=["seq_len"])
+@triton.jit(do_not_specialize=["seq_len", "n_arrived"])
 def dense_up_kernel(
     x_ptr,
     w13_ptr,
@@ -96,9 +105,11 @@ def dense_up_kernel(
     offsets_ptr,
     used_ptr,
     counts_ptr,
+    arrived_ptr,
     h_ptr,
     shared_h_ptr,
     seq_len,
+    n_arrived,
     H: tl.constexpr,
     I: tl.constexpr,
     SHARED_I: tl.constexpr,
@@ -118,10 +129,17 @@ def dense_up_kernel(
 ):
     """h [n_blocks, slots, BLOCK_N, I] of every used expert. The shared expert's is the first slot where it is as wide as
     the others, else shared_h [n_blocks, BLOCK_N, SHARED_I]. Programs [p, n_blocks] take the block's tiles in turn: the
-    shared expert's first, which need no schedule."""
+    shared expert's first, which need no schedule. Also clears the counters of the down kernel."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(1)
+    if arrived_ptr is not None:
+        clear(
+            arrived_ptr,
+            n_arrived,
+            block * tl.num_programs(0) + tl.program_id(0),
+            tl.num_programs(0) * tl.num_programs(1),
+        )
     start, length = block_range(block, offsets_ptr, seq_len, BLOCK_SIZE, HAS_OFFSETS)
     n = tl.arange(0, BLOCK_N)
     there = n < length
@@ -173,23 +191,14 @@ def dense_up_kernel(
 
 
 @triton.jit
-def member_expert(used, map_ptr, member, FIRST: tl.constexpr, HAS_MAP: tl.constexpr):
-    """Where the weights of a block's member lie in w2, where it isn't the shared expert (FIRST, and member 0)."""
-    expert = tl.load(used + tl.maximum(member - FIRST, 0))
-    if HAS_MAP:
-        expert = tl.load(map_ptr + expert, mask=member >= FIRST, other=0)
-    return expert.to(tl.int64)
-
-
-@triton.jit
 def member_scales(
     scale_ptr,
     shared_scale_ptr,
     used,
     map_ptr,
     step,
+    there,
     row,
-    row_mask,
     H: tl.constexpr,
     I: tl.constexpr,
     FIRST: tl.constexpr,
@@ -198,12 +207,16 @@ def member_scales(
     BLOCK_I: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """The scales of one step of `dense_down_kernel`."""
+    """The scales of one step of `dense_down_kernel`, if it is there: behind the last member's, `used` holds anything."""
     member = step // TILES
-    scales = scale_ptr + member_expert(used, map_ptr, member, FIRST, HAS_MAP) * scales_per_half(H, I, FORMAT)
+    expert = tl.load(used + tl.maximum(member - FIRST, 0), mask=there, other=0)
+    if HAS_MAP:
+        expert = tl.load(map_ptr + expert, mask=there & (member >= FIRST), other=0)
+    scales = scale_ptr + expert.to(tl.int64) * scales_per_half(H, I, FORMAT)
     if FIRST == 1:
         scales = tl.where(member == 0, shared_scale_ptr, scales)
-    return load_scales(scale_rows(scales, 0, row, H, I, FORMAT), row_mask, step % TILES * BLOCK_I, I, FORMAT)
+    scales = scale_rows(scales, 0, row, H, I, FORMAT)
+    return load_scales(scales, there & (row < H), step % TILES * BLOCK_I, I, FORMAT)
 
 
 @triton.jit(do_not_specialize=["seq_len"])
@@ -218,6 +231,8 @@ def dense_down_kernel(
     offsets_ptr,
     used_ptr,
     counts_ptr,
+    arrived_ptr,
+    parts_ptr,
     y_ptr,
     seq_len,
     H: tl.constexpr,
@@ -235,8 +250,10 @@ def dense_down_kernel(
     SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y of one block, BLOCK_H of its columns: the used experts are one long K. Programs [H / BLOCK_H, n_blocks]."""
-    block = tl.program_id(1)
+    """y of one block, BLOCK_H of its columns: the used experts are one long K. Programs [H / BLOCK_H, splits of K,
+    n_blocks]; parts [n_blocks, H / BLOCK_H, splits, BLOCK_H, BLOCK_N] unless there is one split."""
+    split, n_splits = tl.program_id(1), tl.num_programs(1)
+    block = tl.program_id(2)
     start, length = block_range(block, offsets_ptr, seq_len, BLOCK_SIZE, HAS_OFFSETS)
     n = tl.arange(0, BLOCK_N)
     row = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -249,28 +266,32 @@ def dense_down_kernel(
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     FIRST: tl.constexpr = 1 if SHARED_I == I and SHARED_FORMAT == FORMAT else 0
     n_steps = (tl.load(counts_ptr + block) + FIRST) * TILES
+    begin, end = n_steps * split // n_splits, n_steps * (split + 1) // n_splits
 
-    if SHARED_I > 0 and FIRST == 0:
-        shared_cols = shared_h_ptr + (block.to(tl.int64) * BLOCK_N + n)[None, :] * SHARED_I
-        acc = product(
-            shared_w2_ptr, shared_w2_scale_ptr, 0, row, row_mask, shared_cols, n >= 0,
-            H, SHARED_I, BLOCK_I, STAGES, True, SHARED_FORMAT,
-        )  # fmt: skip
+    if SHARED_I > 0 and FIRST == 0:  # noqa: SIM102 - decided at compile time
+        if split == 0:
+            shared_cols = shared_h_ptr + (block.to(tl.int64) * BLOCK_N + n)[None, :] * SHARED_I
+            acc = product(
+                shared_w2_ptr, shared_w2_scale_ptr, 0, row, row_mask, shared_cols, n >= 0,
+                H, SHARED_I, BLOCK_I, STAGES, True, SHARED_FORMAT,
+            )  # fmt: skip
 
     used = used_ptr + block.to(tl.int64) * WIDTH
     rows = row.to(tl.int64)[:, None] * stored_columns(I, FORMAT)
     h_cols = h_ptr + (block.to(tl.int64) * ((WIDTH + FIRST) * BLOCK_N) + n)[None, :] * I
     if FORMAT != "plain":
         scale = member_scales(
-            w2_scale_ptr, shared_w2_scale_ptr, used, map_ptr, 0, row, row_mask,
+            w2_scale_ptr, shared_w2_scale_ptr, used, map_ptr, begin, begin < end, row,
             H, I, FIRST, HAS_MAP, TILES, BLOCK_I, FORMAT,
         )  # fmt: skip
     # The expert's id is loaded in the loop, one more level of its pipeline: 2 * STAGES - 1 keeps STAGES buffers.
-    for step in tl.range(0, n_steps, num_stages=2 * STAGES - 1):
+    for step in tl.range(begin, end, num_stages=2 * STAGES - 1):
         member = step // TILES
         first = step % TILES * BLOCK_I
-        expert = member_expert(used, map_ptr, member, FIRST, HAS_MAP)
-        w2 = w2_ptr + expert * (H * stored_columns(I, FORMAT))
+        expert = tl.load(used + tl.maximum(member - FIRST, 0))
+        if HAS_MAP:
+            expert = tl.load(map_ptr + expert, mask=member >= FIRST, other=0)
+        w2 = w2_ptr + expert.to(tl.int64) * (H * stored_columns(I, FORMAT))
         if FIRST == 1:
             w2 = tl.where(member == 0, shared_w2_ptr, w2)
         i = first + k
@@ -280,14 +301,32 @@ def dense_down_kernel(
             acc = multiply(w, h, acc)
         else:
             following = member_scales(
-                w2_scale_ptr, shared_w2_scale_ptr, used, map_ptr, tl.minimum(step + 1, n_steps - 1), row, row_mask,
+                w2_scale_ptr, shared_w2_scale_ptr, used, map_ptr, step + 1, step + 1 < end, row,
                 H, I, FIRST, HAS_MAP, TILES, BLOCK_I, FORMAT,
             )  # fmt: skip
             acc += multiply(w, h, tl.zeros([BLOCK_H, BLOCK_N], tl.float32)) * scale[:, None]
             scale = following
 
     at = (start + n).to(tl.int64)[None, :] * H + row[:, None]
-    tl.store(y_ptr + at, rounded(acc, y_ptr.dtype.element_ty), mask=row_mask[:, None] & (n < length)[None, :])
+    mask = row_mask[:, None] & (n < length)[None, :]
+    if parts_ptr is None:
+        tl.store(y_ptr + at, rounded(acc, y_ptr.dtype.element_ty), mask=mask)
+    else:
+        tile = block * tl.num_programs(0) + tl.program_id(0)
+        SIZE: tl.constexpr = BLOCK_H * BLOCK_N
+        parts = parts_ptr + (tile.to(tl.int64) * n_splits) * SIZE
+        parts += tl.arange(0, BLOCK_H)[:, None] * BLOCK_N + n[None, :]
+        tl.store(parts + split * SIZE, acc)
+        tl.debug_barrier()  # every thread's part is written before it counts as arrived
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == n_splits - 1:
+            tl.debug_barrier()
+            total = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+            for first in range(0, n_splits, 4):
+                for i in tl.static_range(4):  # loads that don't wait for each other
+                    total += tl.load(
+                        parts + (first + i) * SIZE, mask=first + i < n_splits, other=0.0, cache_modifier=".cg"
+                    )
+            tl.store(y_ptr + at, rounded(total, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_arrived"])
@@ -335,9 +374,7 @@ def gathered_up_kernel(
     SHARED_TILES: tl.constexpr = (SHARED_I + BLOCK_I - 1) // BLOCK_I
     n_shared = tl.cdiv(n_tokens, BLOCK_N) * SHARED_TILES
 
-    for first in range(program * 1024, n_arrived, tl.num_programs(0) * 1024):
-        counter = first + tl.arange(0, 1024)
-        tl.store(arrived_ptr + counter, tl.zeros([1024], tl.int32), mask=counter < n_arrived)
+    clear(arrived_ptr, n_arrived, program, tl.num_programs(0))
 
     if SHARED_I > 0:  # noqa: SIM102 - decided at compile time
         if program < n_shared:
@@ -507,11 +544,11 @@ def gathered_down_kernel(
         )  # fmt: skip
 
 
-def dense(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size, schedule, h, y, tiles, pdl):
-    """y of blocks with a `schedule.Dense`. weights: `weights.Stored`; h: what `dense_h` allocates; tiles: `tiles.Tiles` of
-    the device; pdl: see `router.route`."""
+def dense(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size, schedule, buffers, y, tiles, pdl):
+    """y of blocks with a `schedule.Dense`. weights: `weights.Stored`; buffers: what `dense_buffers` allocates; tiles:
+    `tiles.Tiles` of the device; pdl: see `router.route`."""
     n_blocks, width = schedule.used.shape
-    routed_h, shared_h = h
+    routed_h, shared_h, arrived, parts = buffers
     hidden, intermediate = x.shape[1], weights.intermediate
     tokens = routed_h.shape[2]
     up, down = (tiles.fit(name, tokens, x.dtype, weights.up[0].dtype) for name in ("dense_up", "dense_down"))
@@ -539,9 +576,11 @@ def dense(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size
         block_offsets,
         schedule.used,
         schedule.counts,
+        arrived,
         routed_h,
         shared_h,
         seq_len,
+        0 if arrived is None else arrived.numel(),
         K=topk_ids.shape[1],
         KP=triton.next_power_of_2(topk_ids.shape[1]),
         BLOCK_I=up.rows,
@@ -550,7 +589,8 @@ def dense(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size
         num_warps=up.warps,
         **common,
     )
-    dense_down_kernel[(triton.cdiv(hidden, down.rows), n_blocks)](
+    splits = 1 if parts is None else parts.shape[2]
+    dense_down_kernel[(triton.cdiv(hidden, down.rows), splits, n_blocks)](
         routed_h,
         shared_h,
         *weights.down,
@@ -558,6 +598,8 @@ def dense(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size
         block_offsets,
         schedule.used,
         schedule.counts,
+        arrived,
+        parts,
         y,
         seq_len,
         BLOCK_H=down.rows,
@@ -630,15 +672,21 @@ def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pd
     )
 
 
-def dense_h(x, weights, schedule, block_size: int) -> tuple:
-    """(h, shared_h or None) of `dense`."""
+def dense_buffers(x, weights, schedule, block_size: int, tiles) -> tuple:
+    """(h, shared_h, arrived, parts) of `dense`; all but h may be None."""
     n_blocks, width = schedule.used.shape
     tokens, intermediate = max(16, triton.next_power_of_2(block_size)), weights.intermediate
-    if weights.shared_alike:
-        return x.new_empty(n_blocks, width + 1, tokens, intermediate), None
-    shared = weights.shared_intermediate
-    shared_h = x.new_empty(n_blocks, tokens, shared) if shared else None
-    return x.new_empty(n_blocks, width, tokens, intermediate), shared_h
+    alike, shared = weights.shared_alike, weights.shared_intermediate
+    h = x.new_empty(n_blocks, width + alike, tokens, intermediate)
+    shared_h = x.new_empty(n_blocks, tokens, shared) if shared and not alike else None
+    down = tiles.fit("dense_down", tokens, x.dtype, weights.down[0].dtype)
+    n_tiles = triton.cdiv(x.shape[1], down.rows)
+    # As many programs as there are multiprocessors: one in two would leave half of the memory's bandwidth unused.
+    splits = min(8, tiles.processors // (n_tiles * n_blocks))
+    if splits < 2:
+        return h, shared_h, None, None
+    parts = x.new_empty((n_blocks, n_tiles, splits, down.rows, tokens), dtype=torch.float32)
+    return h, shared_h, x.new_empty(n_blocks * n_tiles, dtype=torch.int32), parts
 
 
 def gathered_buffers(x, weights, top_k: int) -> tuple:
