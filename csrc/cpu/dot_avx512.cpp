@@ -57,18 +57,15 @@ void place(const char* from, int64_t step, int64_t line, int64_t width, char* to
 // They come a whole block ahead: hardware follows neither from row to row nor from expert to expert.
 struct Ahead {
   const char* at = nullptr;
-  const char* end = nullptr;
-  int64_t bytes = 0;  // of a step
+  int64_t lines = 0, steps, owed = 0;  // spread evenly: `lines` over `steps`
 
-  Ahead(const DotBlock& next, int64_t steps) {
+  Ahead(const DotBlock& next, int64_t steps) : steps(steps) {
     if (next.rows <= 0) return;
     at = next.matrix->row(next.row);
-    end = at + next.rows * next.matrix->row_bytes();
-    bytes = ((end - at) / kStepBytes / steps + 1) * kStepBytes;
+    lines = (next.rows * next.matrix->row_bytes() + kStepBytes - 1) / kStepBytes;
   }
   void fetch() {
-    const char* stop = end - at < bytes ? end : at + bytes;
-    for (; at < stop; at += kStepBytes) __builtin_prefetch(at, 0, 2);  // into L2
+    for (owed += lines; owed >= steps; owed -= steps, at += kStepBytes) __builtin_prefetch(at, 0, 2);  // into L2
   }
 };
 
