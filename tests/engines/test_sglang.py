@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is not installed: make test-sglang sets up an environment with it", allow_module_level=True)
@@ -328,22 +329,38 @@ def test_what_can_not_be_served_is_left_alone(why, overrides, says, checkpoints,
 
 
 def test_a_model_without_moe_blocks_is_left_alone(tmp_path):
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    write_llama(tmp_path / "llama")
     env = environment("dmoe")
     batches = [[[5, 6, 7]]]
     answers, log = run_engine(tmp_path / "llama", tmp_path, env, batches, dllm_algorithm=None)
     (line,) = [line for line in log.splitlines() if "dmoe:" in line]
     assert "LlamaForCausalLM is left alone: it has no MoE block" in line and len(answers[0][0]) == NEW_TOKENS
+
+
+def write_llama(folder: Path) -> None:
+    """A dense model of one layer."""
+    config = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        torch_dtype="float32",
+    )
+    shapes = {f"self_attn.{name}_proj": (64, 64) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
+    shapes |= dict(input_layernorm=(64,), post_attention_layernorm=(64,))
+    shapes = {f"model.layers.0.{name}.weight": shape for name, shape in shapes.items()}
+    shapes |= {"model.embed_tokens.weight": (96, 64), "model.norm.weight": (64,), "lm_head.weight": (96, 64)}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}, folder / "model.safetensors")
 
 
 # ---- statistics ----
