@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import shutil
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -121,35 +123,49 @@ class Checkpoint:
             return {f"{module}.{end}": is_ for end, is_ in self.storage.tensors(target.shape).items()}
         return {name: (list(target.shape), tuple(DTYPES))}
 
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shapes[name]) * DTYPES.get(self.dtypes[name], torch.float64).itemsize
+
+    def stream(self, names) -> Iterator[tuple[str, torch.Tensor]]:
+        """The names with their tensors as they are stored, layer by layer; a tensor is good until the next is asked for."""
+        for group, get in self._layers(names):
+            for name in group:
+                yield name, get(name)
+
     def read(self, targets: dict[str, torch.Tensor | Matrix]) -> None:
         """Fills the targets, cast to their dtypes; quantised matrices bit for bit, or dequantised where the target is a
-        tensor. A file is mapped anew for each layer, so that the pages of one layer are all that is held besides the
-        targets. Raises ValueError, naming the tensor, for a value that is not finite or becomes infinite in the cast."""
-        layers = defaultdict(list)
-        for name in targets:
-            layers[".".join(name.split(".")[:3])].append(name)
-        for names in layers.values():
-            with contextlib.ExitStack() as stack:
-                self._fill({name: targets[name] for name in names}, stack)
+        tensor. Raises ValueError, naming the tensor, for a value that is not finite or becomes infinite in the cast."""
+        for names, get in self._layers(targets):
+            for name in names:
+                self._fill(name, targets[name], get)
 
-    def _fill(self, targets: dict[str, torch.Tensor | Matrix], stack: contextlib.ExitStack) -> None:
-        opened = functools.cache(lambda path: stack.enter_context(_open(path)))
-        for name, target in targets.items():
-            parts = {part: opened(self.file_of[part]).get_tensor(part) for part in self._parts(name, target)}
-            if isinstance(target, Matrix) or len(parts) > 1:
-                stored = self._unpack(name, target.shape, parts)
-            else:
-                stored = parts[name]
-            if isinstance(target, Matrix):
-                target.weight.copy_(stored.weight)
-                target.scale.copy_(stored.scale)
-                continue
-            stored = dequantize(stored, target.shape[1]) if isinstance(stored, Matrix) else stored
-            target.copy_(stored)
-            if not is_finite(target):
-                why = f" as {target.dtype}".replace("torch.", "") if is_finite(stored) else ""
-                path = self.file_of[next(iter(parts))]
-                raise ValueError(f"tensor {name} in {path} must be finite, got NaN or infinity{why}")
+    def _layers(self, names) -> Iterator[tuple[list[str], Callable]]:
+        """The names by layer, each with a function that reads a tensor. A file is mapped anew for each layer, so that the
+        pages of one are all that is held."""
+        layers = defaultdict(list)
+        for name in names:
+            layers[".".join(name.split(".")[:3])].append(name)
+        for group in layers.values():
+            with contextlib.ExitStack() as stack:
+                opened = functools.cache(lambda path, stack=stack: stack.enter_context(_open(path)))
+                yield group, lambda name, opened=opened: opened(self.file_of[name]).get_tensor(name)
+
+    def _fill(self, name: str, target: torch.Tensor | Matrix, get: Callable) -> None:
+        parts = {part: get(part) for part in self._parts(name, target)}
+        if isinstance(target, Matrix) or len(parts) > 1:
+            stored = self._unpack(name, target.shape, parts)
+        else:
+            stored = parts[name]
+        if isinstance(target, Matrix):
+            target.weight.copy_(stored.weight)
+            target.scale.copy_(stored.scale)
+            return
+        stored = dequantize(stored, target.shape[1]) if isinstance(stored, Matrix) else stored
+        target.copy_(stored)
+        if not is_finite(target):
+            why = f" as {target.dtype}".replace("torch.", "") if is_finite(stored) else ""
+            path = self.file_of[next(iter(parts))]
+            raise ValueError(f"tensor {name} in {path} must be finite, got NaN or infinity{why}")
 
     def _unpack(self, name: str, shape, parts: dict[str, torch.Tensor]) -> Matrix:
         for part, tensor in parts.items():

@@ -343,7 +343,9 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: LLaDA2Config, routing: BlockRouting, dtype):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        # Given empty: to draw it on the meta device, torch would import its compiler first.
+        embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
         dense = config.first_k_dense_replace
         self.layers = nn.ModuleList(
             Layer(config, routing if i >= dense else None, dtype) for i in range(config.num_hidden_layers)
@@ -558,17 +560,7 @@ class LLaDA2ForDiffusion(nn.Module):
         config = LLaDA2Config.from_pretrained(folder, revision=revision)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
         folder = hub.folder_of(folder, revision)
-        stored = checkpoint.Checkpoint(folder, config.storage)
-        for name in ("num_hidden_layers", "num_experts"):  # each has tensors of its own
-            if getattr(config, name) > len(stored.file_of):
-                raise ValueError(f"{name} must fit {len(stored.file_of)} stored tensors, got {getattr(config, name)}")
-        # Shapes first: nothing is allocated for a checkpoint that does not fit.
-        try:
-            targets = cls(config, device="meta")._quantize_like(stored).checkpoint_tensors()
-        except RuntimeError as error:  # a size of more than 64 bits
-            why = " ".join(str(error).splitlines()[:1])
-            raise ValueError(f"{folder / 'config.json'} asks for weights that no memory holds: {why}") from None
-        stored.check(targets, ignore=("rotary_emb.inv_freq", *(["lm_head.weight"] * config.tie_word_embeddings)))
+        stored, _ = open_checkpoint(config, folder)
         dtype = dtype or checkpoint.DTYPES.get(stored.dtypes.get("model.word_embeddings.weight"), torch.bfloat16)
         model = cls(config, dtype=dtype, device="meta")._quantize_like(stored)
         model.to_empty(device=device or torch.get_default_device())
@@ -616,6 +608,23 @@ class LLaDA2ForDiffusion(nn.Module):
             else:
                 narrow[name] = tensor if name.endswith("expert_bias") else tensor.to(dtype)
         checkpoint.write(Path(folder), {**extra, **config}, narrow)
+
+
+def open_checkpoint(config: LLaDA2Config, folder: Path) -> tuple[checkpoint.Checkpoint, LLaDA2ForDiffusion]:
+    """The checkpoint of a folder, and its model on the meta device, quantised as the checkpoint is. Raises ValueError, one
+    line, unless its tensors are those of the config: from their shapes, so that nothing is allocated for others."""
+    stored = checkpoint.Checkpoint(folder, config.storage)
+    for name in ("num_hidden_layers", "num_experts"):  # each has tensors of its own
+        if getattr(config, name) > len(stored.file_of):
+            raise ValueError(f"{name} must fit {len(stored.file_of)} stored tensors, got {getattr(config, name)}")
+    try:
+        model = LLaDA2ForDiffusion(config, "token", device="meta")._quantize_like(stored)
+        targets = model.checkpoint_tensors()
+    except RuntimeError as error:  # a size of more than 64 bits
+        why = " ".join(str(error).splitlines()[:1])
+        raise ValueError(f"{folder / 'config.json'} asks for weights that no memory holds: {why}") from None
+    stored.check(targets, ignore=("rotary_emb.inv_freq", *(["lm_head.weight"] * config.tie_word_embeddings)))
+    return stored, model
 
 
 def usable(device) -> torch.device | None:

@@ -173,12 +173,13 @@ def _check(values: dict, key: str, allowed, name: str = "", default=None) -> Non
 
 
 def config_of(form: str, tensors: dict[str, torch.Tensor | Matrix]) -> dict:
-    """The quantization_config of a checkpoint that holds these tensors; it lists every other matrix but the embedding."""
+    """The quantization_config of a checkpoint that holds these tensors; it lists every other matrix but the embedding.
+    The head is among them where it is tied to the embedding, too."""
     floats = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, Matrix) and tensor.dim() == 2}
     ignore = [name.removesuffix(".weight") for name in floats if not name.endswith("word_embeddings.weight")]
     # Engines that hold gate_proj and up_proj as one module may ask for its name alone (SGLang's LLaDA2).
     ignore += [name.replace("gate_proj", "gate_up_proj") for name in ignore if name.endswith("gate_proj")]
-    ignore = sorted(ignore)
+    ignore = sorted({"lm_head", *ignore})
     if form == "fp8":
         config = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[GROUP, GROUP])
         return dict(**config, modules_to_not_convert=ignore)
