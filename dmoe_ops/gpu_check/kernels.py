@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for tokens, unique in work:
         case = cases.forced_case("", model, model.routing("dmoe"), tokens, unique, dtype, device, 0)
-        rows += measured(args.backend, case, weights, device, args.seconds, unique)
+        found = measured(args.backend, case, weights, device, args.seconds, unique)
+        said = predicted(args.backend, "H100" if args.rehearse else torch.cuda.get_device_name(), tokens, unique)
+        rows += [{**row, "predicted_us": said.get(row["what"])} for row in found]
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
     wrong = [row["what"] for row in rows if not row["same"]]
@@ -67,6 +70,28 @@ def measured(backend: str, case: cases.Case, weights: list, device: str, seconds
         row.update({f"{name}_us": 1e6 * value for name, value in timing.spread(contender.samples).items()})
         row["kernels"] = kernels_of(contender, device)
     return rows
+
+
+def predicted(backend: str, gpu: str, tokens: int, unique: int) -> dict[str, float]:
+    """us of the parts that the cost model knows, for LLaDA2.0-mini on that GPU; nothing where its table has no such GPU."""
+    command = [sys.executable, "tools/cost_model.py", "--json", "--gpu", gpu, "--backend", backend]
+    command += ["--tokens", str(tokens), "--unique", str(unique)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        print(f"no predictions: {done.stderr.strip().splitlines()[-1]}")
+        return {}
+    row = json.loads(done.stdout)
+    alone = {PREDICTED[launch["name"]]: launch["us"] for launch in row["launches"] if launch["name"] in PREDICTED}
+    return {"layer": row["us"], **alone}
+
+
+# Launches that the cost model names, and the parts that consist of one.
+PREDICTED = {
+    "router": "router",
+    "experts": "experts, schedule ready-made (and copied)",
+    "route": "routing of given logits",
+}
 
 
 def cuda_parts(case: cases.Case, w: cases.Weights) -> dict:
@@ -171,6 +196,7 @@ def table(rows: list[dict]) -> str:
             f"{row['backend']} {row['what']}",
             str(row["tokens"]),
             str(row["unique"]),
+            results.number(row["predicted_us"]) if row["predicted_us"] else "-",
             results.number(row["median_us"]),
             f"{results.number(row['p10_us'])}–{results.number(row['p90_us'])}",
             " + ".join(
@@ -181,7 +207,7 @@ def table(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    return results.table(["a call of", "tokens", "unique", "µs", "p10–p90", "kernels, µs"], lines)
+    return results.table(["a call of", "tokens", "unique", "predicted", "µs", "p10–p90", "kernels, µs"], lines)
 
 
 if __name__ == "__main__":

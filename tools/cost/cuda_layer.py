@@ -1,0 +1,70 @@
+"""The two launches of csrc/cuda. Their facts are of probe.cu, which compiles the kernels for one call."""
+
+from __future__ import annotations
+
+import math
+
+from .facts import Store
+from .machines import Machine
+from .model import Estimate, Work, estimate, mean
+from .triton_layer import Case
+
+MAX_TOKENS = 64  # more goes to Triton
+ROW_TILE, CHUNK, STAGES, SPLITS = 64, 256, 4, 4  # csrc/cuda/experts.h, LLaDA2.0-mini on 132 multiprocessors
+COPY_CYCLES = 40  # in which a warp hands a lane's copy over; assumed
+PREFETCHED = 8 << 20  # of the coreset's weights, while the router still runs: kFetchBytes of router.h
+# Turns of the router's loops that do not say their own, by index, where it is not one.
+TURNS = {3: 2, 4: 4, 7: 4, 10: 8, 11: 8, 12: 2, 32: 8}
+
+
+def serves(case: Case, machine: Machine) -> bool:
+    return case.tokens <= MAX_TOKENS and machine.chip in ("sm_90", "sm_100") and case.weights == "bf16"
+
+
+def estimates(case: Case, machine: Machine, store: Store) -> list[Estimate]:
+    return [router(case, machine, store), experts(case, machine, store)]
+
+
+def router(case: Case, machine: Machine, store: Store) -> Estimate:
+    """One cluster of 8 thread blocks per block of tokens. Its gate passes a port before the rest begins, so it is added."""
+    hidden, _, _, routing = case.shape
+    blocks = -(-case.tokens // routing.block_size)
+    facts = store.cuda("router", 32 * blocks, 8)
+    size = routing.num_experts * hidden * 2
+    work = Work("router", facts, 8 * blocks, 8 * blocks, hbm=size, early=True, resident=1, trips=TURNS)
+    found = estimate(work, machine)
+    tokens = min(case.tokens, routing.block_size)
+    port = (size / 8 + 2 * tokens * hidden) / 64 / machine.clock
+    product = TURNS[3] * facts.loops[3].latency / machine.clock
+    found.parts["extra"] = max(0.0, port - product) + (TURNS[3] - 1) * (machine.dram_us - machine.l2_us)
+    found.us += found.parts["extra"]
+    return found
+
+
+def experts(case: Case, machine: Machine, store: Store) -> Estimate:
+    """Persistent thread blocks whose ring of copies never drains: the whole launch is one wave. At its end the last parts
+    are written, counted and added up."""
+    facts = store.cuda("experts", 32 * -(-case.tokens // 32), 8)
+    weights = case.unique * case.expert_bytes + case.shared_bytes
+    chunks = weights / (ROW_TILE * CHUNK * 2)
+    each = chunks / machine.sms
+    moved = weights + chunks * case.tokens * CHUNK * 2
+    fetched = min(case.shared_bytes + PREFETCHED, weights)
+    tile, turn, step, adding = (facts.loops[n] for n in (5, 6, 7, 8))
+    cycles = dict(
+        port=moved / machine.sms / 64,
+        code=each * (turn.latency + CHUNK / 16 / 4 * step.latency) + math.ceil(each / 8) * tile.latency / 2,
+        copies=each * COPY_CYCLES * (ROW_TILE + case.tokens) / 8,
+    )
+    limits = {name: n / machine.clock for name, n in cycles.items()}
+    limits["HBM"] = (weights - fetched) / machine.hbm / 1e6
+    limits["L2"] = moved / machine.l2 / 1e6
+    limits["flight"] = moved / machine.sms / (STAGES * (ROW_TILE + case.tokens) * CHUNK * 2) * machine.dram_us
+    rounds = math.ceil(case.tokens * ROW_TILE / 4 / (2 * 128))
+    parts = dict(
+        start=machine.early,
+        fill=machine.dram_us,
+        waves=mean(limits.values()),
+        extra=(tile.latency / 2 + rounds * adding.latency) / machine.clock,
+    )
+    return Estimate("experts", sum(parts.values()), parts, limits)
