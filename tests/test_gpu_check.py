@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+from dmoe_ops.bench import results
 
 from dmoe_ops import _library
 from dmoe_ops.gpu_check import __main__ as gpu_check
@@ -66,7 +67,7 @@ def test_rehearsal(check):
         # On the CPU, of an H100: that the way from the cost model into the table works.
         foreseen = {r["what"]: r["predicted_us"] for r in rows if r["predicted_us"]}
         assert len(foreseen) == {"cuda": 3, "triton": 2}[backend] and min(foreseen.values()) > 1
-        assert re.search(rf"{backend} layer .*{foreseen['layer']:.1f}", output)
+        assert re.search(rf"{backend} layer .* {results.number(foreseen['layer'])} ", output)
     assert {r["key"] for r in result["steps"]["cuda bench decode"]["data"]["rows"]} == {"token", "dmoe"}
 
 
