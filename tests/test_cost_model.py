@@ -192,14 +192,10 @@ def test_more_bytes_take_longer(rows):
 
 
 def test_independent_estimates(rows):
-    """A review by hand, from the same machine code: for T = 32 with 14.6 experts 50 us of Triton without its routing, 12 to
-    14 us for the router in CUDA and, with the mends since then, 35 to 37 for its experts. Its 8 to 11 us for Triton's
-    routing counted barriers; 6,000 instructions x 16 warps on one multiprocessor take at least 14."""
-    triton = {one["name"]: one["us"] for one in rows["H100", "bf16", 32, 14.6, "triton"]["launches"]}
-    assert triton["gate"] + triton["up"] + triton["down"] == pytest.approx(50, rel=0.1)
-    cuda = {one["name"]: one["us"] for one in rows["H100", "bf16", 32, 14.6, "cuda"]["launches"]}
-    assert cuda["router"] == pytest.approx(14, rel=0.25)
-    assert cuda["experts"] == pytest.approx(36, rel=0.1)
+    """By hand, from the same machine code, for T = 32 with 14.6 experts: Triton's up 26 us, CUDA's experts 36."""
+    for backend, name, us in (("triton", "up", 26), ("cuda", "experts", 36)):
+        launches = rows["H100", "bf16", 32, 14.6, backend]["launches"]
+        assert next(one["us"] for one in launches if one["name"] == name) == pytest.approx(us, rel=0.1)
 
 
 def test_bandwidth_bound_where_it_must_be(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import triton_resources
 
@@ -84,19 +85,18 @@ def route(call, case: Case, facts) -> Work:
 
 
 def dense(call, case: Case, facts, name: str, rows: int, depth: int, length: int, n_rows: int) -> Work:
-    """Both products of the dense form: rows and depth of a tile, length of the sum, rows of the output per expert."""
+    """What both products of the dense form have in common: rows and depth of a tile, length of the sum, rows of the output
+    per expert. A tile is one expert's; the last number of the grid counts blocks."""
     a = call.args
-    blocks, n_tokens = call.grid[1], a["BLOCK_N"]
-    experts = case.unique + (a["SHARED_I"] / a["I"])
-    weights = experts * n_rows * length
+    n_tokens = a["BLOCK_N"]
+    weights = (case.unique + a["SHARED_I"] / a["I"]) * n_rows * length
     stage = rows * depth * case.weight_bytes + n_tokens * depth * 2
-    steps = -(-length // depth)
     return Work(
-        name, facts, 0, 0,
+        name, facts, tiles=0, programs=math.prod(call.grid),
         hbm=weights * case.weight_bytes,
-        l2=blocks * weights / (rows * depth) * stage,
+        l2=call.grid[-1] * weights / (rows * depth) * stage,
         ahead=(a["STAGES"] - 1) * stage,
-        steps=steps,
+        steps=-(-length // depth),
         products=rows * n_tokens * length,
     )  # fmt: skip
 
@@ -105,18 +105,21 @@ def dense_up(call, case: Case, facts) -> Work:
     a = call.args
     work = dense(call, case, facts, "up", 2 * a["BLOCK_I"], a["BLOCK_H"], a["H"], 2 * a["I"])
     tiles = call.grid[1] * -(-round(case.unique * a["I"] + a["SHARED_I"]) // a["BLOCK_I"])
-    return dataclasses.replace(
-        work, tiles=tiles, programs=call.grid[0] * call.grid[1], copies=2 if a["SHARED_I"] else 1
-    )
+    return dataclasses.replace(work, tiles=tiles, copies=2 if a["SHARED_I"] else 1)
 
 
 def dense_down(call, case: Case, facts) -> Work:
-    a = call.args
+    """One tile per program: its share of the members. Their parts are written and read once more."""
+    a, splits = call.args, call.grid[1]
     work = dense(call, case, facts, "down", a["BLOCK_H"], a["BLOCK_I"], a["I"], a["H"])
-    experts = case.unique + a["SHARED_I"] / a["I"]
-    programs = call.grid[0] * call.grid[1]
+    share = (case.unique + a["SHARED_I"] / a["I"]) / splits
+    parts = 2 * 4 * work.programs * a["BLOCK_H"] * a["BLOCK_N"] if splits > 1 else 0
     return dataclasses.replace(
-        work, tiles=programs, programs=programs, steps=round(experts * work.steps), products=experts * work.products
+        work,
+        tiles=work.programs,
+        l2=work.l2 + parts,
+        steps=math.ceil(share * work.steps),
+        products=share * work.products,
     )
 
 
