@@ -70,7 +70,7 @@ class CMakeBuild(build_ext):
             torch,
             sys.executable,
             shutil.which("nvcc"),
-            *map(os.environ.get, ("CXX", "CUDACXX", "DMOE_BUILD_CUDA")),
+            *map(os.environ.get, ("CXX", "CUDACXX", "CUDAARCHS", "DMOE_BUILD_CUDA")),
         ]
         build = Path(self.build_temp).resolve() / hashlib.sha256(repr(found).encode()).hexdigest()[:8]
         build.mkdir(parents=True, exist_ok=True)

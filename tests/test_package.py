@@ -130,6 +130,23 @@ def test_a_build_that_is_required_fails_by_name(make_wheel):
     assert 'the extension was not built: CMake: The C++ compiler "/bin/false" is not able' in done.stdout + done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, whose archive of libstdc++ it links")
+def test_libstdcxx_as_an_archive(make_wheel, tmp_path):
+    """Its locales stay apart from those of torch's libstdc++: a number in an error ended the message, or the process."""
+    done, folder = make_wheel(CXX="g++", LDFLAGS="-static-libstdc++", DMOE_BUILD_CUDA="0", DMOE_REQUIRE_EXTENSION="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(tmp_path)
+    assert b"libstdc++.so" not in next(tmp_path.glob("dmoe_ops/_C*.so")).read_bytes()
+    code = (
+        "import torch, dmoe_ops\n"
+        "torch.ops.dmoe._gate_out(torch.zeros(3, 4)[:, ::2], torch.zeros(2, 4), torch.zeros(3, 2))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stderr.rstrip().endswith("dmoe: x must be contiguous with shape [any, any]")
+
+
 @pytest.mark.parametrize(
     ["output", "error"],
     [

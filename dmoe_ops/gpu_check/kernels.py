@@ -76,7 +76,8 @@ def predicted(backend: str, gpu: str, tokens: int, unique: int) -> dict[str, flo
     """us of the parts that the cost model knows, for LLaDA2.0-mini on that GPU; nothing where its table has no such GPU."""
     command = [sys.executable, "tools/cost_model.py", "--json", "--gpu", gpu, "--backend", backend]
     command += ["--tokens", str(tokens), "--unique", str(unique)]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # PYTHONSAFEPATH would hide the modules beside the script.
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONSAFEPATH")}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         print(f"no predictions: {done.stderr.strip().splitlines()[-1]}")
