@@ -98,8 +98,8 @@ class Emulator:
             getattr(library, name).restype = INT
         library.schedule_words.argtypes = [INT]
         library.splits.argtypes = library.cluster_size.argtypes = [INT, ctypes.c_int]
-        library.stages.argtypes = [INT, INT]
-        library.shared_bytes.argtypes = [INT, ctypes.c_int]
+        library.stages.argtypes = [INT, INT, INT]
+        library.shared_bytes.argtypes = [INT, INT, ctypes.c_int]
         library.emulate_schedule.argtypes = [POINTER, INT, INT, POINTER, ctypes.c_uint32]
         library.totals.argtypes = [ctypes.c_uint64, POINTER]
 

@@ -113,11 +113,11 @@ def test_an_overflow_stays_with_the_tokens_that_chose_the_expert(emulator):
 def test_host_rules(emulator):
     assert [emulator.library.splits(h, 132) for h in (64, 2048, 2816, 4096, 8192)] == [8, 4, 3, 2, 1]
     limits = {"Hopper": 227 * 1024, "GeForce of Blackwell": 99 * 1024}
-    assert [emulator.library.stages(t, limits["Hopper"]) for t in (1, 16, 32, 48, 64)] == [5, 5, 4, 3, 3]
-    assert [emulator.library.stages(t, limits["GeForce of Blackwell"]) for t in (16, 32, 48, 64)] == [2, 1, 1, 1]
+    assert [emulator.library.stages(t, 8, limits["Hopper"]) for t in (1, 16, 32, 48, 64)] == [5, 5, 4, 3, 3]
+    assert [emulator.library.stages(t, 8, limits["GeForce of Blackwell"]) for t in (16, 32, 48, 64)] == [2, 1, 1, 1]
     for tokens in range(1, 65):
-        n = emulator.library.stages(tokens, limits["Hopper"])
-        assert n >= 3 and emulator.library.shared_bytes(tokens, n) <= limits["Hopper"]
+        n = emulator.library.stages(tokens, 32, limits["Hopper"])
+        assert n >= 3 and emulator.library.shared_bytes(tokens, 32, n) <= limits["Hopper"]
 
 
 @pytest.mark.parametrize(

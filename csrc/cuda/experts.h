@@ -28,32 +28,40 @@ struct Experts {
 
 // A tile is 64 rows of weights against all tokens: in the up phase 32 gate rows and their 32 up rows, in the down phase 64
 // columns of y. Weights and tokens come in chunks of 256 along k; a row in shared memory is padded by 16 bytes, so that the
-// eight rows of a matrix lie in different banks. None of these is measured.
-constexpr int kTileRows = 64, kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8, kMaxTokens = 64;
-// Four warps multiply; eight fill the ring, because a warp hands its copies to the copy engine one lane at a time.
+// eight rows of a matrix lie in different banks.
+constexpr int kTileRows = 64, kUpRows = kTileRows / 2, kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8, kMaxTokens = 64;
+// A warp multiplies 16 rows; eight fill the ring, because a warp hands its copies to the copy engine one lane at a time.
 constexpr unsigned kPollPause = 32;  // ns between two looks at a counter. Not measured.
-constexpr int kConsumers = 128, kProducers = 256, kExpertsThreads = kConsumers + kProducers;
+constexpr int kConsumers = 2 * kTileRows, kProducers = 256, kExpertsThreads = kConsumers + kProducers;
 
 constexpr int kRowsOfWarp = kTileRows / (kProducers / 32);  // rows of weights, and of tokens, that a producer copies
-static_assert(kTileRows == kMaxTokens && 2 * kRowsOfWarp <= 32);
+static_assert(kTileRows >= kMaxTokens && 2 * kRowsOfWarp <= 32);
 
-constexpr int64_t kExpertsHeader = 1024;  // barriers, tile of each stage, weights of the tokens
+constexpr int64_t kExpertsHeader = 1024;  // barriers, what each stage holds, weights of the tokens
 
 DMOE_BOTH int64_t stage_bytes(int64_t tokens) { return (kTileRows + (tokens + 15) / 16 * 16) * kPitch; }
 
+// Behind the ring's stages: every token's choice.
+DMOE_BOTH int64_t choice_bytes(int64_t tokens, int64_t top_k) { return (4 + 4) * tokens * top_k; }
+
 // Ring stages that fit into the shared memory of one thread block, at most 8. The kernel needs two.
-inline int stages(int64_t tokens, int64_t shared_limit) {
-  const int64_t fit = (shared_limit - kExpertsHeader) / stage_bytes(tokens);
+inline int stages(int64_t tokens, int64_t top_k, int64_t shared_limit) {
+  const int64_t fit = (shared_limit - kExpertsHeader - choice_bytes(tokens, top_k)) / stage_bytes(tokens);
   return static_cast<int>(fit < kMaxStages ? fit : kMaxStages);
 }
-inline int64_t experts_shared(int64_t tokens, int n_stages) { return kExpertsHeader + n_stages * stage_bytes(tokens); }
+inline int64_t experts_shared(int64_t tokens, int64_t top_k, int n_stages) {
+  return kExpertsHeader + n_stages * stage_bytes(tokens) + choice_bytes(tokens, top_k);
+}
+
+// Parts of the down phase's k.
+constexpr int kMaxSplits = 8;
+static_assert(kUpDone + kMaxSplits <= kColumns);
 
 // Into how many parts the long k of the down phase is cut, so that its tiles about fill the chip once.
 inline int splits(int64_t hidden, int multiprocessors) {
   const int64_t fit = multiprocessors / (hidden / kTileRows);
-  return static_cast<int>(fit < 1 ? 1 : fit > 8 ? 8 : fit);
+  return static_cast<int>(fit < 1 ? 1 : fit > kMaxSplits ? kMaxSplits : fit);
 }
-constexpr int kMaxSplits = 8;
 
 // h of the members, h of the shared expert, and the down phase's parts of y.
 struct ExpertsWorkspace {
@@ -75,7 +83,7 @@ inline const char* refuses(const Experts& a) {
   if (a.tokens > kMaxTokens) return "more than 64 tokens";
   if (a.experts > kMaxExperts) return "more than 512 experts";
   if (a.hidden % kTileRows || a.hidden > 8192) return "a hidden size that is not a multiple of 64 up to 8192";
-  if (a.intermediate % 32 || a.shared_intermediate % 32) return "an intermediate size that is not a multiple of 32";
+  if (a.intermediate % kUpRows || a.shared_intermediate % kUpRows) return "an intermediate size that is not a multiple of 32";
   return nullptr;
 }
 

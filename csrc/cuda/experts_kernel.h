@@ -1,8 +1,9 @@
 // The kernel of experts.cu, as one function per thread block.
 //
 // Persistent thread blocks draw tiles, up tiles before down tiles. Eight warps fill a ring of stages in shared memory by bulk
-// copies, four multiply. A down tile needs every up tile; its weights do not, so the ring holds them by the time the
-// last up tile is done and memory never idles. Tiles are drawn, not given out by block index: whoever waits for a tile
+// copies, four multiply. The down phase's k is cut into parts, and a tile of it needs the up tiles of its part's experts only:
+// parts of early experts are drawn while late ones are still in the up phase. Its weights don't need even those, so the
+// ring holds them by then. Tiles are drawn, not given out by block index: whoever waits for a tile
 // waits for a thread block that already runs, however many fit on the chip. Who computes a tile does not change its bits.
 #pragma once
 
@@ -15,7 +16,7 @@ namespace dmoe::cuda {
 struct Plan {
   int64_t tokens, hidden, inner, shared_inner;
   int members, up_chunks, chunks_of_member, chunks_of_shared;
-  int up_tiles, up_tiles_of_member, up_tiles_of_shared, n_splits, tiles;
+  int up_tiles, up_tiles_of_member, up_tiles_of_shared, n_splits, down_rows, tiles;
 
   DMOE_DEVICE Plan(const Experts& a, int n_splits_)
       : tokens(a.tokens),
@@ -27,12 +28,32 @@ struct Plan {
         chunks_of_member(static_cast<int>((inner + kChunk - 1) / kChunk)),
         chunks_of_shared(static_cast<int>((shared_inner + kChunk - 1) / kChunk)),
         up_tiles(0),
-        up_tiles_of_member(static_cast<int>(inner / 32)),
-        up_tiles_of_shared(static_cast<int>(shared_inner / 32)),
+        up_tiles_of_member(static_cast<int>(inner / kUpRows)),
+        up_tiles_of_shared(static_cast<int>(shared_inner / kUpRows)),
         n_splits(n_splits_),
+        down_rows(static_cast<int>(hidden / kTileRows)),
         tiles(0) {
     up_tiles = up_tiles_of_shared + members * up_tiles_of_member;
-    tiles = up_tiles + static_cast<int>(hidden / kTileRows) * n_splits;
+    tiles = up_tiles + down_rows * n_splits;
+  }
+
+  // The down phase's k: the shared expert's chunks, then the members'. Chunks before a split, and before a member (-1: shared).
+  DMOE_DEVICE int split_begin(int split) const {
+    return (chunks_of_shared + members * chunks_of_member) * split / n_splits;
+  }
+  DMOE_DEVICE int member_begin(int member) const { return member < 0 ? 0 : chunks_of_shared + member * chunks_of_member; }
+  DMOE_DEVICE bool reads(int split, int member) const {
+    return split_begin(split) < member_begin(member + 1) && member_begin(member) < split_begin(split + 1);
+  }
+  // Up tiles of the experts that a split reads.
+  DMOE_DEVICE int awaited(int split) const {
+    const int begin = split_begin(split), end = split_begin(split + 1);
+    if (begin == end) return 0;
+    const int shared = begin < chunks_of_shared ? up_tiles_of_shared : 0;
+    if (end <= chunks_of_shared) return shared;
+    const int first = begin < chunks_of_shared ? 0 : (begin - chunks_of_shared) / chunks_of_member;
+    const int last = (end - 1 - chunks_of_shared) / chunks_of_member;
+    return shared + (last + 1 - first) * up_tiles_of_member;
   }
 };
 
@@ -46,16 +67,15 @@ struct Tile {
 
   DMOE_DEVICE Tile(const Plan& p, int i) : down(i >= p.up_tiles), member(-1), row(0), split(0), first(0), chunks(p.up_chunks) {
     if (down) {
-      const int64_t all = p.chunks_of_shared + static_cast<int64_t>(p.members) * p.chunks_of_member;
-      split = (i - p.up_tiles) % p.n_splits;
-      row = (i - p.up_tiles) / p.n_splits * kTileRows;
-      first = static_cast<int>(all * split / p.n_splits);
-      chunks = static_cast<int>(all * (split + 1) / p.n_splits) - first;
+      split = (i - p.up_tiles) / p.down_rows;
+      row = (i - p.up_tiles) % p.down_rows * kTileRows;
+      first = p.split_begin(split);
+      chunks = p.split_begin(split + 1) - first;
     } else if (i < p.up_tiles_of_shared) {
-      row = i * 32;
+      row = i * kUpRows;
     } else {
       member = (i - p.up_tiles_of_shared) / p.up_tiles_of_member;
-      row = (i - p.up_tiles_of_shared) % p.up_tiles_of_member * 32;
+      row = (i - p.up_tiles_of_shared) % p.up_tiles_of_member * kUpRows;
     }
   }
 };
@@ -111,7 +131,7 @@ DMOE_DEVICE Chunk chunk(const Experts& a, const Plan& p, const ExpertsWorkspace&
 // The start of shared memory; the stages follow at kExpertsHeader.
 struct Ring {
   dev::Barrier full[kMaxStages], empty[kMaxStages];
-  int tile[kMaxStages];  // -1: no more
+  int tile[kMaxStages], steps[kMaxStages];  // tile -1: no more; steps: k / 16
   int drawn[2];          // by the producers, in turn
   int last;
   float weight[kMaxTokens];
@@ -140,12 +160,15 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
   const int rows = kRowsOfWarp + (left < 0 ? 0 : left < kRowsOfWarp ? left : kRowsOfWarp);
   const int64_t bytes = stage_bytes(p.tokens), to = kExpertsHeader + (weights ? row : kTileRows + row) * kPitch;
   uint32_t* counters = a.schedule;
-  bool h_is_there = false;
+  int ready = -1;  // the last split whose h is there; they are drawn in order
   Place at;
 
   const auto open = [&](const Place& place, int tile, int k) {
     dev::barrier_wait(&ring.empty[place.stage], place.phase ^ 1);
-    if (first) ring.tile[place.stage] = tile;
+    if (first) {
+      ring.tile[place.stage] = tile;
+      ring.steps[place.stage] = k / 16;
+    }
     if (lane == 0) dev::barrier_expect(&ring.full[place.stage], 2u * k * rows);
     // Bytes may be counted before they are expected, as this warp's arrival is still due. No GPU has run it that way yet.
     dev::sync_warp();  // not shown: the phase can't end before lane 0 has arrived, so nothing goes wrong without it
@@ -167,7 +190,7 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
     if (i >= p.tiles) break;
     const Tile tile(p, i);
     int done = 0;
-    if (tile.down && !h_is_there) {
+    if (tile.down && tile.split > ready) {
       // Weights as far as the ring reaches, then h, which other thread blocks may still be computing.
       Place ahead = at;
       const int n = tile.chunks < n_stages ? tile.chunks : n_stages;
@@ -177,11 +200,12 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
         if (weights) copy(ahead, tile, part);
       }
       if (first) {
-        while (dev::load_acquire(&counters[kUpDone]) < static_cast<uint32_t>(p.up_tiles)) dev::pause(kPollPause);
+        const uint32_t awaited = static_cast<uint32_t>(p.awaited(tile.split));
+        while (dev::load_acquire(&counters[kUpDone + tile.split]) < awaited) dev::pause(kPollPause);
       }
       dev::sync_some(2, kProducers);
       dev::fence_copies();
-      h_is_there = true;
+      ready = tile.split;
       for (; done < n; ++done, at.next(n_stages)) {
         if (copies_tokens) copy(at, tile, chunk(a, p, w, tile, done));
       }
@@ -242,14 +266,22 @@ DMOE_DEVICE void add_parts(const Plan& p, const Tile& tile, const float* parts, 
   }
 }
 
-// The four warps that multiply. Warp i has rows 16 i .. 16 i + 15 of a tile, all tokens.
-template <bool kHalf>
+// The warps that multiply. Warp i has rows 16 i .. 16 i + 15 of a tile, all tokens: at most 16 * kSixteens.
+template <bool kHalf, int kSixteens>
 DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared, int n_stages) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const int lane = dev::lane(), warp = dev::warp(), thread = dev::thread(), tokens = static_cast<int>(p.tokens);
+  const int top_k = static_cast<int>(a.top_k);
   const int64_t bytes = stage_bytes(p.tokens);
-  const int padded = (tokens + 15) / 16 * 16;
   uint32_t* counters = a.schedule;
+  // Every token's choice, slot by slot.
+  int32_t* chosen = reinterpret_cast<int32_t*>(shared + kExpertsHeader + n_stages * bytes);
+  float* chosen_weights = reinterpret_cast<float*>(chosen + tokens * top_k);
+  for (int i = thread; i < tokens * top_k; i += kConsumers) {
+    chosen[i % top_k * tokens + i / top_k] = a.topk_ids[i];
+    chosen_weights[i % top_k * tokens + i / top_k] = a.topk_weights[i];
+  }
+  dev::sync_some(1, kConsumers);
   // What each lane names in a load of matrices: rows 0-7, 8-15 and k 0-7, 8-15 in the order of the MMA's registers.
   const int own_weights = (warp * 16 + (lane & 15)) * kPitch + (lane >> 4) * 16;
   const int own_tokens = (kTileRows + (lane >> 4) * 8 + (lane & 7)) * kPitch + (lane >> 3 & 1) * 16;
@@ -264,32 +296,36 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
       float weight = tile.member < 0 ? 1.0f : 0.0f;
       if (tile.member >= 0) {
         const int expert = static_cast<int>(a.schedule[kUsed + tile.member]);
-        for (int j = 0; j < a.top_k; ++j) {
+        for (int j = 0; j < top_k; ++j) {
           // A token may name an expert twice.
-          if (a.topk_ids[thread * a.top_k + j] == expert) weight += a.topk_weights[thread * a.top_k + j];
+          if (chosen[j * tokens + thread] == expert) weight += chosen_weights[j * tokens + thread];
         }
       }
       ring.weight[thread] = weight;
     }
 
-    float sum[kMaxTokens / 8][4] = {};
+    float sum[2 * kSixteens][4] = {};
     for (int c = 0; c < (tile.chunks ? tile.chunks : 1); ++c, at.next(n_stages)) {
       dev::barrier_wait(&ring.full[at.stage], at.phase);
       const char* stage = shared + kExpertsHeader + at.stage * bytes;
-      const int steps = tile.chunks ? chunk(a, p, w, tile, c).k / 16 : 0;
-#pragma unroll 4
-      for (int k = 0; k < steps; ++k) {
+      const auto step = [&](int k) {
         uint32_t m[4];
         dev::load_matrices(m, stage + own_weights + k * 32);
 #pragma unroll
-        for (int n = 0; n < kMaxTokens / 16; ++n) {
-          if (n * 16 < padded) {
-            uint32_t b[4];
-            dev::load_matrices(b, stage + own_tokens + n * 16 * kPitch + k * 32);
-            dev::mma<kHalf>(sum[2 * n], m[0], m[1], m[2], m[3], b[0], b[1]);
-            dev::mma<kHalf>(sum[2 * n + 1], m[0], m[1], m[2], m[3], b[2], b[3]);
-          }
+        for (int n = 0; n < kSixteens; ++n) {
+          uint32_t b[4];
+          dev::load_matrices(b, stage + own_tokens + n * 16 * kPitch + k * 32);
+          dev::mma<kHalf>(sum[2 * n], m[0], m[1], m[2], m[3], b[0], b[1]);
+          dev::mma<kHalf>(sum[2 * n + 1], m[0], m[1], m[2], m[3], b[2], b[3]);
         }
+      };
+      const int steps = ring.steps[at.stage];
+      if (steps == kChunk / 16) {
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k) step(k);
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < steps; ++k) step(k);
       }
       dev::sync_warp();
       if (lane == 0) dev::barrier_arrive(&ring.empty[at.stage]);
@@ -302,7 +338,7 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
       const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;
       uint16_t* h = reinterpret_cast<uint16_t*>(work + (tile.member < 0 ? w.shared_h : w.h + 2 * tile.member * p.tokens * inner));
 #pragma unroll
-      for (int n = 0; n < kMaxTokens / 8; ++n) {
+      for (int n = 0; n < 2 * kSixteens; ++n) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int token = n * 8 + lane % 4 * 2 + j;
@@ -316,14 +352,14 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
       }
       dev::fence_copies();  // h is read by bulk copies
       dev::sync_some(1, kConsumers);
-      if (thread == 0) dev::atomic_add_ordered(&counters[kUpDone], 1);
+      if (thread < p.n_splits && p.reads(thread, tile.member)) dev::atomic_add_ordered(&counters[kUpDone + thread], 1);
       continue;
     }
 
     float* parts = reinterpret_cast<float*>(work + w.parts);
     uint16_t* y = static_cast<uint16_t*>(a.y);
 #pragma unroll
-    for (int n = 0; n < kMaxTokens / 8; ++n) {
+    for (int n = 0; n < 2 * kSixteens; ++n) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int token = n * 8 + lane % 4 * 2 + j % 2, column = tile.row + warp * 16 + low + j / 2 * 8;
@@ -362,7 +398,7 @@ DMOE_DEVICE void prefetch_shared(const Experts& a) {
   }
 }
 
-template <bool kHalf>
+template <bool kHalf, int kSixteens>
 DMOE_DEVICE void experts_kernel(const Experts& a, int n_stages, int n_splits, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const bool producer = dev::warp() >= kConsumers / 32;
@@ -382,7 +418,7 @@ DMOE_DEVICE void experts_kernel(const Experts& a, int n_stages, int n_splits, ch
   if (producer) {
     produce(a, plan, w, shared, n_stages);
   } else {
-    consume<kHalf>(a, plan, w, shared, n_stages);
+    consume<kHalf, kSixteens>(a, plan, w, shared, n_stages);
   }
 }
 

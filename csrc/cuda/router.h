@@ -37,8 +37,8 @@ struct Router {
 
 // The schedule: counters that the expert kernel starts from zero, the number of experts that some token chose, their ids in
 // ascending order, and what the blocks add up on the way there.
-// Tickets, up tiles done (128 bytes apart, as blocks wait for the one while others draw the other), and one counter per 64
-// columns of y (H <= 8192).
+// Tickets, up tiles done for each part of the down phase (128 bytes apart, as blocks wait for the ones while others draw the
+// other), and one counter per 64 columns of y (H <= 8192).
 constexpr int kTickets = 0, kUpDone = 32, kColumns = 64, kCounters = kColumns + 128;
 constexpr int kCount = kCounters, kUsed = kCounters + 1;
 inline int64_t schedule_words(int64_t experts) { return kUsed + experts + 1 + (experts + 31) / 32; }

@@ -92,8 +92,10 @@ int64_t schedule_words(int64_t experts) { return dmoe::cuda::schedule_words(expe
 int used_at() { return dmoe::cuda::kUsed; }
 int count_at() { return dmoe::cuda::kCount; }
 int splits(int64_t hidden, int multiprocessors) { return dmoe::cuda::splits(hidden, multiprocessors); }
-int stages(int64_t tokens, int64_t shared_limit) { return dmoe::cuda::stages(tokens, shared_limit); }
-int64_t shared_bytes(int64_t tokens, int n_stages) { return dmoe::cuda::experts_shared(tokens, n_stages); }
+int stages(int64_t tokens, int64_t top_k, int64_t limit) { return dmoe::cuda::stages(tokens, top_k, limit); }
+int64_t shared_bytes(int64_t tokens, int64_t top_k, int n_stages) {
+  return dmoe::cuda::experts_shared(tokens, top_k, n_stages);
+}
 int64_t router_shared_bytes(int experts, int block_size, int cluster, int fused) {
   return dmoe::cuda::router_shared(experts, block_size, cluster, fused).bytes;
 }

@@ -52,14 +52,15 @@ inline emulate::Launch schedule_launch(const int32_t* topk_ids, int64_t slots, i
           [=](char* shared) { schedule_kernel(topk_ids, slots, experts, out, shared); }};
 }
 
+template <bool kHalf>
+constexpr decltype(&experts_kernel<kHalf, 1>) kExpertsKernels[] = {experts_kernel<kHalf, 1>, experts_kernel<kHalf, 2>,
+                                                                   experts_kernel<kHalf, 3>, experts_kernel<kHalf, 4>};
+
 inline emulate::Launch experts_launch(const Experts& a, int ctas, int n_stages, int n_splits) {
-  return {ctas, kExpertsThreads, 1, experts_shared(a.tokens, n_stages), true, [a, n_stages, n_splits](char* shared) {
-            if (a.dtype == Dtype::f16) {
-              experts_kernel<true>(a, n_stages, n_splits, shared);
-            } else {
-              experts_kernel<false>(a, n_stages, n_splits, shared);
-            }
-          }};
+  const int64_t sixteens = (a.tokens + 15) / 16;
+  const auto kernel = (a.dtype == Dtype::f16 ? kExpertsKernels<true> : kExpertsKernels<false>)[sixteens - 1];
+  return {ctas, kExpertsThreads, 1, experts_shared(a.tokens, a.top_k, n_stages), true,
+          [a, n_stages, n_splits, kernel](char* shared) { kernel(a, n_stages, n_splits, shared); }};
 }
 
 inline Memories experts_memory(const Experts& a) {

@@ -49,5 +49,5 @@ extern "C" __global__ void __launch_bounds__(kExpertsThreads, 1)
   a.intermediate = a.shared_intermediate = 512;
   a.experts = 256;
   a.top_k = 8;
-  experts_kernel<false>(a, n_stages, 4, shared);
+  experts_kernel<false, (TOKENS + 15) / 16>(a, n_stages, 4, shared);
 }
