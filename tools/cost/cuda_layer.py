@@ -50,10 +50,10 @@ def experts(case: Case, machine: Machine, store: Store) -> Estimate:
     each = chunks / machine.sms
     moved = weights + chunks * case.tokens * CHUNK * 2
     fetched = min(case.shared_bytes + PREFETCHED, weights)
-    tile, turn, step, adding = (facts.loops[n] for n in (5, 6, 7, 8))
+    tile, turn, adding = (facts.loops[n] for n in (7, 8, 10))
     cycles = dict(
         port=moved / machine.sms / 64,
-        code=each * (turn.latency + CHUNK / 16 / 4 * step.latency) + math.ceil(each / 8) * tile.latency / 2,
+        code=each * turn.latency + math.ceil(each / 8) * tile.latency / 2,
         copies=each * COPY_CYCLES * (ROW_TILE + case.tokens) / 8,
     )
     limits = {name: n / machine.clock for name, n in cycles.items()}
