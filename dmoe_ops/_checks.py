@@ -33,6 +33,29 @@ def tensor(name: str, value, shape=None, dtypes=None, device=None) -> None:
         raise ValueError(f"{name} must be on {device} like the first tensor, got {value.device}")
 
 
+_passed: set = set()
+
+
+def once(check, *args) -> None:
+    """check(*args), unless it has passed on arguments of this kind: equal ones, and tensors of the same shape, strides,
+    dtype and device. So it is for checks that look at no more than that, and never for fake tensors."""
+    key = (check, *kinds(args))
+    if key not in _passed:
+        check(*args)
+        if len(_passed) >= 4096:
+            _passed.clear()
+        _passed.add(key)
+
+
+def kinds(args) -> list:
+    """What `once` compares of arguments, those in tuples among them: hashable."""
+    return [
+        (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
+        for arg in args
+        for value in (arg if isinstance(arg, tuple) else (arg,))
+    ]
+
+
 def tensors(*, optional: dict | None = None, **values) -> None:
     """That every value is a tensor, or None among the optional ones: what a schema would reject with less to say."""
     for name, value in {**values, **(optional or {})}.items():
@@ -90,6 +113,17 @@ def logits(value, settings: BlockRouting) -> None:
     rows("logits", value, "E")
     if value.shape[-1] != settings.num_experts:
         raise ValueError(f"logits must have num_experts={settings.num_experts} columns, got {list(value.shape)}")
+
+
+def route_arguments(value, expert_bias, offsets, settings: BlockRouting) -> None:
+    """What `block_route` itself looks at: logits of two or three dimensions, and tensors where a schema asks for them."""
+    logits(value, settings)
+    tensors(optional=dict(expert_bias=expert_bias, block_offsets=offsets))
+
+
+def route_call(value, expert_bias, offsets, settings: BlockRouting) -> None:
+    route_arguments(value, expert_bias, offsets, settings)
+    route(value.reshape(-1, value.shape[-1]), expert_bias, offsets, settings)
 
 
 def route(logits, expert_bias, offsets, settings: BlockRouting) -> None:
@@ -227,6 +261,20 @@ def contiguous(name: str, value) -> None:
     # A silent .contiguous() would make a second copy of the weights at every call.
     if not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+
+
+def layer_arguments(x, gate_weight, expert_bias, weights: ExpertWeights, offsets) -> None:
+    """What `block_moe` itself looks at: x of two or three dimensions, and tensors where a schema asks for them."""
+    rows("x", x, "H")
+    required = dict(gate_weight=gate_weight, w13=weights.w13, w2=weights.w2)
+    names = [name for name in weights._fields[2:] if name != "quantize_activations"]
+    optional = dict(expert_bias=expert_bias, block_offsets=offsets) | {name: getattr(weights, name) for name in names}
+    tensors(**required, optional=optional)
+
+
+def layer_call(x, gate_weight, expert_bias, weights: ExpertWeights, offsets, settings: BlockRouting) -> None:
+    layer_arguments(x, gate_weight, expert_bias, weights, offsets)
+    layer(x.reshape(-1, x.shape[-1]), gate_weight, expert_bias, weights, offsets, settings)
 
 
 def layer(x, gate_weight, expert_bias, weights: ExpertWeights, offsets, settings: BlockRouting) -> None:

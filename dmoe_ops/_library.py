@@ -97,6 +97,48 @@ except ImportError as error:  # the torch reference serves
     WHY_NO_C = why_no_c(error)
 
 
+def nobody_listens(*tensors) -> bool:
+    """Whether an op called with these tensors (None passes) would go straight to its implementation, which may then be
+    called without the dispatcher: that takes longer than all of the rest. Everything that would see the call, or change
+    its arguments, says no: a gradient, a mode (FakeTensor, functorch, torch.jit.trace, __torch_function__), a subclass,
+    autocast, the profiler, torch.compile, and a tensor that is anything but dense on the CPU or on CUDA."""
+    if torch.compiler.is_compiling():
+        return False
+    if (
+        torch._C._dispatch_tls_local_include_set().raw_repr() not in QUIET
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    graded = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or torch._C._dispatch_keys(tensor).raw_repr() not in PLAIN
+            or (graded and tensor.requires_grad)
+        ):
+            return False
+    return True
+
+
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+# What the dispatcher adds to a call's keys where there is no mode; then in inference mode, whose tensors have less, too.
+QUIET = {_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")}
+PLAIN = {
+    _keys(backend, f"Autocast{backend}", *more)
+    for backend in ("CPU", "CUDA")
+    for more in (("ADInplaceOrView", f"Autograd{backend}"), ())
+}
+
+
 def define(schema: str, impl, fake, setup_context, backward) -> None:
     """Registers dmoe::`schema` with its implementation, its fake kernel and its gradient."""
     name = "dmoe::" + schema[: schema.index("(")]

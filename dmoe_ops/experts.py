@@ -11,12 +11,14 @@ from .formats import ExpertWeights
 def moe_experts(
     x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=None, activations=None, expert_map=None
 ) -> torch.Tensor:
+    _checks.activations(activations, w13)
+    tensors = (x, w13, w2, topk_ids, topk_weights)
+    rest = (w13_scale, w2_scale, activations is not None, expert_map)
+    if _library.nobody_listens(*tensors, w13_scale, w2_scale, expert_map):
+        return impl(*tensors, *rest)
     optional = dict(w13_scale=w13_scale, w2_scale=w2_scale, expert_map=expert_map)
     _checks.tensors(x=x, w13=w13, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights, optional=optional)
-    _checks.activations(activations, w13)
-    return torch.ops.dmoe.moe_experts(
-        x, w13, w2, topk_ids, topk_weights, w13_scale, w2_scale, activations is not None, expert_map
-    )
+    return torch.ops.dmoe.moe_experts(*tensors, *rest)
 
 
 moe_experts.__doc__ = reference.moe_experts.__doc__
@@ -33,8 +35,10 @@ def fake(x, w13, w2, topk_ids, topk_weights, *rest):
 
 
 def impl(x, w13, w2, topk_ids, topk_weights, *rest):
-    y, weights = fake(x, w13, w2, topk_ids, topk_weights, *rest), of_op(w13, w2, *rest)
+    weights = of_op(w13, w2, *rest)
+    _checks.once(_checks.experts, x, weights, topk_ids, topk_weights)
     _checks.expert_map_values(weights)
+    y = x.new_empty(x.shape)
     if not topk_ids.numel():
         return y.zero_()
     x, topk_ids, topk_weights = _library.contiguous(x, topk_ids, topk_weights)

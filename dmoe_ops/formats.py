@@ -77,6 +77,10 @@ class ExpertWeights(NamedTuple):
     def quantized(self) -> bool:
         return self.w13.dtype in QUANTIZED
 
+    def tensors(self) -> tuple:
+        """All fields but `quantize_activations`."""
+        return *self[:8], self.expert_map
+
     def local(self, topk_ids) -> torch.Tensor:
         """topk_ids with the rows of w13 and w2 in place of the experts' ids. Waits for no device."""
         if self.expert_map is None:

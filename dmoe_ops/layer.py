@@ -30,33 +30,32 @@ def block_moe(
     expert_map=None,
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     _checks.routing(routing)
-    _checks.rows("x", x, "H")
-    scales = dict(
-        w13_scale=w13_scale,
-        w2_scale=w2_scale,
-        shared_w13_scale=shared_w13_scale,
-        shared_w2_scale=shared_w2_scale,
-    )
-    optional = dict(expert_bias=expert_bias, shared_w13=shared_w13, shared_w2=shared_w2, block_offsets=block_offsets)
-    optional |= scales | dict(expert_map=expert_map)
-    _checks.tensors(gate_weight=gate_weight, w13=w13, w2=w2, optional=optional)
     _checks.activations(activations, w13)
-    rows = x.reshape(-1, x.shape[-1])
-    y, *routed, router_logits = torch.ops.dmoe.block_moe(
-        rows,
-        gate_weight,
-        expert_bias,
-        w13,
-        w2,
-        shared_w13,
-        shared_w2,
-        block_offsets,
-        x.shape[-2],
-        *routing.args(),
-        *scales.values(),
-        activations is not None,
-        expert_map,
-    )
+    scales = (w13_scale, w2_scale, shared_w13_scale, shared_w2_scale)
+    weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None, expert_map)
+    arguments = (x, gate_weight, expert_bias, weights, block_offsets)
+    if _library.nobody_listens(x, gate_weight, expert_bias, block_offsets, *weights.tensors()):
+        _checks.once(_checks.layer_call, *arguments, routing)
+        rows = x.reshape(-1, x.shape[-1])
+        y, *routed, router_logits = run(rows, *arguments[1:], x.shape[-2], routing)
+    else:
+        _checks.layer_arguments(*arguments)
+        rows = x.reshape(-1, x.shape[-1])
+        y, *routed, router_logits = torch.ops.dmoe.block_moe(
+            rows,
+            gate_weight,
+            expert_bias,
+            w13,
+            w2,
+            shared_w13,
+            shared_w2,
+            block_offsets,
+            x.shape[-2],
+            *routing.args(),
+            *scales,
+            activations is not None,
+            expert_map,
+        )
     return y.view(x.shape), router.result(routed), router_logits
 
 
@@ -71,35 +70,39 @@ def settings(experts: tuple, rest: tuple) -> tuple[ExpertWeights, BlockRouting]:
     return ExpertWeights(*experts, *rest[N_ROUTING:]), _library.unpack_routing(rest[:N_ROUTING])
 
 
-def fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
-    weights, routing = settings((w13, w2, shared_w13, shared_w2), rest)
-    _checks.layer(x, gate_weight, expert_bias, weights, block_offsets, routing)
-    router.check_seq_len(seq_len, x.shape[0])
+def allocate(x, block_offsets, seq_len, routing: BlockRouting) -> tuple:
+    """The op's outputs, empty."""
     logits_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     routed = router.allocate(x.shape[0], seq_len, block_offsets, routing, x)
     router_logits = x.new_empty((x.shape[0], routing.num_experts), dtype=logits_dtype)
     return x.new_empty(x.shape), *router.outputs(routed), router_logits
 
 
+def fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
+    weights, routing = settings((w13, w2, shared_w13, shared_w2), rest)
+    _checks.layer(x, gate_weight, expert_bias, weights, block_offsets, routing)
+    router.check_seq_len(seq_len, x.shape[0])
+    return allocate(x, block_offsets, seq_len, routing)
+
+
 def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
     weights, routing = settings((w13, w2, shared_w13, shared_w2), rest)
-    out = fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest)
+    _checks.once(_checks.layer, x, gate_weight, expert_bias, weights, block_offsets, routing)
+    router.check_seq_len(seq_len, x.shape[0])
+    return run(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing)
+
+
+def run(x, gate_weight, expert_bias, weights: ExpertWeights, block_offsets, seq_len, routing: BlockRouting) -> tuple:
+    """The op, once its arguments are checked but for the values that only the CPU may look at."""
+    out = allocate(x, block_offsets, seq_len, routing)
     _checks.block_offset_values(block_offsets, x.shape[0], routing.block_size)
     _checks.expert_map_values(weights)
     if x.shape[0]:
         y, *routed, router_logits = out
         x, gate_weight, expert_bias, block_offsets = _library.contiguous(x, gate_weight, expert_bias, block_offsets)
+        routed = router.result(routed)
         _backends.backend(x).block_moe(
-            x,
-            gate_weight,
-            expert_bias,
-            weights,
-            block_offsets,
-            seq_len,
-            routing,
-            y,
-            router.result(routed),
-            router_logits,
+            x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, routed, router_logits
         )
     return out
 

@@ -10,8 +10,11 @@ from .routing import BlockRouting, RoutingResult
 
 def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None) -> RoutingResult:
     _checks.routing(routing)
-    _checks.logits(logits, routing)
-    _checks.tensors(optional=dict(expert_bias=expert_bias, block_offsets=block_offsets))
+    if _library.nobody_listens(logits, expert_bias, block_offsets):
+        _checks.once(_checks.route_call, logits, expert_bias, block_offsets, routing)
+        rows = logits.reshape(-1, logits.shape[-1])
+        return result(run(rows, expert_bias, block_offsets, logits.shape[-2], routing))
+    _checks.route_arguments(logits, expert_bias, block_offsets, routing)
     rows = logits.reshape(-1, logits.shape[-1])
     return result(torch.ops.dmoe.block_route(rows, expert_bias, block_offsets, logits.shape[-2], *routing.args()))
 
@@ -61,12 +64,19 @@ def fake(logits, expert_bias, block_offsets, seq_len, *routing_args):
 
 def impl(logits, expert_bias, block_offsets, seq_len, *routing_args):
     routing = _library.unpack_routing(routing_args)
-    out = fake(logits, expert_bias, block_offsets, seq_len, *routing_args)
+    _checks.once(_checks.route, logits, expert_bias, block_offsets, routing)
+    check_seq_len(seq_len, logits.shape[0])
+    return run(logits, expert_bias, block_offsets, seq_len, routing)
+
+
+def run(logits, expert_bias, block_offsets, seq_len, routing: BlockRouting) -> tuple:
+    """The op on arguments that have been checked."""
+    routed = allocate(logits.shape[0], seq_len, block_offsets, routing, logits)
     _checks.block_offset_values(block_offsets, logits.shape[0], routing.block_size)
     if logits.shape[0]:
         logits, expert_bias, block_offsets = _library.contiguous(logits, expert_bias, block_offsets)
-        _backends.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, result(out))
-    return out
+        _backends.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, routed)
+    return outputs(routed)
 
 
 def setup_context(ctx, inputs, output):

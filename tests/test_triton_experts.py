@@ -13,7 +13,7 @@ from dmoe_ops import BlockRouting, block_moe, moe_experts, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
-from dmoe_ops.triton_kernels import backend, experts, gradient, router, schedule, tiles  # noqa: E402 - needs triton
+from dmoe_ops.triton_kernels import backend, experts, gradient, launch, router, schedule, tiles  # noqa: E402 - needs triton
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
 
@@ -32,12 +32,14 @@ def form(request, monkeypatch):
     """Both forms serve every call; the rule on the host only chooses the faster."""
     monkeypatch.setattr(backend, "form_of", lambda *args: request.param)
     monkeypatch.setattr(backend, "DENSE_TOKENS", 10**6 if request.param == "dense" else 0)
+    monkeypatch.setattr(launch, "_plans", {})
     return request.param
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that were launched."""
+    monkeypatch.setattr(launch, "_plans", {})
     names = []
     for module in (router, experts, schedule, gradient):
         for name, kernel in vars(module).items():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
 import triton
 
 from ..formats import ExpertWeights
-from . import experts, gradient, router, schedule, tiles
+from . import experts, gradient, launch, router, schedule, tiles
 from .weights import stored
 
 DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
@@ -50,18 +49,20 @@ class Triton:
     """triton_kernels."""
 
     @staticmethod
+    @launch.repeated
     def block_route(logits, expert_bias, block_offsets, seq_len, routing, out) -> None:
-        with _on(logits.device):
+        with launch.on(logits.device):
             tile = tiles.for_device(logits.device).route
             router.route(logits, None, expert_bias, block_offsets, seq_len, routing, out, None, tile, None, False)
 
     @staticmethod
+    @launch.repeated
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
         """Without blocks the schedule takes one launch of its own before the two (dense), or two (gathered)."""
         n_tokens, top_k = topk_ids.shape
         expert_map = weights.expert_map
         n_experts = weights.w13.shape[0] if expert_map is None else expert_map.shape[0]
-        with _on(x.device):
+        with launch.on(x.device):
             weights = stored(weights, has_fp8(x.device))
             table, pdl = tiles.for_device(x.device), has_pdl(x.device)
             if n_tokens <= DENSE_TOKENS:
@@ -78,12 +79,13 @@ class Triton:
                 experts.gathered(x, weights, topk_ids, topk_weights, plan, h, rows, y, table, pdl)
 
     @staticmethod
+    @launch.repeated
     def moe_experts_backward(d_y, x, weights: ExpertWeights, topk_ids, topk_weights, out) -> None:
         n_tokens, top_k = topk_ids.shape
         n_experts = weights.w13.shape[0]
         tile = min(gradient.most_positions(x.dtype), tile_tokens(n_tokens, top_k, n_experts))
         words = -(-n_tokens // schedule.MAX_WORD)
-        with _on(x.device):
+        with launch.on(x.device):
             plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, 0, tile, x.device)
             schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, None)
             schedule.order_all(topk_ids, n_experts, plan, has_pdl(x.device))
@@ -92,12 +94,13 @@ class Triton:
             gradient.experts_gradient(d_y, x, weights, topk_ids, topk_weights, plan, buffers, out)
 
     @staticmethod
+    @launch.repeated
     def block_moe(
         x, gate_weight, expert_bias, weights: ExpertWeights, block_offsets, seq_len, routing, y, out, router_logits
     ) -> None:
         """Four launches: gate, route, up, down."""
         n_blocks = out.coreset_sizes.shape[0]
-        with _on(x.device):
+        with launch.on(x.device):
             weights = stored(weights, has_fp8(x.device))
             table, pdl = tiles.for_device(x.device), has_pdl(x.device)
             if form_of(n_blocks, routing, table.dense_blocks) == "dense":
@@ -138,8 +141,3 @@ def _gathered_plan(x, weights, top_k, n_experts, n_words, table) -> schedule.Gat
     tile = tile_tokens(n_tokens, top_k, n_experts)
     n_arrived = n_tokens * triton.cdiv(hidden, table.fit("gathered_down", tile, x.dtype, weights.down[0].dtype).rows)
     return schedule.Gathered.empty(n_tokens, n_experts, top_k, n_words, n_arrived, tile, x.device)
-
-
-def _on(device: torch.device):
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -51,7 +51,7 @@ class Product:
     per_processor: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity: `launch` looks for it at every call
 class Tiles:
     """Tiles of one GPU. dense_blocks: up to how many blocks the dense form serves, see `backend.form_of`; shared_memory:
     bytes that one program may use; processors: how many multiprocessors there are."""
