@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -70,6 +72,8 @@ def test_rehearsal(check, monkeypatch):
         assert len(foreseen) == {"cuda": 3, "triton": 2}[backend] and min(foreseen.values()) > 1
         assert re.search(rf"{backend} layer .* {results.number(foreseen['layer'])} ", output)
     assert {r["key"] for r in result["steps"]["cuda bench decode"]["data"]["rows"]} == {"token", "dmoe"}
+    kept = json.dumps(result)
+    assert os.getcwd() not in kept and sys.executable not in kept and tempfile.gettempdir() not in kept
 
 
 def test_a_hang_is_named_and_killed_whole(check, planted, tmp_path):

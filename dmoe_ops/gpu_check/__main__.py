@@ -57,13 +57,13 @@ def main(argv: list[str] | None = None, planned: list[steps.Step] | None = None)
             found.update(ok=False, result="SKIPPED", summary=f"{found['summary']}: {skipped}")
         found["fails"] = not found["ok"] and not step.information
         result["steps"][step.name] = found
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(portable(json.dumps(result, indent=1), folder) + "\n")
         print(f"== {step.name}: {found['result']}, {found['summary']} ({found['seconds']:.0f} s)", flush=True)
         if found.get("output"):
             print(found["output"][-3000:], flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the steps are killed with it
-    width = max(1, min(4, (os.cpu_count() or 1) // 4))
+    width = max(1, min(8, (os.cpu_count() or 1) // 2))
     with tempfile.TemporaryDirectory() as folder:
         steps.run(planned, Path(folder), lambda: deadline - time.monotonic(), width, keep)
     print("\n" + summary(result), flush=True)
@@ -71,6 +71,13 @@ def main(argv: list[str] | None = None, planned: list[steps.Step] | None = None)
     bad += [loss["what"] for loss in lost if loss["fails"]]
     print(f"\n{path}: " + (f"NOT WELL: {', '.join(bad)}" if bad else "all well"))
     return 1 if bad else 0
+
+
+def portable(text: str, folder: str) -> str:
+    """A result without the paths of the machine that made it."""
+    for path, name in ((folder, "tmp"), (sys.executable, "python"), (os.getcwd(), "."), (sys.prefix, "prefix")):
+        text = text.replace(path, name)
+    return text
 
 
 def machine(rehearsal: bool) -> dict:
