@@ -13,27 +13,44 @@ namespace {
 
 // Tuned on 2 cores of AMD Zen 4 (1 MiB of L2 each); `dmoe bench layer --device cpu --tokens 32` and
 // `dmoe bench experts --device cpu --tokens 128,512` repeat it.
-constexpr int64_t kMostTile = 16;
 constexpr int64_t kUpTokens = 96;       // of a task of up: with the weights of its rows, their activations stay in L2
 constexpr int64_t kChunkTokens = 512;   // of a task of down: its sums stay in L2
 constexpr int64_t kDownRows = 64;       // of a task of down
+
+// UNMEASURED: tokens of an expert from which its weights go through AMX. A product of tiles takes 16 cycles whatever the
+// number of its tokens, and the same weights take vdpbf16ps 16 for each; memory brings them in 50 and more, so one token is
+// enough. More than 1 would let a token's bits depend on how many others chose its expert.
+constexpr int64_t kAmxTokens = 1;
+
+// The kernels of a group: those given, or AMX where the CPU has it and the weights are no other numbers than it multiplies.
+const DotKernels* kernels_of(const Group& group, const DotKernels& kernels) {
+#if defined(__x86_64__) || defined(DMOE_EMULATE)
+  const Format format = group.w13.weight.format;
+  const bool as_is = format == Format::plain || format == Format::int8;
+  if (isa() >= Isa::amx && as_is && group.count >= kAmxTokens) return &kDotAmx;
+#endif
+  return &kernels;
+}
 
 // The slots of every group cut into tiles that do not cross a chunk of tokens.
 struct Tiles {
   int64_t chunk, chunks;              // tokens of a chunk
   std::vector<int64_t> begin;         // the first slot of every tile, and the end
   std::vector<int64_t> first;         // first[group * chunks + chunk]: its first tile, and the end
+  std::vector<const DotKernels*> kernels;  // of every tile
 
-  Tiles(const Slots& slots, int64_t tokens, int64_t width)
+  Tiles(const Slots& slots, int64_t tokens, const DotKernels& vectors)
       : chunk(std::min(tokens, kChunkTokens)), chunks(ceil_div(tokens, chunk)) {
     for (const Group& group : slots.groups) {
+      const DotKernels* own = kernels_of(group, vectors);
       int64_t slot = group.begin;
       for (int64_t c = 0; c < chunks; ++c) {
         first.push_back(begin.size());
         const int64_t from = slot;
         while (slot < group.begin + group.count && slots.token[slot] < (c + 1) * chunk) ++slot;
-        const int64_t count = slot - from, tiles = ceil_div(count, width);
-        for (int64_t i = 0; i < tiles; ++i) begin.push_back(from + count * i / tiles);
+        const int64_t count = slot - from, tiles = ceil_div(count, own->tile);
+        for (int64_t i = 0; i < tiles; ++i) begin.push_back(from + (own->even ? count * i / tiles : own->tile * i));
+        kernels.resize(begin.size(), own);
       }
     }
     first.push_back(begin.size());
@@ -84,7 +101,7 @@ struct Call {
         slots(slots),
         kernels(kernels),
         parallel(parallel),
-        tiles(slots, a.tokens, kernels.tile),
+        tiles(slots, a.tokens, kernels),
         routed_parts(parts_for(a.w13)),
         shared_parts(parts_for(a.shared_w13)),
         x(slots, packed_bytes(a.hidden, routed_parts), packed_bytes(a.hidden, shared_parts)),
@@ -99,23 +116,23 @@ struct Call {
   bool integers() const { return routed_parts != Parts::bf16 || shared_parts != Parts::bf16; }
 };
 
-// pack_tile(slot, width) for every tile.
+// pack_tile(kernels, slot, width) for every tile.
 template <class PackTile>
 void each_tile(const Call& call, int64_t bytes, const PackTile& pack_tile) {
   const auto& begin_of = call.tiles.begin;
   call.parallel(call.tiles.count(), 1 + (1 << 16) / (bytes * call.kernels.tile), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pack_tile(begin_of[i], begin_of[i + 1] - begin_of[i]);
+    for (int64_t i = begin; i < end; ++i) pack_tile(*call.tiles.kernels[i], begin_of[i], begin_of[i + 1] - begin_of[i]);
   });
 }
 
 // Packs a tile of integers, q_of(t) being token t's rows of `depth` numbers, one for each part.
 template <class RowOf>
-void pack_integers(const Call& call, int64_t width, int64_t depth, Parts parts, const RowOf& q_of, char* to) {
+void pack_integers(const DotKernels& kernels, int64_t width, int64_t depth, Parts parts, const RowOf& q_of, char* to) {
   const char* line[2 * kMostTile];
   const int64_t lines = lines_of(parts);
   for (int64_t t = 0; t < width; ++t)
     for (int64_t p = 0; p < lines; ++p) line[t * lines + p] = reinterpret_cast<const char*>(q_of(t)) + p * depth;
-  call.kernels.pack(line, width * lines, depth, to);
+  kernels.pack(line, width * lines, depth, to);
 }
 
 void pack_tokens(Call& call) {
@@ -129,25 +146,25 @@ void pack_tokens(Call& call) {
       call.kernels.quantize(at(a.x, a.dtype, t * a.hidden), a.dtype, a.hidden, integers, q.get() + t * row,
                             &rounding.scale[t], &rounding.sum[2 * t]);
   });
-  each_tile(call, a.hidden * 2, [&](int64_t slot, int64_t width) {
+  each_tile(call, a.hidden * 2, [&](const DotKernels& kernels, int64_t slot, int64_t width) {
     const int64_t* token = call.slots.token.data() + slot;
     const Parts parts = call.parts(slot);
     if (parts == Parts::bf16) {
       const char* line[kMostTile];
       for (int64_t t = 0; t < width; ++t) line[t] = static_cast<const char*>(at(a.x, a.dtype, token[t] * a.hidden));
-      return call.kernels.pack(line, width, a.hidden * 2, call.x.at(slot));
+      return kernels.pack(line, width, a.hidden * 2, call.x.at(slot));
     }
     for (int64_t t = 0; t < width; ++t) {
       call.x_rounding.scale[slot + t] = rounding.scale[token[t]];
       std::copy_n(&rounding.sum[2 * token[t]], 2, &call.x_rounding.sum[2 * (slot + t)]);
     }
-    pack_integers(call, width, a.hidden, parts, [&](int64_t t) { return q.get() + token[t] * row; }, call.x.at(slot));
+    pack_integers(kernels, width, a.hidden, parts, [&](int64_t t) { return q.get() + token[t] * row; }, call.x.at(slot));
   });
 }
 
 // Hidden values that are rounded to integers: in fp32 first, as a row has one scale.
 void pack_hidden(Call& call, const float* h, int64_t h_stride) {
-  each_tile(call, h_stride * 4, [&](int64_t slot, int64_t width) {
+  each_tile(call, h_stride * 4, [&](const DotKernels& kernels, int64_t slot, int64_t width) {
     const Parts parts = call.parts(slot);
     if (parts == Parts::bf16) return;
     const int64_t depth = slot < call.slots.routed ? call.a.intermediate : call.a.shared_intermediate;
@@ -156,7 +173,7 @@ void pack_hidden(Call& call, const float* h, int64_t h_stride) {
     for (int64_t t = slot; t < slot + width; ++t)
       call.kernels.quantize(h + t * h_stride, Dtype::f32, depth, parts, q.data() + (t - slot) * row,
                             &call.h_rounding.scale[t], &call.h_rounding.sum[2 * t]);
-    pack_integers(call, width, depth, parts, [&](int64_t t) { return q.data() + t * row; }, call.h.at(slot));
+    pack_integers(kernels, width, depth, parts, [&](int64_t t) { return q.data() + t * row; }, call.h.at(slot));
   });
 }
 
@@ -200,6 +217,7 @@ void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
       const Task& task = tasks[index];
       const Group& group = *task.group;
       DotBlock block{};
+      block.kernels = call.tiles.kernels[task.tile];
       block.matrix = &group.w13;
       block.rows = std::min(kUpRows, group.intermediate - task.row);
       block.parts = call.parts(group.begin);
@@ -217,7 +235,7 @@ void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
         blocks.push_back(block);
       }
     }
-    void multiply(const DotBlock& block, const DotBlock& next) { call.kernels.up(block, next); }
+    void multiply(const DotBlock& block, const DotBlock& next) { block.kernels->up(block, next); }
     void finish(int64_t index) {
       const Task& task = tasks[index];
       const int64_t* begin = call.tiles.begin.data() + task.tile;
@@ -228,7 +246,7 @@ void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
         if (call.parts(begin[i]) != Parts::bf16) {
           call.kernels.hidden_f32(from, kSums, rows, width, h_f32 + begin[i] * h_stride + task.row, h_stride);
         } else {
-          call.kernels.hidden(from, kSums, rows, width, task.row / kUpRows, call.h.at(begin[i]));
+          call.tiles.kernels[task.tile + i]->hidden(from, kSums, rows, width, task.row / kUpRows, call.h.at(begin[i]));
         }
       }
     }
@@ -267,6 +285,7 @@ void down_projection(const Call& call) {
         const int64_t first = tiles.first[g * tiles.chunks + chunk], end = tiles.first[g * tiles.chunks + chunk + 1];
         if (first == end) continue;
         DotBlock block{};
+        block.kernels = tiles.kernels[first];
         block.matrix = &group.w2;
         block.row = row;
         block.rows = std::min(kDownRows, a.hidden - row);
@@ -285,7 +304,7 @@ void down_projection(const Call& call) {
         blocks.push_back(block);
       }
     }
-    void multiply(const DotBlock& block, const DotBlock& next) { call.kernels.down(block, next); }
+    void multiply(const DotBlock& block, const DotBlock& next) { block.kernels->down(block, next); }
     void finish(int64_t task) {
       const int64_t row = task % row_tasks * kDownRows, begin = task / row_tasks * tiles.chunk;
       const int64_t rows = std::min(kDownRows, a.hidden - row), count = std::min(tiles.chunk, a.tokens - begin);
@@ -301,7 +320,7 @@ void down_projection(const Call& call) {
 }  // namespace
 
 const DotKernels* dot_kernels() {
-#ifdef __x86_64__
+#if defined(__x86_64__) || defined(DMOE_EMULATE)
   if (isa() >= Isa::avx512_bf16) return &kDotAvx512;
 #endif
   return nullptr;

@@ -49,26 +49,11 @@ void add_products(Ints& sum, Bits a, Bits b) {
 void add_products(Ints& sum, Bits a, Bits b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 #endif
 
-void place(const char* from, int64_t step, int64_t line, int64_t width, char* to) {
-  store(to + (step * width + line) * kStepBytes, load<Bits>(from));
+void place(const char* const* line, int64_t offset, int64_t width, char* to) {
+  for (int64_t t = 0; t < width; ++t) store(to + t * kStepBytes, load<Bits>(line[t] + offset));
 }
 
-// The weights that come next, a few cache lines a step: memory works while the tiles compute, and a burst would stall them.
-// They come a whole block ahead: hardware follows neither from row to row nor from expert to expert.
-struct Ahead {
-  const char* at = nullptr;
-  int64_t lines = 0, steps, owed = 0;  // spread evenly: `lines` over `steps`
-
-  Ahead(const DotBlock& next, int64_t steps) : steps(steps) {
-    if (next.rows <= 0) return;
-    at = next.matrix->row(next.row);
-    lines = (next.rows * next.matrix->row_bytes() + kStepBytes - 1) / kStepBytes;
-  }
-  void fetch() {
-    for (owed += lines; owed >= steps; owed -= steps, at += kStepBytes) __builtin_prefetch(at, 0, 2);  // into L2
-  }
-};
-
+// Rows of a quantised matrix as bf16, [rows] of `stride` bytes. They share the scales of fp8.
 #ifdef DMOE_EMULATE
 void unpack(const DotBlock& block, int64_t row, int64_t rows, char* to, int64_t stride) {
   const Matrix& matrix = *block.matrix;
@@ -113,6 +98,17 @@ void unpack(const DotBlock& block, int64_t row, int64_t rows, char* to, int64_t 
   if (block.matrix->weight.format == Format::int4) unpack_as<Int4>(block, row, rows, to, stride);
 }
 #endif
+
+// Rows as bf16, or of int8 as they are.
+Rows multiplied_rows(const DotBlock& block, int64_t row) {
+  const Matrix& matrix = *block.matrix;
+  if (block.parts != Parts::bf16 || !matrix.quantized()) return rows_of(block, row, kRows);
+  const int64_t count = block.rows - row < kRows ? block.rows - row : kRows;
+  const int64_t bytes = 2 * matrix.depth, stride = panel_stride(matrix.depth);
+  unpack(block, block.row + row, count, block.panel, stride);
+  for (int64_t r = 0; r < count; ++r) std::memset(block.panel + r * stride + bytes, 0, stride - bytes);
+  return {block.panel, stride, count};
+}
 
 // In every quad: the sums of four vectors' quads.
 Vec add_quads(Vec a, Vec b, Vec c, Vec d) {
@@ -264,7 +260,7 @@ void tiles(const DotBlock& block, const DotBlock& next) {
   const int64_t pieces = slots <= kMost * block.n_tiles ? block.n_tiles : kLines * block.n_tiles;  // roughly
   Ahead ahead(next, (block.rows + kRows - 1) / kRows * pieces * steps_of(block.matrix->depth, parts));
   for (int64_t row = 0; row < block.rows; row += kRows) {
-    const Rows source = rows_of(block, row, kRows);
+    const Rows source = multiplied_rows(block, row);
     for (int64_t i = 0; i < block.n_tiles; ++i) {
       const int64_t begin = block.tiles[i], end = block.tiles[i + 1];
       const char* x = block.x + begin * bytes;
@@ -306,7 +302,7 @@ void multiply(const DotBlock& block, const DotBlock& next) {
 
 }  // namespace
 
-const DotKernels kDotAvx512 = {kTile, pack, multiply<false>, multiply<true>, hidden, hidden_f32, quantize, narrow};
+const DotKernels kDotAvx512 = {kTile, true, pack, multiply<false>, multiply<true>, hidden, hidden_f32, quantize, narrow};
 
 }  // namespace dmoe::cpu
 #endif

@@ -7,32 +7,35 @@ namespace {
 
 using Vec = VectorOf<float, 16>::type;
 
-// One step of a line: where its 64 bytes go within a tile is the instruction set's choice.
-void place(const char* from, int64_t step, int64_t line, int64_t width, char* to);
+// 64 bytes of every line, from `offset` on, into a step of a tile: in which order is the instruction set's choice.
+void place(const char* const* line, int64_t offset, int64_t width, char* to);
 
-void pack(const char* const* line_of, int64_t width, int64_t bytes, char* to) {
-  const int64_t whole = bytes / kStepBytes;
-  for (int64_t step = 0; step < whole; ++step)
-    for (int64_t t = 0; t < width; ++t) place(line_of[t] + step * kStepBytes, step, t, width, to);
-  if (whole * kStepBytes == bytes) return;
+void pack(const char* const* line, int64_t width, int64_t bytes, char* to) {
+  const int64_t whole = bytes / kStepBytes * kStepBytes;
+  for (int64_t offset = 0; offset < whole; offset += kStepBytes) place(line, offset, width, to + offset * width);
+  if (whole == bytes) return;
+  alignas(64) char last[2 * kMostTile][kStepBytes] = {};
+  const char* last_line[2 * kMostTile];
   for (int64_t t = 0; t < width; ++t) {
-    char line[kStepBytes] = {};
-    std::memcpy(line, line_of[t] + whole * kStepBytes, bytes - whole * kStepBytes);
-    place(line, whole, t, width, to);
+    std::memcpy(last[t], line[t] + whole, bytes - whole);
+    last_line[t] = last[t];
   }
+  place(last_line, 0, width, to + whole * width);
 }
 
 void hidden(const float* gate_up, int64_t stride, int64_t rows, int64_t width, int64_t step, char* to) {
+  alignas(64) uint16_t lines[kMostTile][kStepDepth] = {};
+  const char* line[kMostTile];
   for (int64_t t = 0; t < width; ++t) {
-    alignas(64) uint16_t line[kStepDepth] = {};
     for (int64_t i = 0; i < rows; i += 8) {
       const float* gate = gate_up + t * stride + i;
       const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kUpRows));
-      store(line + i, __builtin_convertvector(narrow_eight(value, Dtype::bf16), EightShorts));
+      store(lines[t] + i, __builtin_convertvector(narrow_eight(value, Dtype::bf16), EightShorts));
     }
-    for (int64_t i = rows; i < kStepDepth; ++i) line[i] = 0;  // sums past the last row are not its own
-    place(reinterpret_cast<const char*>(line), step, t, width, to);
+    for (int64_t i = rows; i < kStepDepth; ++i) lines[t][i] = 0;  // sums past the last row are not its own
+    line[t] = reinterpret_cast<const char*>(lines[t]);
   }
+  place(line, 0, width, to + step * width * kStepBytes);
 }
 
 void hidden_f32(const float* gate_up, int64_t stride, int64_t rows, int64_t width, float* to, int64_t to_stride) {
@@ -99,24 +102,34 @@ struct Rows {
   const char* operator()(int64_t row) const { return first + (row < count ? row : count - 1) * stride; }
 };
 
-// Rows of a quantised matrix as bf16, [rows] of `stride` bytes. They share the scales of fp8.
-void unpack(const DotBlock& block, int64_t row, int64_t rows, char* to, int64_t stride);
-
-// As they are in memory or, where they are quantised or do not fill their last step, in block.panel.
+// As they are in memory or, where they do not fill their last step, in block.panel.
 Rows rows_of(const DotBlock& block, int64_t row, int64_t rows) {
   const Matrix& matrix = *block.matrix;
   const int64_t count = block.rows - row < rows ? block.rows - row : rows, first = block.row + row;
-  const bool as_is = block.parts != Parts::bf16 || !matrix.quantized();
-  const int64_t bytes = as_is ? matrix.row_bytes() : 2 * matrix.depth;
-  if (as_is && bytes % kStepBytes == 0) return {matrix.row(first), bytes, count};
-  const int64_t stride = panel_stride(matrix.depth);
-  if (!as_is) unpack(block, first, count, block.panel, stride);
+  const int64_t bytes = matrix.row_bytes(), stride = panel_stride(matrix.depth);
+  if (bytes % kStepBytes == 0) return {matrix.row(first), bytes, count};
   for (int64_t r = 0; r < count; ++r) {
-    if (as_is) std::memcpy(block.panel + r * stride, matrix.row(first + r), bytes);
+    std::memcpy(block.panel + r * stride, matrix.row(first + r), bytes);
     std::memset(block.panel + r * stride + bytes, 0, stride - bytes);
   }
   return {block.panel, stride, count};
 }
+
+// The weights that come next, a few cache lines a step: memory works while the tiles compute, and a burst would stall them.
+// They come a whole block ahead: hardware follows neither from row to row nor from expert to expert.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0, steps, owed = 0;  // spread evenly: `lines` over `steps`
+
+  Ahead(const DotBlock& next, int64_t steps) : steps(steps) {
+    if (next.rows <= 0) return;
+    at = next.matrix->row(next.row);
+    lines = (next.rows * next.matrix->row_bytes() + kStepBytes - 1) / kStepBytes;
+  }
+  void fetch() {
+    for (owed += lines; owed >= steps; owed -= steps, at += kStepBytes) __builtin_prefetch(at, 0, 2);  // into L2
+  }
+};
 
 }  // namespace
 }  // namespace dmoe::cpu

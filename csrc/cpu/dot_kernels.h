@@ -1,8 +1,8 @@
-// What dot.cpp asks of an instruction set. dot_avx512.cpp compiles dot_body.h into one table.
+// What dot.cpp asks of an instruction set. dot_avx512.cpp and dot_amx.cpp compile dot_body.h into a table each.
 //
 // Depth is cut into steps of 64 bytes: 32 numbers of bf16, or 64 of int8. Activations are packed by tiles, a few tokens side
-// by side: [step][token][part][64 bytes], so that a tile is read from front to back whatever the token's row was. The last
-// step is padded with zeros.
+// by side: [step] of 64 bytes for every token and part, in the instruction set's own order, so that a tile is read from front
+// to back whatever the token's row was. The last step is padded with zeros.
 //
 // Weights of bf16, and quantised ones that become bf16(float(q) * scale) on the way, meet bf16 activations (one part). Weights
 // of int8 are multiplied as they are, in exact integers: activations are integers then, rounded to int8 (one part), or to
@@ -17,7 +17,8 @@ namespace dmoe::cpu {
 
 constexpr int64_t kStepBytes = 64;
 constexpr int64_t kStepDepth = 32;  // bf16 numbers
-constexpr int64_t kPanelRows = 4;
+constexpr int64_t kMostTile = 16;   // tokens of a tile
+constexpr int64_t kPanelRows = 32;  // at most
 constexpr int64_t kUpRows = 32;     // rows of gate, and as many of up, of a task of up: as hidden values, those are one step
 
 // How activations are stored.
@@ -37,8 +38,11 @@ constexpr int64_t panel_stride(int64_t depth) { return packed_bytes(depth, Parts
 // Bytes of the tables that decode the fp8 weights of a row: 128 numbers of bf16 for each group.
 constexpr int64_t table_bytes(int64_t depth) { return (depth + kScaleGroup - 1) / kScaleGroup * 256; }
 
+struct DotKernels;
+
 // Some rows of one matrix against the tiles of a group's tokens.
 struct DotBlock {
+  const DotKernels* kernels;
   const Matrix* matrix;
   int64_t row, rows;     // the block's first row, and how many
   Parts parts;           // of the activations
@@ -53,7 +57,7 @@ struct DotBlock {
   const int32_t* x_sum;
   // Where the sums go, up:   out[(slot - tiles[0]) * out_stride + row] is written;
   //                    down: out[token[slot] * out_stride + row] += scale[slot] * the sum.
-  // Rows go up to the next multiple of 4: there is room for them, and nobody reads them.
+  // Rows go up to the next multiple of 16: there is room for them, and nobody reads them.
   float* out;
   int64_t out_stride;
   const int32_t* token;
@@ -62,6 +66,7 @@ struct DotBlock {
 
 struct DotKernels {
   int64_t tile;  // tokens of a tile at most
+  bool even;     // the tiles of a group are about equal, otherwise full ones and the rest
   // `width` lines of `bytes` bytes each, of the tokens and their parts, into a tile.
   void (*pack)(const char* const* line, int64_t width, int64_t bytes, char* to);
   // Each fetches the rows of `next` into L2 on the way; a `next` without rows fetches nothing.
@@ -79,6 +84,6 @@ struct DotKernels {
   void (*narrow)(const float* sums, int64_t n, uint16_t* y);
 };
 
-extern const DotKernels kDotAvx512;
+extern const DotKernels kDotAvx512, kDotAmx;
 
 }  // namespace dmoe::cpu

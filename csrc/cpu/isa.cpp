@@ -35,10 +35,10 @@ Isa best() {
   // Whatever multiplies bf16 has the dot products of bytes and, but for one generation of Xeons, lookups of bytes as well.
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi"))
     return Isa::avx512;
-  // GCC 12 knows no name for AMX here: CPUID 7.0, EDX bits 22 (AMX-BF16) and 24 (AMX-TILE).
+  // GCC 12 knows no name for AMX here: CPUID 7.0, EDX bits 22 (AMX-BF16), 24 (AMX-TILE) and 25 (AMX-INT8).
   unsigned a = 7, b, c = 0, d;
   asm("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);
+  const bool tiles = (d >> 22 & 1) && (d >> 24 & 3) == 3;
   return tiles && tiles_granted() ? Isa::amx : Isa::avx512_bf16;
 }
 #else
