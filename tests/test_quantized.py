@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -251,6 +254,40 @@ def test_a_bad_token_stays_in_its_row_with_int8_activations(value):
     changed = moe_experts(**inputs, **weights, activations="int8")
     others = torch.arange(8) != 5
     assert torch.equal(changed[others], y[others]) and changed[5].isnan().all()
+
+
+# ---- the same bits ----
+
+ISAS = ["plain", "avx2", "avx512", "avx512_bf16", "amx"]  # DMOE_CPU_ISA is read once, so each has a process of its own
+ON_THREADS = """
+import sys, torch
+from test_quantized import FORMATS, layer, routed
+from dmoe_ops import _library, moe_experts
+assert _library._C.cpu_isa() == sys.argv[1]
+for form, activations in (*((form, None) for form in FORMATS), ("int8", "int8")):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for tokens, hidden, inter in ((1, 256, 128), (40, 256, 384), (70, 130, 66), (600, 64, 32)):
+            weights, inputs = layer(form, hidden, inter, 5), routed(tokens, hidden, dtype=dtype)
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(moe_experts(**inputs, **weights, activations=activations))
+            for other in results[1:]:
+                assert torch.equal(results[0], other), (form, activations, dtype, tokens)
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_same_bits_for_every_number_of_threads(isa, backend):
+    if backend == "reference":
+        pytest.skip("the reference has no instruction sets, and torch's products may change with the number of threads")
+    from dmoe_ops import _library
+
+    if ISAS.index(isa) > ISAS.index(_library._C.cpu_isa()):
+        pytest.skip(f"{isa} is not here, or DMOE_CPU_ISA lowers it")
+    env = {**os.environ, "DMOE_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", ON_THREADS, isa], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ---- special values ----
