@@ -1,8 +1,9 @@
 // Selection by one warp: scores, the best few of up to 32 * N candidates, and the groups a token may choose from.
 //
-// Written over the lanes of dmoe::dev, so the GPU and the tests' emulator run the same code. Candidate i * 32 + lane belongs
-// to that lane: its key lies in element i of the lane's registers, its scores in shared memory. A candidate's key is its selection score as an unsigned integer of the same order, 0
-// for what may not be chosen; ties go to the lower position. `dmoe_ops/reference.py` is the contract, its rounding included.
+// Written over the lanes of dmoe::dev, so the GPU and the tests' emulator run the same code. Candidate i * 32 + lane
+// belongs to that lane: its key lies in element i of the lane's registers. A candidate's key is its selection score as an
+// unsigned integer of the same order, 0 for what may not be chosen; ties go to the lower position.
+// `dmoe_ops/reference.py` is the contract, its rounding included.
 #pragma once
 
 #include "cuda/device.h"
@@ -55,31 +56,18 @@ DMOE_DEVICE Row softmax_row(const float* logits, int experts) {
   return {top, warp_sum(sum)};
 }
 
-// s, rounded once from double. A NaN logit scores 0.
+// s, rounded once from double. Of a NaN logit it is NaN, which counts as 0 and may not be chosen.
 DMOE_DEVICE float score(float logit, Score kind, const Row& row) {
-  if (is_nan(logit)) return 0.0f;
+  if (is_nan(logit)) return logit;
   if (kind == Score::sigmoid) return static_cast<float>(1.0 / (1.0 + exp(-static_cast<double>(logit))));
   return static_cast<float>(share(logit, row.top) / row.sum);
 }
+DMOE_DEVICE float or_zero(float score) { return is_nan(score) ? 0.0f : score; }
 
 // r = s + bias
-DMOE_DEVICE float selection_score(float logit, float score, float bias) {
+DMOE_DEVICE float selection_score(float score, float bias) {
   const float r = score + bias;
-  return is_nan(logit) || is_nan(r) ? kNever : r;
-}
-
-// s and r of candidates 0 .. n - 1, each by its lane; candidate m is expert_of(m). Up to `padded` there is nothing to choose.
-// The loop stays a loop: exp and a division in double are some hundred instructions, which have to be fetched.
-template <class ExpertOf>
-DMOE_DEVICE void score_all(const float* logits, const float* bias, Score kind, const Row& row, int n, int padded,
-                           const ExpertOf& expert_of, float* s, float* r) {
-#pragma unroll 2
-  for (int m = dev::lane(); m < padded; m += 32) {
-    const int e = m < n ? expert_of(m) : -1;
-    const float logit = e < 0 ? NAN : logits[e];
-    s[m] = score(logit, kind, row);
-    r[m] = selection_score(logit, s[m], bias && e >= 0 ? bias[e] : 0.0f);
-  }
+  return is_nan(r) ? kNever : r;
 }
 
 template <int N>
@@ -91,21 +79,29 @@ DMOE_DEVICE void load_keys(const float* r, int padded, uint32_t (&keys)[N]) {
   }
 }
 
+// The largest of a lane's keys, in pairs: few of them wait for each other.
+template <int N>
+DMOE_DEVICE uint32_t largest(const uint32_t (&keys)[N]) {
+  uint32_t best[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) best[i] = keys[i];
+#pragma unroll
+  for (int step = 1; step < N; step *= 2) {
+#pragma unroll
+    for (int i = 0; i + step < N; i += 2 * step) best[i] = best[i + step] > best[i] ? best[i + step] : best[i];
+  }
+  return best[0];
+}
+
 // The best candidate that is left, which is then taken out: its position, or -1. Called by all lanes, the same answer in all.
 template <int N>
 DMOE_DEVICE int pop(uint32_t (&keys)[N]) {
-  uint32_t best = 0;
-  int at = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (keys[i] > best) {
-      best = keys[i];
-      at = i;
-    }
-  }
-  const uint32_t top = dev::warp_max(best);
+  const uint32_t top = dev::warp_max(largest(keys));
   if (top == 0) return -1;
-  const int position = static_cast<int>(dev::warp_min(best == top ? static_cast<uint32_t>(at * 32 + dev::lane()) : ~0u));
+  uint32_t here[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) here[i] = keys[i] == top ? ~static_cast<uint32_t>(i * 32 + dev::lane()) : 0;
+  const int position = static_cast<int>(~dev::warp_max(largest(here)));
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (position == i * 32 + dev::lane()) keys[i] = 0;
@@ -113,37 +109,32 @@ DMOE_DEVICE int pop(uint32_t (&keys)[N]) {
   return position;
 }
 
-// Adds one token's votes, stage 1, to the sums (or maxima) of expert i * 32 + lane. s and r [padded] in shared memory.
+// Adds one token's votes, stage 1, to the sums (or maxima) of expert i * 32 + lane, whose scores are s[i] (0 where there
+// is none) and r[i].
 template <int N>
-DMOE_DEVICE void vote(const Routing& routing, const float* s, const float* r, int padded, double (&votes)[N]) {
-  const int lane = dev::lane();
+DMOE_DEVICE void vote(const Routing& routing, const float (&s)[N], const float (&r)[N], double (&votes)[N]) {
   if (routing.aggregate == Aggregate::sum) {
     double total = 0;
-    for (int e = lane; e < padded; e += 32) total += s[e];
+#pragma unroll
+    for (int i = 0; i < N; ++i) total += s[i];
     const float norm = static_cast<float>(warp_sum(total)) + kEps;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i * 32 + lane < padded) votes[i] += s[i * 32 + lane] / norm;
-    }
+    for (int i = 0; i < N; ++i) votes[i] += s[i] / norm;
   } else if (routing.aggregate == Aggregate::max) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const double value = i * 32 + lane < padded ? r[i * 32 + lane] : kNever;
-      votes[i] = value > votes[i] ? value : votes[i];
-    }
+    for (int i = 0; i < N; ++i) votes[i] = r[i] > votes[i] ? r[i] : votes[i];
   } else {
     const bool count = routing.aggregate == Aggregate::union_;
     uint32_t keys[N], left[N];
-    load_keys(r, padded, keys);
 #pragma unroll
-    for (int i = 0; i < N; ++i) left[i] = keys[i];
+    for (int i = 0; i < N; ++i) keys[i] = left[i] = candidate_key(r[i]);
     const int k = static_cast<int>(count ? routing.union_k : routing.top_k);
     for (int j = 0; j < k; ++j) {
       if (pop(left) < 0) break;
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (keys[i] != left[i]) votes[i] += count ? 1.0 : r[i * 32 + lane];
+      if (keys[i] != left[i]) votes[i] += count ? 1.0 : r[i];
     }
   }
 }
@@ -197,9 +188,56 @@ DMOE_DEVICE int choose(int top_k, uint32_t (&inside)[N], uint32_t (&outside)[N])
   return chosen;
 }
 
+// Stage 3 for at most 32 members, one per lane, and at most 32 groups: ranks by shuffles, where `choose` takes the best
+// again and again. selection: of this lane's member, kNever where there is none; group: of that member; first(g) as above.
+// slots: [32] in shared memory, of this warp.
+template <class First>
+DMOE_DEVICE int choose_few(const Routing& routing, int n_members, float selection, int group, const First& first,
+                           int32_t* slots) {
+  const int lane = dev::lane(), top_k = static_cast<int>(routing.top_k);
+  const uint32_t key = candidate_key(selection);
+  bool inside = true;
+  if (routing.n_group > 1) {
+    const int n_group = static_cast<int>(routing.n_group);
+    const int begin = lane < n_group ? first(lane) : 0, count = lane < n_group ? first(lane + 1) - begin : 0;
+    float best = kNever, second = kNever;
+    const int most = static_cast<int>(dev::warp_max(static_cast<uint32_t>(count)));
+    for (int j = 0; j < most; ++j) {
+      const float r = dev::shuffle(selection, (begin + j) & 31);
+      if (j >= count) continue;
+      second = r > best ? best : r > second ? r : second;
+      best = r > best ? r : best;
+    }
+    // As in `keep_groups`.
+    const uint32_t mine = lane < n_group ? order_key(second > kNever ? best + second : kNever) : 0;
+    int better = 0;
+#pragma unroll 8
+    for (int j = 0; j < n_group; ++j) better += dev::shuffle(mine, j) > mine - (j < lane);
+    const uint32_t kept = dev::ballot(mine != 0 && better < routing.topk_group);
+    inside = kept >> (group & 31) & 1;
+  }
+  // This member's place: among those inside the kept groups, or behind all of them.
+  const uint32_t all_inside = dev::ballot(inside), chosen_first = dev::ballot(inside && key != 0);
+  int place = inside ? 0 : dev::popcount(chosen_first);
+#pragma unroll 4
+  for (int j = 0; j < n_members; ++j) {
+    const uint32_t other = dev::shuffle(key, j);
+    place += other > key - (j < lane) && (all_inside >> j & 1) == inside;
+  }
+  slots[lane] = -1;
+  dev::sync_warp();
+  if (key != 0 && place < top_k) slots[place] = lane;
+  dev::sync_warp();
+  return lane < top_k ? slots[lane] : -1;
+}
+
 // topk_weights of the slot in this lane, from the score of its expert (0 for a slot without one).
 DMOE_DEVICE float weigh(const Routing& routing, float s) {
-  const float norm = static_cast<float>(warp_sum(static_cast<double>(s))) + kEps;
+  double sum = s;
+  for (int by = 16; by > 0; by >>= 1) {
+    if (by < routing.top_k) sum += dev::shuffle_xor(sum, by);  // beyond the slots there is nothing but zeros
+  }
+  const float norm = static_cast<float>(sum) + kEps;
   return (routing.norm_topk_prob ? s / norm : s) * routing.routed_scaling_factor;
 }
 

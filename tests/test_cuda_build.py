@@ -28,7 +28,8 @@ ORDER = {
     ("schedule_entry", "sm_90a"): {"bar.sync": 2, **HOPPER},
     ("route_entry", "sm_90a"): {
         "bar.sync": 11,
-        "barrier.cluster.arrive.release": 4,
+        "barrier.cluster.arrive.relaxed": 1,
+        "barrier.cluster.arrive.release": 3,
         "barrier.cluster.wait.acquire": 4,
         **ROUTE,
         **HOPPER,

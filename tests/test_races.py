@@ -15,8 +15,14 @@ from dmoe_ops import BlockRouting, reference
 ROUTE = dict(top_k=3, n_group=4, topk_group=2, min_experts=6)
 # hidden, inner, shared, experts; offsets of the blocks; settings of the routing; how it is launched
 LAYERS = {
-    # Two tiles of tokens and of experts per thread block of the gate; one block, so no launch between the layers.
-    "one block": ((64, 32, 32, 72), [0, 34], dict(block_size=34, score="softmax", **ROUTE), dict(cluster=2, ctas=3)),
+    # Two tiles of tokens and of experts per thread block of the gate, more members than lanes, several tokens per warp;
+    # one block, so no launch between the layers.
+    "one block": (
+        (64, 32, 32, 72),
+        [0, 34],
+        dict(block_size=34, score="softmax") | ROUTE | dict(min_experts=40),
+        dict(cluster=2, ctas=3),
+    ),
     # The blocks add up their experts; two clusters at a time, and fewer thread blocks than tiles.
     "many blocks": (
         (128, 64, 0, 40),

@@ -26,14 +26,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ["cuda/router_kernel.h", "cuda/experts_kernel.h", "select.h"]
 CALLS = (
-    "sync|sync_some|sync_warp|cluster_arrive|cluster_wait|wait_for_primary|barrier_init_done|barrier_expect|"
-    "barrier_arrive|barrier_wait|fence_copies"
+    "sync|sync_some|sync_warp|cluster_arrive|cluster_arrive_relaxed|cluster_wait|wait_for_primary|barrier_init_done|"
+    "barrier_expect|barrier_arrive|barrier_wait|fence_copies"
 )
 # What is replaced by what; the first group of a pattern stays.
 RULES = [
     ("taken out", re.compile(rf"\bdev::({CALLS})\([^;]*\);"), "(void)0;"),
     ("without its order", re.compile(r"\bdev::atomic_add_ordered\("), "dev::atomic_add("),
     ("without its order", re.compile(r"\bdev::load_acquire\("), "dev::load_relaxed("),
+    ("without its order", re.compile(r"\bdev::cluster_arrive\("), "dev::cluster_arrive_relaxed("),
     ("not waited for", re.compile(r"\bwhile \(dev::load_acquire\("), "while (false && dev::load_acquire("),
     ("taken out", re.compile(r"\bdev::cluster_arrive\(\);\n\s*dev::cluster_wait\(\);"), "(void)0;"),
 ]

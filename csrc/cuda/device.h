@@ -38,7 +38,7 @@ DMOE_DEVICE T shuffle_up(T value, int by) {
 }
 DMOE_DEVICE uint32_t ballot(bool value) { return __ballot_sync(~0u, value); }
 DMOE_DEVICE uint32_t warp_max(uint32_t value) { return __reduce_max_sync(~0u, value); }
-DMOE_DEVICE uint32_t warp_min(uint32_t value) { return __reduce_min_sync(~0u, value); }
+DMOE_DEVICE uint32_t warp_add(uint32_t value) { return __reduce_add_sync(~0u, value); }
 DMOE_DEVICE int popcount(uint32_t value) { return __popc(value); }
 
 // --- a thread block, and named barriers for some of its warps
@@ -58,6 +58,13 @@ DMOE_DEVICE int cluster_rank() {
   return 0;
 #endif
 }
+DMOE_DEVICE int cluster_index() {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<int>(__clusterIdx().x);
+#else
+  return cta();
+#endif
+}
 DMOE_DEVICE int cluster_size() {
 #if __CUDA_ARCH__ >= 900
   return static_cast<int>(__clusterSizeInBlocks());
@@ -68,6 +75,12 @@ DMOE_DEVICE int cluster_size() {
 DMOE_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+// That this thread block has started, and nothing that it has written: without the fence that a release costs.
+DMOE_DEVICE void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 DMOE_DEVICE void cluster_wait() {
@@ -102,7 +115,7 @@ DMOE_DEVICE uint32_t load_acquire(const uint32_t* at) {
   return value;
 }
 // Values that other blocks wrote in this launch: not from this processor's L1. From a multiple of 16 bytes.
-struct Four {
+struct alignas(16) Four {
   float v[4];
 };
 DMOE_DEVICE Four load_fresh(const float* at) {

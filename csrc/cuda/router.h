@@ -45,7 +45,8 @@ inline int64_t schedule_words(int64_t experts) { return kUsed + experts + 1 + (e
 
 constexpr int kMaxExperts = 512, kMaxTopK = 32, kMaxBlock = 128;
 constexpr int kRouterThreads = 256, kRouterWarps = kRouterThreads / 32;
-constexpr int kGateTile = 32;  // experts and tokens per tile of the gate
+constexpr int kGateTile = 32;   // experts and tokens per tile of the gate
+constexpr int kGatePitch = 36;  // of its partial sums: the lanes of a warp store to different banks
 
 // What memory delivers between the choice of a coreset and the first tile of the expert kernel: about 2.5 us of an H100's
 // 3 TB/s. In pieces, spread over all thread blocks of a cluster and all their warps. Not measured.
@@ -65,11 +66,11 @@ inline const char* refuses(const Router& a, const Routing& r) {
 inline int cluster_size(int64_t n_blocks, int multiprocessors) { return n_blocks * 8 <= multiprocessors ? 8 : 4; }
 
 // Shared memory of the gate's partial sums, of its two-launch form the only one.
-DMOE_BOTH int64_t gate_shared() { return 4ll * kRouterWarps * kGateTile * (kGateTile + 1); }
+DMOE_BOTH int64_t gate_shared() { return 4ll * kRouterWarps * kGateTile * kGatePitch; }
 
 // Shared memory of the route kernel. The arrays stand in the order in which they are laid out.
 struct RouterShared {
-  int64_t votes, row, value, ordered, key, rank_ids, words, logits, scratch, bytes;
+  int64_t votes, row, value, shares, bias, key, nonzero, coreset, words, logits, scores, scratch, bytes;
 };
 
 DMOE_BOTH RouterShared router_shared(int experts, int block_size, int cluster, bool fused) {
@@ -85,11 +86,14 @@ DMOE_BOTH RouterShared router_shared(int experts, int block_size, int cluster, b
   s.votes = take(8ll * padded);
   s.row = take(16ll * own);
   s.value = take(4ll * padded);
-  s.ordered = take(4ll * padded);
+  s.shares = take(4ll * padded);
+  s.bias = take(4ll * padded);
   s.key = take(4ll * padded);
-  s.rank_ids = take(4ll * padded);
+  s.nonzero = take(4ll * (padded + 4));
+  s.coreset = take(4ll * padded);
   s.words = take(4ll * 64);
   s.logits = take(fused ? 4ll * own * padded : 0);
+  s.scores = take(fused ? 4ll * own * padded : 0);
   const int64_t gate = fused ? gate_shared() : 0, votes = 8ll * kRouterWarps * padded;
   s.scratch = take(gate > votes ? gate : votes);
   s.bytes = at;

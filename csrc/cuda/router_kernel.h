@@ -64,7 +64,7 @@ DMOE_DEVICE void load_parts(const void* base, Dtype dtype, int64_t at, bool vali
   }
 }
 
-// Partial logits of up to 32 tokens and 32 experts, one part of the sum per warp: partial[warp][token][33].
+// Partial logits of up to 32 tokens and 32 experts, one part of the sum per warp: partial[warp][token][kGatePitch].
 // A lane reads 8 neighbouring elements of a row. Which of them an MMA calls its k-th does not matter as long as both
 // operands agree, so the 16-byte vectors are the fragments.
 template <int PX, int PW>
@@ -119,13 +119,14 @@ DMOE_DEVICE void gate_tile(const Router& a, int64_t token0, int n_tokens, int ex
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int expert = m * 16 + group + c / 2 * 8, token = n * 8 + lane % 4 * 2 + c % 2;
-        partial[(dev::warp() * kGateTile + token) * (kGateTile + 1) + expert] = sum[m][n][c];
+        partial[(dev::warp() * kGateTile + token) * kGatePitch + expert] = sum[m][n][c];
       }
     }
   }
 }
 
-// Calls store(token, expert, logit) for a tile; the same sum in the same order, whichever kernel it is part of.
+// Calls store(token, expert, logits of four experts from there on) for a tile; the same sum in the same order, in
+// whichever kernel. Behind n_experts they may be anything.
 template <class Store>
 DMOE_DEVICE void gate(const Router& a, int64_t token0, int n_tokens, int expert0, int n_experts, float* partial,
                       const Store& store) {
@@ -141,12 +142,16 @@ DMOE_DEVICE void gate(const Router& a, int64_t token0, int n_tokens, int expert0
     gate_tile<3, 3>(a, token0, n_tokens, expert0, n_experts, partial);
   }
   dev::sync();
-  for (int i = dev::thread(); i < kGateTile * kGateTile; i += kRouterThreads) {
-    const int token = i / kGateTile, expert = i % kGateTile;
-    if (token >= n_tokens || expert >= n_experts) continue;
-    float logit = 0;
+  static_assert(kGateTile * kGateTile == 4 * kRouterThreads);
+  const int token = dev::thread() / (kGateTile / 4), expert = dev::thread() % (kGateTile / 4) * 4;
+  if (token < n_tokens && expert < n_experts) {
+    float logit[4] = {};
+#pragma unroll
     for (int warp = 0; warp < kRouterWarps; ++warp) {
-      logit += partial[(warp * kGateTile + token) * (kGateTile + 1) + expert];
+      const float* from = &partial[(warp * kGateTile + token) * kGatePitch + expert];
+      const dev::Four part = *reinterpret_cast<const dev::Four*>(from);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) logit[i] += part.v[i];
     }
     store(token, expert, logit);
   }
@@ -161,20 +166,29 @@ DMOE_DEVICE void gate_kernel(const Router& a, char* shared) {
   const int n_tokens = static_cast<int>(a.tokens - token0 < kGateTile ? a.tokens - token0 : kGateTile);
   const int n_experts = static_cast<int>(a.experts) - expert0 < kGateTile ? static_cast<int>(a.experts) - expert0 : kGateTile;
   gate(a, token0, n_tokens, expert0, n_experts, reinterpret_cast<float*>(shared),
-       [&](int token, int expert, float logit) { a.logits[(token0 + token) * a.experts + expert0 + expert] = logit; });
+       [&](int token, int expert, const float (&logit)[4]) {
+         float* to = a.logits + (token0 + token) * a.experts + expert0 + expert;
+         for (int i = 0; i < 4 && expert + i < n_experts; ++i) to[i] = logit[i];
+       });
 }
 
 // --- the schedule
 
 DMOE_DEVICE uint32_t* used_words(const Router& a) { return a.schedule + kUsed + a.experts; }
 
+// Bits set in the first w words, at most 32. Of a whole warp, with one w.
+DMOE_DEVICE int bits_before(const uint32_t* words, int w) {
+  return static_cast<int>(dev::warp_add(dev::lane() < w ? dev::popcount(words[dev::lane()]) : 0));
+}
+DMOE_DEVICE uint32_t bits_below(uint32_t word, int bit) { return word & ((1u << bit) - 1); }
+
 // Writes the experts marked in words[ceil(experts / 32)] as the ascending list of the schedule. One thread block.
 DMOE_DEVICE void write_used(const uint32_t* words, int experts, uint32_t* schedule) {
   for (int e = dev::thread(); e < (experts + 31) / 32 * 32; e += kRouterThreads) {
-    int before = 0;
-    for (int w = 0; w < e >> 5; ++w) before += dev::popcount(words[w]);
-    const uint32_t word = words[e >> 5], bit = 1u << (e & 31);
-    if (word & bit) schedule[kUsed + before + dev::popcount(word & (bit - 1))] = static_cast<uint32_t>(e);
+    const uint32_t word = words[e >> 5];
+    const int before = bits_before(words, e >> 5);
+    const int at = before + dev::popcount(bits_below(word, e & 31));
+    if (word >> (e & 31) & 1) schedule[kUsed + at] = static_cast<uint32_t>(e);
     if (e + 1 == experts) schedule[kCount] = static_cast<uint32_t>(before + dev::popcount(word));
   }
 }
@@ -201,13 +215,13 @@ struct Rows {
   int count;
 };
 
-DMOE_DEVICE Rows block_rows(const Router& a, int64_t block, int64_t block_size) {
+DMOE_DEVICE Rows block_rows(const Router& a, int block, int64_t block_size) {
   int64_t begin, end;
   if (a.block_offsets) {
     begin = a.block_offsets[block];
     end = a.block_offsets[block + 1];
   } else {
-    const int64_t per_sequence = (a.seq_len + block_size - 1) / block_size;
+    const int per_sequence = static_cast<int>((a.seq_len + block_size - 1) / block_size);
     const int64_t sequence = block / per_sequence * a.seq_len, row = block % per_sequence * block_size;
     begin = sequence + row;
     end = sequence + (row + block_size < a.seq_len ? row + block_size : a.seq_len);
@@ -219,254 +233,405 @@ DMOE_DEVICE Rows block_rows(const Router& a, int64_t block, int64_t block_size) 
   return {begin, count < 0 ? 0 : static_cast<int>(count)};
 }
 
-template <int N>
-DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* shared) {
-  const int experts = static_cast<int>(a.experts), top_k = static_cast<int>(routing.top_k);
-  const int size = dev::cluster_size(), rank = dev::cluster_rank(), lane = dev::lane(), warp = dev::warp();
-  const int64_t block = dev::cta() / size;
-  const int padded = (experts + 31) / 32 * 32, words = padded / 32;
-  const bool fused = dev::kClusters && a.x != nullptr;  // without clusters the gate is a launch of its own
-  const RouterShared at = router_shared(experts, static_cast<int>(routing.block_size), size, fused);
-  double* votes = reinterpret_cast<double*>(shared + at.votes);
-  Row* rows_of = reinterpret_cast<Row*>(shared + at.row);
-  float* value = reinterpret_cast<float*>(shared + at.value);
-  float* ordered = reinterpret_cast<float*>(shared + at.ordered);
-  uint32_t* key = reinterpret_cast<uint32_t*>(shared + at.key);
-  int32_t* rank_ids = reinterpret_cast<int32_t*>(shared + at.rank_ids);  // ranks, then the coreset's ids
-  uint32_t* member = reinterpret_cast<uint32_t*>(shared + at.words);     // [16] the coreset as bits
-  uint32_t* used = member + 16;                                          // [16] experts that some token chose
-  int32_t* before = reinterpret_cast<int32_t*>(member + 32);             // [17] members before each word
-  float* logits = reinterpret_cast<float*>(shared + at.logits);
-  char* scratch = shared + at.scratch;
-  float* s = reinterpret_cast<float*>(scratch) + 2 * warp * padded;  // this warp's scores of one token
-  float* r = s + padded;
+// A thread block of a cluster: its part of the work, and its shared memory.
+struct Part {
+  int experts, padded, words, top_k, size, rank;
+  bool fused;  // without clusters the gate is a launch of its own
+  Rows rows;
+  double* votes;
+  Row* norms;
+  float *value, *shares, *bias;
+  uint32_t *key, *nonzero;
+  int32_t *coreset, *before;
+  uint32_t *member, *used;
+  float *logits, *scores;  // [own tokens, padded], if fused
+  char* scratch;
 
-  dev::launch_dependents();
-  dev::cluster_arrive();
-  dev::wait_for_primary();
-  const Rows rows = block_rows(a, block, routing.block_size);
-  if (dev::thread() < 16) used[dev::thread()] = 0;
-  if (a.schedule && dev::cta() == 0) {
-    for (int i = dev::thread(); i < kCounters; i += kRouterThreads) a.schedule[i] = 0;
+  DMOE_DEVICE Part(const Router& a, const Routing& routing, char* shared)
+      : experts(static_cast<int>(a.experts)),
+        padded((experts + 31) / 32 * 32),
+        words(padded / 32),
+        top_k(static_cast<int>(routing.top_k)),
+        size(dev::cluster_size()),
+        rank(dev::cluster_rank()),
+        fused(dev::kClusters && a.x != nullptr),
+        rows{0, 0} {
+    const RouterShared at = router_shared(experts, static_cast<int>(routing.block_size), size, fused);
+    votes = reinterpret_cast<double*>(shared + at.votes);
+    norms = reinterpret_cast<Row*>(shared + at.row);
+    value = reinterpret_cast<float*>(shared + at.value);
+    shares = reinterpret_cast<float*>(shared + at.shares);
+    bias = reinterpret_cast<float*>(shared + at.bias);
+    key = reinterpret_cast<uint32_t*>(shared + at.key);
+    nonzero = reinterpret_cast<uint32_t*>(shared + at.nonzero);
+    coreset = reinterpret_cast<int32_t*>(shared + at.coreset);
+    member = reinterpret_cast<uint32_t*>(shared + at.words);  // [16] the coreset as bits; first whose votes are not 0
+    used = member + 16;                                       // [16] experts that some token chose
+    before = reinterpret_cast<int32_t*>(member + 32);         // [17] members before each word
+    logits = reinterpret_cast<float*>(shared + at.logits);
+    scores = reinterpret_cast<float*>(shared + at.scores);
+    scratch = shared + at.scratch;
   }
 
-  // Logits: every thread block of the cluster computes its experts for all tokens, and sends them to the tokens' owners.
-  dev::cluster_wait();
-  if (fused) {
-    const int slice = (experts + size - 1) / size;
-    const int last = experts < (rank + 1) * slice ? experts : (rank + 1) * slice;
-    for (int expert0 = rank * slice; expert0 < last; expert0 += kGateTile) {
-      for (int token0 = 0; token0 < rows.count; token0 += kGateTile) {
-        const int n_tokens = rows.count - token0 < kGateTile ? rows.count - token0 : kGateTile;
-        const int n_experts = last - expert0 < kGateTile ? last - expert0 : kGateTile;
-        gate(a, rows.begin + token0, n_tokens, expert0, n_experts, reinterpret_cast<float*>(scratch),
-             [&](int t, int e, float logit) {
-               dev::remote(logits, (token0 + t) % size)[(token0 + t) / size * padded + expert0 + e] = logit;
-             });
-      }
-    }
-    dev::cluster_arrive();
-    dev::cluster_wait();
+  // Calls body(token) for each token of this warp.
+  template <class Body>
+  DMOE_DEVICE void each_token(const Body& body) const {
+    for (int token = rank + dev::warp() * size; token < rows.count; token += kRouterWarps * size) body(token);
   }
-  const auto logit_row = [&](int token) {
+  DMOE_DEVICE const float* logit_row(const Router& a, int token) const {
     return fused ? logits + token / size * padded : a.logits + (rows.begin + token) * a.experts;
-  };
+  }
+  // Scratch of this warp: [2, padded].
+  DMOE_DEVICE float* of_warp() const { return reinterpret_cast<float*>(scratch) + 2 * dev::warp() * padded; }
+  // Members among the experts below e.
+  DMOE_DEVICE int position(int e) const {
+    return e >= padded ? before[words] : before[e >> 5] + dev::popcount(bits_below(member[e >> 5], e & 31));
+  }
+};
 
-  // Stage 1. Sums are in double and in a fixed order: over a warp's tokens, over warps, over thread blocks.
-  {
-    double mine[N];
+// Logits: every thread block of the cluster computes its experts for all tokens, and sends them to the tokens' owners,
+// with the scores where those need nothing else.
+DMOE_DEVICE void gate_of_cluster(const Router& a, const Routing& routing, const Part& p) {
+  const int slice = (p.experts + 4 * p.size - 1) / (4 * p.size) * 4;  // fours do not cross from one to the next
+  const int begin = p.rank * slice, last = p.experts < begin + slice ? p.experts : begin + slice;
+  for (int expert0 = begin; expert0 < last; expert0 += kGateTile) {
+    for (int token0 = 0; token0 < p.rows.count; token0 += kGateTile) {
+      const int n_tokens = p.rows.count - token0 < kGateTile ? p.rows.count - token0 : kGateTile;
+      const int n_experts = last - expert0 < kGateTile ? last - expert0 : kGateTile;
+      gate(a, p.rows.begin + token0, n_tokens, expert0, n_experts, reinterpret_cast<float*>(p.scratch),
+           [&](int t, int e, const float (&logit)[4]) {
+             const int at = (token0 + t) / p.size * p.padded + expert0 + e, owner = (token0 + t) % p.size;
+             dev::Four out = {{logit[0], logit[1], logit[2], logit[3]}};
+             *reinterpret_cast<dev::Four*>(&dev::remote(p.logits, owner)[at]) = out;
+             if (routing.score == Score::sigmoid) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) mine[i] = routing.aggregate == Aggregate::max ? kNever : 0;
-    for (int token = rank + warp * size; token < rows.count; token += kRouterWarps * size) {
-      const float* row = logit_row(token);
-      if (fused) {  // not earlier: the barrier above would wait until these are written
-        for (int e = lane; e < experts; e += 32) a.logits[(rows.begin + token) * a.experts + e] = row[e];
-      }
-      Row norm{};
-      if (routing.score == Score::softmax) {
-        norm = softmax_row(row, experts);
-        if (lane == 0) rows_of[token / size] = norm;
-      }
-      if (routing.select == Select::all) continue;
-      score_all(row, a.expert_bias, routing.score, norm, experts, padded, [](int e) { return e; }, s, r);
-      vote(routing, s, r, padded, mine);
+               for (int i = 0; i < 4; ++i) out.v[i] = score(logit[i], Score::sigmoid, Row{});
+               *reinterpret_cast<dev::Four*>(&dev::remote(p.scores, owner)[at]) = out;
+             }
+           });
     }
-    dev::sync_warp();  // this warp's `parts` take the place of its s and r
-    double* parts = reinterpret_cast<double*>(scratch);
+  }
+}
+
+// Stage 1. Sums are in double and in a fixed order: over a warp's tokens, over warps, over thread blocks.
+template <int N>
+DMOE_DEVICE void votes_of_tokens(const Router& a, const Routing& routing, const Part& p) {
+  const int lane = dev::lane(), warp = dev::warp();
+  double mine[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) mine[i] = routing.aggregate == Aggregate::max ? kNever : 0;
+  p.each_token([&](int token) {
+    const float* row = p.logit_row(a, token);
+    float* s_row = p.fused ? p.scores + token / p.size * p.padded : p.of_warp();
+    if (p.fused) {  // not earlier: the barrier above would wait until these are written
+      for (int e = lane; e < p.experts; e += 32) a.logits[(p.rows.begin + token) * a.experts + e] = row[e];
+    }
+    Row norm{};
+    if (routing.score == Score::softmax) {
+      norm = softmax_row(row, p.experts);
+      if (lane == 0) p.norms[token / p.size] = norm;
+    }
+    if (!p.fused || routing.score == Score::softmax) {
+      // A loop, as exp and a division in double are some hundred instructions, which have to be fetched.
+#pragma unroll 2
+      for (int e = lane; e < p.experts; e += 32) s_row[e] = score(row[e], routing.score, norm);
+    }
+    if (routing.select == Select::all) return;
+    float s[N], r[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (i * 32 + lane < padded) parts[warp * padded + i * 32 + lane] = mine[i];
+      const int e = i * 32 + lane;
+      const float value = e < p.experts ? s_row[e] : NAN;
+      s[i] = or_zero(value);
+      r[i] = e < p.experts ? selection_score(value, p.bias[e]) : kNever;
     }
-    dev::sync();
-    for (int e = dev::thread(); e < padded; e += kRouterThreads) {
-      double sum = parts[e];
-      for (int w = 1; w < kRouterWarps; ++w) {
-        const double part = parts[w * padded + e];
-        sum = routing.aggregate != Aggregate::max ? sum + part : part > sum ? part : sum;
-      }
-      votes[e] = sum;
-    }
-    dev::cluster_arrive();
-    dev::cluster_wait();
+    vote(routing, s, r, mine);
+  });
+  dev::sync_warp();  // this warp's `parts` take the place of its scores
+  double* parts = reinterpret_cast<double*>(p.scratch);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i * 32 + lane < p.padded) parts[warp * p.padded + i * 32 + lane] = mine[i];
   }
-
-  // Stage 2, the same in every thread block of the cluster.
-  for (int e = dev::thread(); e < padded; e += kRouterThreads) {
-    double sum = votes[e];
-    if (size > 1) sum = dev::remote(votes, 0)[e];
-    for (int other = 1; other < size; ++other) {
-      const double part = dev::remote(votes, other)[e];
+  dev::sync();
+  for (int e = dev::thread(); e < p.padded; e += kRouterThreads) {
+    double sum = parts[e];
+    for (int w = 1; w < kRouterWarps; ++w) {
+      const double part = parts[w * p.padded + e];
       sum = routing.aggregate != Aggregate::max ? sum + part : part > sum ? part : sum;
     }
-    value[e] = static_cast<float>(sum);
-    key[e] = e < experts ? order_key(value[e]) : 0;
+    p.votes[e] = sum;
   }
+}
+
+// How many of n keys are larger than `mine`, or equal and before position `at`. Zeros follow up to a multiple of four.
+DMOE_DEVICE int count_better(const uint32_t* keys, int n, uint32_t mine, int at) {
+  const Vector* quads = reinterpret_cast<const Vector*>(keys);
+  int better[4] = {};
+#pragma unroll 2
+  for (int q = 0; q < (n + 3) / 4; ++q) {
+    const Vector v = quads[q];
+    const uint32_t below = mine - (q < at / 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) better[i] += v.word[i] > below;
+  }
+  const Vector own = quads[at / 4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) better[i] += i < at % 4 && own.word[i] == mine;
+  return better[0] + better[1] + better[2] + better[3];
+}
+
+// How many experts top_p takes, from their shares in descending order: N neighbours per lane, the same in every warp.
+template <int N>
+DMOE_DEVICE int crossing(const Routing& routing, const float* shares, int experts) {
+  const int lane = dev::lane();
+  double covered[N], sum = 0;
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    dev::Four four{};
+    if (lane * N + i < experts) four = *reinterpret_cast<const dev::Four*>(&shares[lane * N + i]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (lane * N + i + j < experts) sum += four.v[j];
+      covered[i + j] = sum;
+    }
+  }
+  double upto = sum;
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const double other = dev::shuffle_up(upto, by);
+    if (lane >= by) upto += other;
+  }
+  double lower = dev::shuffle_up(upto, 1);
+  if (lane == 0) lower = 0;
+  uint32_t within = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    within += lane * N + i < experts && static_cast<float>(lower + covered[i]) <= routing.top_p;
+  }
+  return static_cast<int>(dev::warp_add(within)) + 1;
+}
+
+// Stage 2, the same in every thread block of the cluster: writes the coreset in ascending order and returns its size.
+// Ranks are counted among the experts whose votes are not 0, mostly a quarter of all; the others' follow from their ids.
+template <int N>
+DMOE_DEVICE int select_coreset(const Router& a, const Routing& routing, const Part& p, int block) {
+  constexpr int kOwn = N * 32 / kRouterThreads;  // experts per thread: thread + i * kRouterThreads
+  constexpr uint32_t kZero = 0x80000000u;        // order_key(0)
+  const int lane = dev::lane();
+  const auto each_expert = [&](const auto& body) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int e = dev::thread() + i * kRouterThreads;
+      if (e < p.padded) body(i, e);  // the same for a whole warp
+    }
+  };
+  each_expert([&](int, int e) {
+    double sum = p.votes[e];
+    if (p.size > 1) sum = dev::remote(p.votes, 0)[e];
+    for (int other = 1; other < p.size; ++other) {
+      const double part = dev::remote(p.votes, other)[e];
+      sum = routing.aggregate != Aggregate::max ? sum + part : part > sum ? part : sum;
+    }
+    p.value[e] = static_cast<float>(sum);
+    p.key[e] = e < p.experts ? order_key(p.value[e]) : 0;
+    const uint32_t word = dev::ballot(e < p.experts && p.key[e] != kZero);
+    if (lane == 0) p.member[e >> 5] = word;
+  });
   dev::sync();
+
+  int rank[kOwn] = {};
   int64_t limit = routing.capacity;
   if (routing.select == Select::top_p || routing.select == Select::top_n) {
-    for (int e = dev::thread(); e < padded; e += kRouterThreads) {
-      // Its place in the order: how many are larger, or equal with a lower id. Four keys at a time.
-      const uint32_t mine = key[e];
-      const Vector* quads = reinterpret_cast<const Vector*>(key);
-      int better = 0;
-      for (int q = 0; q < e / 4; ++q) {
-        const Vector v = quads[q];
-        better += (v.word[0] >= mine) + (v.word[1] >= mine) + (v.word[2] >= mine) + (v.word[3] >= mine);
+    float norm = 1;
+    if (routing.select == Select::top_p) {
+      double total = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i * 32 + lane < p.experts) total += p.value[i * 32 + lane];
       }
-      for (int other = e / 4 * 4; other < e / 4 * 4 + 4; ++other) better += key[other] > mine - (other < e);
-      for (int q = e / 4 + 1; q < padded / 4; ++q) {
-        const Vector v = quads[q];
-        better += (v.word[0] > mine) + (v.word[1] > mine) + (v.word[2] > mine) + (v.word[3] > mine);
-      }
-      rank_ids[e] = better;
-      if (e < experts) ordered[better] = value[e];
+      norm = static_cast<float>(warp_sum(total)) + kEps;
     }
+    const int n = bits_before(p.member, p.words);
+    int at[kOwn] = {};
+    bool there[kOwn] = {};
+    each_expert([&](int i, int e) {
+      const uint32_t word = p.member[e >> 5];
+      at[i] = bits_before(p.member, e >> 5) + dev::popcount(bits_below(word, e & 31));
+      there[i] = word >> (e & 31) & 1;
+      if (there[i]) p.nonzero[at[i]] = p.key[e];
+    });
+    if (dev::thread() < 3) p.nonzero[n + dev::thread()] = 0;
     dev::sync();
+    each_expert([&](int i, int e) {
+      const uint32_t mine = p.key[e];
+      rank[i] = count_better(p.nonzero, n, mine, there[i] ? at[i] : 0);
+      rank[i] += !there[i] ? e - at[i] : mine < kZero ? p.experts - n : 0;
+      if (e < p.experts) p.shares[rank[i]] = p.value[e] / norm;
+    });
+    dev::sync();
+    if (routing.select == Select::top_p) {
+      limit = crossing<N>(routing, p.shares, p.experts);
+      limit = limit > routing.min_experts ? limit : routing.min_experts;
+      limit = limit < routing.max_experts ? limit : routing.max_experts;
+    }
   }
-  if (routing.select == Select::top_p) {
-    // Lane i takes N neighbours of the order. Every warp does the same.
-    double total = 0;
-    for (int e = lane; e < experts; e += 32) total += value[e];
-    const float norm = static_cast<float>(warp_sum(total)) + kEps;
-    double covered[N], sum = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (lane * N + i < experts) sum += ordered[lane * N + i] / norm;
-      covered[i] = sum;
-    }
-    double upto = sum;
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const double other = dev::shuffle_up(upto, by);
-      if (lane >= by) upto += other;
-    }
-    double lower = dev::shuffle_up(upto, 1);
-    if (lane == 0) lower = 0;
-    uint32_t within = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      within += lane * N + i < experts && static_cast<float>(lower + covered[i]) <= routing.top_p;
-    }
-    const int64_t crossing = warp_sum(within) + 1;
-    limit = crossing > routing.min_experts ? crossing : routing.min_experts;
-    limit = limit < routing.max_experts ? limit : routing.max_experts;
-  }
-  for (int e = dev::thread(); e < padded; e += kRouterThreads) {
+  each_expert([&](int i, int e) {
     const bool in = routing.select == Select::all      ? true
-                    : routing.select == Select::nonzero ? value[e] > 0
-                                                        : rank_ids[e] < limit;
-    const uint32_t word = dev::ballot(in && e < experts);
-    if (lane == 0) member[e >> 5] = word;
-  }
+                    : routing.select == Select::nonzero ? p.value[e] > 0
+                                                        : rank[i] < limit;
+    const uint32_t word = dev::ballot(in && e < p.experts);
+    if (lane == 0) p.member[e >> 5] = word;
+  });
   dev::sync();
-  if (dev::thread() <= words) {
-    int count = 0;
-    for (int w = 0; w < dev::thread(); ++w) count += dev::popcount(member[w]);
-    before[dev::thread()] = count;
-  }
-  dev::sync();
-  // Members among the experts below e.
-  const auto position = [&](int e) {
-    return e >= padded ? before[words] : before[e >> 5] + dev::popcount(member[e >> 5] & ((1u << (e & 31)) - 1));
-  };
-  int32_t* coreset = rank_ids;
-  const int n_members = before[words];
-  for (int e = dev::thread(); e < padded; e += kRouterThreads) {
-    if (member[e >> 5] >> (e & 31) & 1) {
-      coreset[position(e)] = e;
-      if (rank == 0 && position(e) < a.coreset_width) a.coreset_ids[block * a.coreset_width + position(e)] = e;
+  const int n_members = bits_before(p.member, p.words);
+  each_expert([&](int, int e) {
+    const uint32_t word = p.member[e >> 5];
+    const int before = bits_before(p.member, e >> 5);
+    const int position = before + dev::popcount(bits_below(word, e & 31));
+    if (lane == 0) p.before[e >> 5] = before;
+    if (word >> (e & 31) & 1) {
+      p.coreset[position] = e;
+      if (p.rank == 0 && position < a.coreset_width) a.coreset_ids[block * a.coreset_width + position] = e;
     }
-  }
-  if (rank == 0) {
-    for (int64_t i = n_members + dev::thread(); i < a.coreset_width; i += kRouterThreads) {
+  });
+  if (dev::thread() == 0) p.before[p.words] = n_members;
+  if (p.rank == 0) {
+    for (int i = n_members + dev::thread(); i < a.coreset_width; i += kRouterThreads) {
       a.coreset_ids[block * a.coreset_width + i] = -1;
     }
     if (dev::thread() == 0) a.coreset_sizes[block] = n_members;
   }
   dev::sync();
+  return n_members;
+}
 
-  if (dev::kClusters && a.w13) {
-    // Memory would idle until the expert kernel starts. It takes the members in this order.
-    const int64_t pieces = (a.w13_bytes + kFetchPiece - 1) / kFetchPiece, budget = kFetchBytes / kFetchPiece / a.n_blocks;
-    const int64_t all = n_members * pieces < budget ? n_members * pieces : budget;
-    for (int64_t i = (lane * kRouterWarps + warp) * size + rank; i < all; i += size * kRouterThreads) {
-      const int64_t from = i % pieces * kFetchPiece, left = a.w13_bytes - from;
-      dev::bulk_prefetch(static_cast<const char*>(a.w13) + coreset[i / pieces] * a.w13_bytes + from,
-                         static_cast<uint32_t>(left < kFetchPiece ? left : kFetchPiece));
-    }
+// Memory would idle until the expert kernel starts: the first members' weights come into the L2, in the order in which
+// it takes them. By the warps that a short block leaves without tokens.
+DMOE_DEVICE void fetch_members(const Router& a, const Part& p, int n_members) {
+  constexpr int kFetchers = kRouterWarps / 2;
+  const int warp = dev::warp() - (kRouterWarps - kFetchers);
+  if (!dev::kClusters || !a.w13 || warp < 0) return;
+  const int pieces = static_cast<int>((a.w13_bytes + kFetchPiece - 1) / kFetchPiece);
+  const int budget = static_cast<int>(kFetchBytes / kFetchPiece) / static_cast<int>(a.n_blocks);
+  const int all = n_members * pieces < budget ? n_members * pieces : budget;
+  for (int i = (dev::lane() * kFetchers + warp) * p.size + p.rank; i < all; i += p.size * 32 * kFetchers) {
+    const int64_t from = i % pieces * kFetchPiece, left = a.w13_bytes - from;
+    dev::bulk_prefetch(static_cast<const char*>(a.w13) + p.coreset[i / pieces] * a.w13_bytes + from,
+                       static_cast<uint32_t>(left < kFetchPiece ? left : kFetchPiece));
   }
+}
 
-  // Stage 3. Only the members' scores are needed, and computed again.
-  const int group_size = experts / static_cast<int>(routing.n_group), padded_members = (n_members + 31) / 32 * 32;
-  for (int token = rank + warp * size; token < rows.count; token += kRouterWarps * size) {
-    const Row norm = routing.score == Score::softmax ? rows_of[token / size] : Row{};
-    score_all(logit_row(token), a.expert_bias, routing.score, norm, n_members, padded_members,
-              [&](int m) { return coreset[m]; }, s, r);
-    dev::sync_warp();
-    uint32_t inside[N], outside[N];
-    load_keys(r, padded_members, inside);
+// Stage 3.
+template <int N>
+DMOE_DEVICE void experts_of_tokens(const Router& a, const Routing& routing, const Part& p, int n_members) {
+  const int lane = dev::lane(), group_size = p.experts / static_cast<int>(routing.n_group);
+  const int padded_members = (n_members + 31) / 32 * 32;
+  const auto first = [&](int group) { return p.position(group * group_size); };
+  p.each_token([&](int token) {
+    const Row norm = !p.fused && routing.score == Score::softmax ? p.norms[token / p.size] : Row{};
+    const auto score_of = [&](int e) {
+      return p.fused ? p.scores[token / p.size * p.padded + e] : score(p.logit_row(a, token)[e], routing.score, norm);
+    };
+    const auto selection_of = [&](int m) {
+      const int e = m < n_members ? p.coreset[m] : -1;
+      return e < 0 ? kNever : selection_score(score_of(e), p.bias[e]);
+    };
+    int chosen;
+    if (n_members <= 32 && routing.n_group <= 32) {
+      const int group = lane < n_members ? p.coreset[lane] / group_size : 0;
+      int32_t* slots = reinterpret_cast<int32_t*>(p.of_warp());
+      chosen = choose_few(routing, n_members, selection_of(lane), group, first, slots);
+    } else {
+      float* r = p.of_warp();
+#pragma unroll 1
+      for (int m = lane; m < padded_members; m += 32) r[m] = selection_of(m);
+      dev::sync_warp();
+      uint32_t inside[N], outside[N];
+      load_keys(r, padded_members, inside);
 #pragma unroll
-    for (int i = 0; i < N; ++i) outside[i] = 0;
-    if (routing.n_group > 1) {
-      const uint32_t kept = keep_groups<N>(routing, r, [&](int group) { return position(group * group_size); });
+      for (int i = 0; i < N; ++i) outside[i] = 0;
+      if (routing.n_group > 1) {
+        const uint32_t kept = keep_groups<N>(routing, r, first);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const int m = i * 32 + lane, group = m < n_members ? coreset[m] / group_size : 0;
-        if (!(dev::shuffle(kept, group & 31) >> (group >> 5) & 1)) {
-          outside[i] = inside[i];
-          inside[i] = 0;
+        for (int i = 0; i < N; ++i) {
+          const int m = i * 32 + lane, group = m < n_members ? p.coreset[m] / group_size : 0;
+          if (!(dev::shuffle(kept, group & 31) >> (group >> 5) & 1)) {
+            outside[i] = inside[i];
+            inside[i] = 0;
+          }
         }
       }
+      chosen = choose(p.top_k, inside, outside);
     }
-    const int chosen = choose(top_k, inside, outside);
-    const float weight = weigh(routing, chosen < 0 ? 0.0f : s[chosen]);
-    dev::sync_warp();  // s and r are free for the next token
-    if (lane < top_k) {
-      const int64_t slot = (rows.begin + token) * top_k + lane;
-      const int e = chosen < 0 ? -1 : coreset[chosen];
+    const int e = chosen < 0 ? -1 : p.coreset[chosen];
+    const float weight = weigh(routing, e < 0 ? 0.0f : score_of(e));
+    dev::sync_warp();  // this warp's scratch is free for the next token
+    if (lane < p.top_k) {
+      const int64_t slot = (p.rows.begin + token) * p.top_k + lane;
       a.topk_ids[slot] = e;
       a.topk_weights[slot] = weight;
-      if (a.schedule && e >= 0) dev::atomic_or(&dev::remote(used, 0)[e >> 5], 1u << (e & 31));
+      if (a.schedule && e >= 0) dev::atomic_or(&dev::remote(p.used, 0)[e >> 5], 1u << (e & 31));
     }
+  });
+}
+
+template <int N>
+DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* shared) {
+  Part p(a, routing, shared);
+  const int block = dev::cluster_index();
+  dev::launch_dependents();
+  dev::cluster_arrive_relaxed();
+  dev::wait_for_primary();
+  p.rows = block_rows(a, block, routing.block_size);
+  float bias[N * 32 / kRouterThreads];  // on its way while the gate runs
+#pragma unroll
+  for (int i = 0; i < N * 32 / kRouterThreads; ++i) {
+    const int e = dev::thread() + i * kRouterThreads;
+    bias[i] = a.expert_bias && e < p.experts ? a.expert_bias[e] : 0.0f;
   }
+  if (dev::thread() < 16) p.used[dev::thread()] = 0;
+  if (a.schedule && dev::cta() == 0) {
+    for (int i = dev::thread(); i < kCounters; i += kRouterThreads) a.schedule[i] = 0;
+  }
+  dev::cluster_wait();
+  if (p.fused) gate_of_cluster(a, routing, p);
+#pragma unroll
+  for (int i = 0; i < N * 32 / kRouterThreads; ++i) {
+    const int e = dev::thread() + i * kRouterThreads;
+    if (e < p.padded) p.bias[e] = bias[i];
+  }
+  if (p.fused) {
+    dev::cluster_arrive();
+    dev::cluster_wait();
+  } else {
+    dev::sync();
+  }
+  votes_of_tokens<N>(a, routing, p);
+  dev::cluster_arrive();
+  dev::cluster_wait();
+  const int n_members = select_coreset<N>(a, routing, p, block);
+  fetch_members(a, p, n_members);
+  experts_of_tokens<N>(a, routing, p, n_members);
 
   // The schedule: the experts used in any block. With several blocks, the last to arrive has them all.
   dev::cluster_arrive();
   dev::cluster_wait();  // also: no thread block leaves while another may still read its votes
-  if (!a.schedule || rank != 0) return;
+  if (!a.schedule || p.rank != 0) return;
+  uint32_t* used = p.used;
   if (a.n_blocks > 1) {
     uint32_t* all = used_words(a);
-    uint32_t* arrived = all + words;
-    uint32_t* last = member;
-    if (dev::thread() < words && used[dev::thread()]) dev::atomic_or(&all[dev::thread()], used[dev::thread()]);
+    uint32_t* arrived = all + p.words;
+    uint32_t* last = p.member;
+    if (dev::thread() < p.words && used[dev::thread()]) dev::atomic_or(&all[dev::thread()], used[dev::thread()]);
     dev::sync();
     if (dev::thread() == 0) *last = dev::atomic_add_ordered(arrived, 1) + 1 == static_cast<uint32_t>(a.n_blocks);
     dev::sync();
     if (!*last) return;
-    if (dev::thread() < words) used[dev::thread()] = all[dev::thread()];
+    if (dev::thread() < p.words) used[dev::thread()] = all[dev::thread()];
     dev::sync();
   }
-  write_used(used, experts, a.schedule);
+  write_used(used, p.experts, a.schedule);
 }
 
 }  // namespace dmoe::cuda

@@ -51,17 +51,20 @@ struct Channel {
   std::shared_ptr<Known> sum;
   std::vector<Told> from;  // all that is already in it
 
-  void publish(Fiber& f) {
+  void add(const Told& told) {
     if (!sum) {
-      sum = std::make_shared<Known>(*f.told);
-      from.push_back(f.told);
-    } else {
-      if (sum.use_count() > 1) sum = std::make_shared<Known>(*sum);
-      if (std::find(from.begin(), from.end(), f.told) == from.end()) {
-        join(*sum, *f.told);
-        from.push_back(f.told);
-      }
+      sum = std::make_shared<Known>(*told);
+      from.push_back(told);
+      return;
     }
+    if (sum.use_count() > 1) sum = std::make_shared<Known>(*sum);
+    if (std::find(from.begin(), from.end(), told) == from.end()) {
+      join(*sum, *told);
+      from.push_back(told);
+    }
+  }
+  void publish(Fiber& f) {
+    add(f.told);
     sum->seen[f.agent] = f.now;
     sum->fenced[f.agent] = f.fenced;
     ++f.now;
@@ -140,6 +143,7 @@ struct Cta {
   std::map<uint64_t*, Gate> gates;
   size_t first_fiber = 0;
   uint32_t agent = 0;  // of its start; those of its gates follow
+  Told start;  // what its threads know when they start
   bool admitted = false, left = false, triggered = false;
   int running = 0;
 };
@@ -337,13 +341,14 @@ void wait_for(const uint32_t* generation, uint32_t seen) {
   }
 }
 
-void arrive(Meeting& meeting, int n, bool orders) {
+// only: in place of what this thread knows and has done.
+void arrive(Meeting& meeting, int n, const Told& only = nullptr) {
   if (meeting.arrived && meeting.expected != n) throw std::runtime_error("threads meet at different barriers");
   meeting.expected = n;
-  if (orders) meeting.gathering.publish(self());
+  only ? meeting.gathering.add(only) : meeting.gathering.publish(self());
   if (++meeting.arrived == n) {
     meeting.arrived = 0;
-    if (orders) meeting.opened = std::move(meeting.gathering);
+    meeting.opened = std::move(meeting.gathering);
     meeting.gathering = {};
     ++meeting.generation;
   }
@@ -351,7 +356,7 @@ void arrive(Meeting& meeting, int n, bool orders) {
 
 void meet(Meeting& meeting, int n) {
   const uint32_t seen = meeting.generation;
-  arrive(meeting, n, true);
+  arrive(meeting, n);
   wait_for(&meeting.generation, seen);
   tell(self(), meeting.opened);
 }
@@ -556,6 +561,7 @@ void admit() {
         cta.cells.assign((cta.bytes + 1) / 2, Cell{cta.agent, 1, {}, {}});
         auto told = std::make_shared<Known>(*r.begin);
         told->seen[cta.agent] = told->fenced[cta.agent] = 1;
+        cta.start = told;
         for (int t = 0; t < r.launch->threads; ++t) {
           Fiber& f = m.fibers[cta.first_fiber + t];
           f.told = f.engine = told;
@@ -682,14 +688,17 @@ void sync() { meet(self().cta->barriers[0], launch_of(*self().cta).threads); }
 void sync_some(int barrier, int threads) { meet(self().cta->barriers[barrier], threads); }
 
 int cluster_rank() { return self().cta->rank; }
+int cluster_index() { return self().cta->index / cluster_size(); }
 int cluster_size() { return launch_of(*self().cta).cluster; }
-void cluster_arrive() {
+void cluster_arrive_with(const Told& only) {
   if (self().in_cluster_barrier) throw std::runtime_error("a thread arrives twice at the barrier of its cluster");
   self().in_cluster_barrier = true;
   Meeting& all = *self().cta->cluster;
   self().cluster_seen = all.generation;
-  arrive(all, cluster_size() * launch_of(*self().cta).threads, true);
+  arrive(all, cluster_size() * launch_of(*self().cta).threads, only);
 }
+void cluster_arrive() { cluster_arrive_with(nullptr); }
+void cluster_arrive_relaxed() { cluster_arrive_with(self().cta->start); }
 void cluster_wait() {
   if (!self().in_cluster_barrier) throw std::runtime_error("a thread waits at the barrier of its cluster without arriving");
   self().in_cluster_barrier = false;

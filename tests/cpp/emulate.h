@@ -96,7 +96,12 @@ inline uint32_t warp_max(uint32_t value) {
   for (int i = 0; i < 32; ++i) result = read<uint32_t>(all, i) > result ? read<uint32_t>(all, i) : result;
   return result;
 }
-inline uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
+inline uint32_t warp_add(uint32_t value) {
+  const auto all = exchange(value);
+  uint32_t result = 0;
+  for (int i = 0; i < 32; ++i) result += read<uint32_t>(all, i);
+  return result;
+}
 inline int popcount(uint32_t value) { return __builtin_popcount(value); }
 
 void sync();
@@ -104,8 +109,10 @@ void sync_some(int barrier, int threads);
 
 constexpr bool kClusters = true;
 int cluster_rank();
+int cluster_index();
 int cluster_size();
 void cluster_arrive();
+void cluster_arrive_relaxed();
 void cluster_wait();
 void* remote_address(void* shared, int rank);
 template <class T>
@@ -119,7 +126,7 @@ uint32_t atomic_add_ordered(uint32_t* at, uint32_t value);
 uint32_t load_acquire(const uint32_t* at);
 // Not on the GPU: what tools/take_out.py puts in place of load_acquire.
 uint32_t load_relaxed(const uint32_t* at);
-struct Four {
+struct alignas(16) Four {
   float v[4];
 };
 inline Four load_fresh(const float* at) { return {{at[0], at[1], at[2], at[3]}}; }

@@ -27,8 +27,8 @@ class Work:
     """One launch. tiles: in use; programs: that run, tiles are given out among them; empty: programs without a tile.
     steps: turns of the main loop per tile; hbm, l2: bytes of the launch that come from there; ahead: bytes of l2 that a
     program has in flight; products: multiply-adds per tile; copies: how often the code of a tile is compiled in (one runs);
-    trips: of loops that do not say their own, by index; early: by programmatic dependent launch; resident: programs per
-    multiprocessor, where that is known."""
+    trips: of loops that do not say their own, by index; busy: the part of the warps in a loop, by index, where it is not
+    all; early: by programmatic dependent launch; resident: programs per multiprocessor, where that is known."""
 
     name: str
     facts: Facts
@@ -44,6 +44,7 @@ class Work:
     early: bool = False
     resident: int | None = None
     trips: dict[int, int] = dataclasses.field(default_factory=dict)
+    busy: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -109,8 +110,9 @@ def code(work: Work, machine: Machine, programs: int) -> float:
     innermost ones with products: a kernel may hold several copies of it, of which a tile passes one."""
     warps = max(1.0, work.facts.warps * programs / 4)  # of one scheduler
 
-    def of(loop) -> float:
-        issue = (loop.issue + loop.fp64 * machine.fp64) * warps
+    def of(n: int) -> float:
+        loop = loops[n]
+        issue = (loop.issue + loop.fp64 * machine.fp64) * max(1.0, warps * work.busy.get(n, 1.0))
         return max(issue, loop.latency) + loop.barriers * machine.barrier
 
     loops = work.facts.loops
@@ -119,8 +121,8 @@ def code(work: Work, machine: Machine, programs: int) -> float:
     turns, total = [], 0.0
     for n, loop in enumerate(loops):
         turns.append(turns[loop.inside] * work.trips.get(n, loop.trips or 1) if n else 1)
-        total += 0 if n in main else turns[n] * of(loop)
-    return total / work.copies + work.steps * min((of(loops[n]) for n in main), default=0.0)
+        total += 0 if n in main else turns[n] * of(n)
+    return total / work.copies + work.steps * min((of(n) for n in main), default=0.0)
 
 
 def mean(values) -> float:
