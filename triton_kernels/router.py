@@ -6,6 +6,11 @@
 Selections compare `rank_bits`: the bits of a float32 score as an int32 in the same order, NONE for what may not be
 chosen. Of equal ones the lowest column wins. Columns are experts laid out [groups, members], both padded to a power of
 two, in the order of the ids. int32, as NVIDIA reduces those over a warp in one instruction (redux).
+
+Scores are [tokens, chunks, lanes], column = chunk * lanes + lane: Triton gives 128 lanes of a token to one warp and the
+chunks to each of its threads, so a reduction over a token's columns needs no barrier, where one over [tokens, 256] would.
+One block has one multiprocessor, whose integer units are what bounds it: hence comparisons of whole tensors where they
+can be few, and stage 3 over the members alone where they are.
 """
 
 from __future__ import annotations
@@ -30,15 +35,15 @@ def sigmoid(logits):
 
 @triton.jit
 def softmax(logits, real):
-    """Shares of each row [rows, columns]; NaN stays NaN and takes no share. The limits: equal shares among the +inf, and
-    among all where everything is -inf."""
+    """Shares of each token [tokens, chunks, lanes]; NaN stays NaN and takes no share. The limits: equal shares among the
+    +inf, and among all where everything is -inf."""
     wide = tl.where(real & (logits == logits), logits, -float("inf")).to(tl.float64)
-    top = tl.max(wide, 1)[:, None]
+    top = per_token(tl.max(tl.max(wide, 1), 1))
     infinite = (top == float("inf")) | (top == -float("inf"))
     wide = tl.where(infinite, tl.where(wide == top, 0.0, -float("inf")), wide - top)
     wide = tl.where(real, wide, -float("inf"))
     power = tl.exp(wide)
-    share = (power / tl.sum(power, 1)[:, None]).to(tl.float32)
+    share = (power / per_token(tl.sum(tl.sum(power, 1), 1))).to(tl.float32)
     return tl.where(logits == logits, share, logits)
 
 
@@ -56,19 +61,37 @@ def value_of(bits):
 
 
 @triton.jit
-def first_best(keys, column, AXIS: tl.constexpr):
-    """The largest key along the last axis, AXIS, and the lowest column that has it; both without that axis."""
-    best = tl.max(keys, AXIS)
-    return best, tl.min(tl.where(keys == tl.expand_dims(best, AXIS), column, 1 << 30), AXIS)
+def per_token(x):
+    """x [tokens] as [tokens, 1, 1], in the layout that a reduction leaves: nothing is moved."""
+    return tl.expand_dims(tl.expand_dims(x, 1), 1)
+
+
+@triton.jit
+def first_best(keys, column):
+    """The largest of each token's keys [tokens, chunks, lanes], and the lowest column [1, chunks, lanes] that has it."""
+    best = tl.max(tl.max(keys, 1), 1)
+    return best, tl.min(tl.min(tl.where(keys == per_token(best), column, 1 << 30), 1), 1)
 
 
 @triton.jit
 def without_best(keys, column, K: tl.constexpr):
-    """keys [rows, columns] with the K first of each row replaced by NONE. column: [1, columns]."""
+    """keys with the K first of each token replaced by NONE."""
     for _ in range(K):
-        _best, at = first_best(keys, column, 1)
-        keys = tl.where(column == at[:, None], NONE, keys)
+        _best, at = first_best(keys, column)
+        keys = tl.where(column == per_token(at), NONE, keys)
     return keys
+
+
+@triton.jit
+def in_best(keys, column, K: tl.constexpr):
+    """Mask of the K first of each token's keys: all from the K-th different value up, unless equal ones make too many."""
+    limit = tl.max(tl.max(keys, 1), 1)
+    for _ in range(K - 1):
+        limit = tl.max(tl.max(tl.where(keys < per_token(limit), keys, NONE), 1), 1)
+    inside = keys >= per_token(tl.maximum(limit, NONE + 1))
+    if tl.max(tl.sum(tl.sum(inside.to(tl.int32), 1), 1), 0) > K:  # rare
+        inside = (keys > NONE) & (without_best(keys, column, K) == NONE)
+    return inside
 
 
 @triton.jit
@@ -84,10 +107,15 @@ def load_scores(
     SOFTMAX: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):
-    """Scores s (0 where the logit is NaN), selection scores r and their rank bits, [tokens, EP]."""
-    at = token.to(tl.int64)[:, None] * E + expert[None, :]
-    there = inside[:, None] & real[None, :]
+    """Scores s (0 where the logit is NaN), selection scores r and their rank bits, [tokens, chunks, lanes]. expert, real:
+    [chunks, lanes]; COMPACT: see `assign`."""
+    at = token.to(tl.int64)[:, None, None] * E + expert[None, :, :]
+    if COMPACT:
+        # They are not, but this is what lays a warp's threads along the lanes. The mask keeps the accesses apart.
+        at = tl.max_contiguous(at, (1, 1, 2))
+    there = inside[:, None, None] & real[None, :, :]
     if HAS_SCORE:
         score = tl.load(score_ptr + at, mask=there, other=float("nan"))
     else:
@@ -98,7 +126,7 @@ def load_scores(
             score = sigmoid(score)
     selection = score
     if HAS_BIAS:
-        selection = score + tl.load(bias_ptr + expert, mask=real, other=0.0)[None, :]
+        selection = score + tl.load(bias_ptr + expert, mask=real, other=0.0)[None, :, :]
     open_ = there & (selection == selection) & (selection > -float("inf"))
     keys = tl.where(open_, rank_bits(selection), NONE)
     return tl.where(score == score, score, 0.0), selection, keys
@@ -106,88 +134,189 @@ def load_scores(
 
 @triton.jit
 def vote(score, selection, keys, column, AGGREGATE: tl.constexpr, K: tl.constexpr, UNION_K: tl.constexpr):
-    """Stage 1 for some of the block's tokens: [EP] float64."""
+    """Stage 1 for some of the block's tokens: float64 [chunks, lanes]."""
     if AGGREGATE == "max":
         return tl.max(tl.where(keys > NONE, selection, -float("inf")), 0).to(tl.float64)
     if AGGREGATE == "sum":
-        total = tl.sum(score.to(tl.float64), 1).to(tl.float32) + EPS
-        votes = tl.div_rn(score, tl.broadcast_to(total[:, None], score.shape))
+        total = tl.sum(tl.sum(score.to(tl.float64), 1), 1).to(tl.float32) + EPS
+        votes = tl.div_rn(score, tl.broadcast_to(per_token(total), score.shape))
     else:
-        left = without_best(keys, column[None, :], UNION_K if AGGREGATE == "union" else K)
-        voted = (keys > NONE) & (left == NONE)
+        voted = in_best(keys, column, UNION_K if AGGREGATE == "union" else K)
         votes = tl.where(voted, 1.0 if AGGREGATE == "union" else selection, 0.0)
     return tl.sum(votes.to(tl.float64), 0)
 
 
 @triton.jit
+def sum_of_pairs(x):
+    """Sum over both axes of the others."""
+    return tl.sum(tl.sum(x, 0), 1)
+
+
+@triton.jit
+def part(x, i, EP: tl.constexpr, PARTS: tl.constexpr):
+    """A part of x [EP] as [a, 1, b], to be paired with [1, EP, 1]: a sum over both outer axes then needs no barrier."""
+    SIZE: tl.constexpr = EP // PARTS
+    B: tl.constexpr = 16 if SIZE >= 16 else SIZE
+    if PARTS == 1:
+        some = tl.reshape(x, [SIZE // B, B])
+    elif PARTS == 2:
+        even, odd = tl.split(tl.reshape(x, [SIZE // B, B, 2]))
+        some = even if i == 0 else odd
+    else:
+        some = tl.reshape(tl.gather(x, i * SIZE + tl.arange(0, SIZE), 0), [SIZE // B, B])
+    return tl.expand_dims(some, 1)
+
+
+@triton.constexpr_function
+def n_parts(columns, bits):
+    """Parts that leave each thread of 16 warps 64 pairs of 32 bits: what fits into its registers."""
+    return max(1, min(columns, columns**2 * bits // (64 * 512 * 32)))
+
+
+@triton.jit
+def larger(keys, EP: tl.constexpr, ONE: tl.constexpr, TYPE: tl.constexpr):
+    """How many keys are larger than each one [EP], counted by ONE of that TYPE."""
+    PARTS: tl.constexpr = n_parts(EP, keys.dtype.primitive_bitwidth)
+    mine = keys[None, :, None]
+    if PARTS == 2:
+        first = sum_of_pairs(tl.where(part(keys, 0, EP, 2) > mine, ONE, 0))
+        return first + sum_of_pairs(tl.where(part(keys, 1, EP, 2) > mine, ONE, 0))
+    count = tl.zeros([EP], TYPE)
+    for i in range(PARTS):
+        count += sum_of_pairs(tl.where(part(keys, i, EP, PARTS) > mine, ONE, 0))
+    return count
+
+
+@triton.jit
+def ranks(value, real, E: tl.constexpr, EP: tl.constexpr):
+    """How many experts come before each one. [EP] int32; any number where there is none."""
+    # In floats, as a comparison that leaves 1.0 or 0.0 is one instruction.
+    rank = larger(tl.where(real, value, -float("inf")), EP, 1.0, tl.float32).to(tl.int32)
+    zero = (real & (value == 0)).to(tl.int32)  # the experts without a vote: the equal ones that are always there
+    rank += tl.where(zero > 0, tl.cumsum(zero, 0) - 1, 0)
+    if tl.sum(tl.where(real, rank, 0), 0) != E * (E - 1) // 2:  # others are equal
+        # Rank and column in one key: larger for larger values, then for lower columns.
+        keys = (rank_bits(value).to(tl.int64) << 32) - tl.arange(0, EP)
+        rank = larger(tl.where(real, keys, -(1 << 63)), EP, 1, tl.int32)
+    return rank
+
+
+@triton.jit
+def by_rank(share, rank, real, row_ptr, E: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr):
+    """The shares in the order of the ranks. row_ptr [WIDTH]: the block's row of the coresets, which is not written yet."""
+    column = tl.arange(0, EP)
+    if WIDTH == E:
+        tl.store(row_ptr + rank, share.to(tl.int32, bitcast=True), mask=real)
+        tl.debug_barrier()
+        ordered = tl.load(row_ptr + column, mask=column < E, other=0).to(tl.float32, bitcast=True)
+        tl.debug_barrier()
+    else:
+        rank = tl.where(real, rank, EP)
+        PARTS: tl.constexpr = max(4, n_parts(EP, 32)) if EP >= 4 else 1
+        place = column[None, :, None]
+        ordered = tl.zeros([EP], tl.float32)
+        for i in range(PARTS):  # sums of one term each
+            here = part(rank, i, EP, PARTS) == place
+            ordered += sum_of_pairs(tl.where(here, part(share, i, EP, PARTS), 0.0))
+    return ordered
+
+
+@triton.jit
 def coreset(
     value,
-    expert,
     real,
-    column,
     top_p,
+    row_ptr,
+    E: tl.constexpr,
     EP: tl.constexpr,
     SELECT: tl.constexpr,
     MIN_EXPERTS: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
     CAPACITY: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Stage 2: the members as a mask [EP]. No sort: an expert's rank is the number of better keys, and what `top_p`
-    cumulates up to it is the sum over the keys that are no worse."""
+    """Stage 2: the members as a mask [EP]."""
     if SELECT == "all":
         return real
     if SELECT == "nonzero":
         return real & (value > 0)
-    # Rank and column in one key: larger for larger values, then for lower columns.
-    keys = (rank_bits(value).to(tl.int64) << 32) - column
-    keys = tl.where(real, keys, -(1 << 63))
+    rank = ranks(value, real, E, EP)
+    if SELECT == "top_n":
+        return real & (rank < CAPACITY)
     value = tl.where(real, value, 0.0)
     total = tl.sum(value.to(tl.float64), 0).to(tl.float32) + EPS
     share = tl.div_rn(value, tl.full([EP], 1.0, tl.float32) * total)
-    # Some of the others at a time: all pairs at once do not fit into the registers.
-    OTHERS: tl.constexpr = 8 if EP >= 8 else EP
-    better = tl.zeros([EP, OTHERS], tl.int32)
-    covered = tl.zeros([EP, OTHERS], tl.float64)
-    for first in range(0, EP, OTHERS):
-        other = first + tl.arange(0, OTHERS)
-        other_key = tl.gather(keys, other, 0)[None, :]
-        better += (other_key > keys[:, None]).to(tl.int32)
-        if SELECT == "top_p":
-            other_share = tl.gather(share, other, 0).to(tl.float64)[None, :]
-            covered += tl.where(other_key >= keys[:, None], other_share, 0.0)
-    rank = tl.sum(better, 1)
-    if SELECT == "top_n":
-        return real & (rank < CAPACITY)
-    size = tl.sum((real & (tl.sum(covered, 1).to(tl.float32) <= top_p)).to(tl.int32), 0) + 1
+    ordered = by_rank(share, rank, real, row_ptr, E, EP, WIDTH)
+    covered = tl.cumsum(ordered.to(tl.float64), 0).to(tl.float32)
+    size = tl.sum(((tl.arange(0, EP) < E) & (covered <= top_p)).to(tl.int32), 0) + 1
     size = tl.minimum(tl.maximum(size, MIN_EXPERTS), MAX_EXPERTS)
     return real & (rank < size)
 
 
 @triton.jit
-def kept_groups(keys, EP: tl.constexpr, GP: tl.constexpr, G: tl.constexpr, TOPK_GROUP: tl.constexpr):
-    """The columns of the groups that each token keeps, as a mask like keys."""
-    grouped = tl.reshape(keys, [keys.shape[0], GP, EP // GP])
-    member = tl.arange(0, EP // GP)[None, None, :]
-    first, at = first_best(grouped, member, 2)
-    second = tl.max(tl.where(member == at[:, :, None], NONE, grouped), 2)
-    score = tl.where(second > NONE, value_of(first) + value_of(second), -float("inf"))
-    group = tl.arange(0, GP)[None, :]
-    ranks = tl.where(group < G, rank_bits(score), NONE)
-    kept = (ranks > NONE) & (without_best(ranks, group, TOPK_GROUP) == NONE)
-    kept = tl.broadcast_to(kept[:, :, None], grouped.shape)
-    return tl.reshape(kept, [keys.shape[0], EP])
+def group_ranks(best, second, there):
+    """Rank bits of groups by the keys of their two best."""
+    score = tl.where(second > NONE, value_of(best) + value_of(second), -float("inf"))
+    return tl.where(there, rank_bits(score), NONE)
+
+
+@triton.jit
+def kept_columns(keys, MEMBERS: tl.constexpr, G: tl.constexpr, TOPK_GROUP: tl.constexpr):
+    """The columns of the groups that each token keeps, as a mask like keys, where all experts have a column."""
+    C: tl.constexpr = keys.shape[1]
+    GROUPS: tl.constexpr = keys.shape[2] // MEMBERS  # of a chunk
+    grouped = tl.reshape(keys, [keys.shape[0], C, GROUPS, MEMBERS])
+    member = tl.arange(0, MEMBERS)[None, None, None, :]
+    first = tl.max(grouped, 3)
+    at = tl.min(tl.where(grouped == first[:, :, :, None], member, 1 << 30), 3)
+    second = tl.max(tl.where(member == at[:, :, :, None], NONE, grouped), 3)
+    group = tl.arange(0, C)[None, :, None] * GROUPS + tl.arange(0, GROUPS)[None, None, :]
+    places = group_ranks(first, second, group < G)
+    kept = (places > NONE) & (without_best(places, group, TOPK_GROUP) == NONE)
+    kept = tl.broadcast_to(kept[:, :, :, None], grouped.shape)
+    return tl.reshape(kept, keys.shape)
+
+
+@triton.jit
+def kept_members(keys, expert, SIZE: tl.constexpr, G: tl.constexpr, TOPK_GROUP: tl.constexpr):
+    """As `kept_columns`, where only some experts have a column; SIZE: experts of a group, of which there are 32 at most."""
+    GP: tl.constexpr = triton.next_power_of_2(G)
+    group = tl.arange(0, GP)[None, None, :]
+    firsts = tl.full([keys.shape[0], 1, GP], NONE, tl.int32)
+    seconds = firsts
+    for g in tl.static_range(G):
+        own = tl.where(expert // SIZE == g, keys, NONE)
+        best, at = first_best(own, expert)
+        second = tl.max(tl.max(tl.where(expert == per_token(at), NONE, own), 1), 1)
+        firsts = tl.where(group == g, per_token(best), firsts)
+        seconds = tl.where(group == g, per_token(second), seconds)
+    places = group_ranks(firsts, seconds, group < G)
+    kept = (places > NONE) & (without_best(places, group, TOPK_GROUP) == NONE)
+    bits = tl.sum(tl.sum(kept.to(tl.int32) << group, 1), 1)
+    return ((per_token(bits) >> (expert // SIZE)) & 1) != 0
 
 
 @triton.jit
 def take_best(keys, column, best, slot, first_slot, K: tl.constexpr):
-    """Puts the columns of each row's best keys, in order, into the slots from first_slot [rows] on, at most up to K.
-    best [rows, slots]: -1 where a slot is free."""
+    """Puts the columns of each token's best keys, in order, into the slots from first_slot [tokens] on, at most up to K.
+    best [tokens, slots]: -1 where a slot is free."""
     for j in range(K):
-        top, at = first_best(keys, column, 1)
+        top, at = first_best(keys, column)
         here = (slot == (first_slot + j)[:, None]) & (top > NONE)[:, None]
         best = tl.where(here, at[:, None], best)
-        keys = tl.where((column == at[:, None]) & (first_slot + j < K)[:, None], NONE, keys)
+        keys = tl.where((column == per_token(at)) & per_token(first_slot + j < K), NONE, keys)
     return keys, best
+
+
+@triton.jit
+def pick(score, column, best, slot, K: tl.constexpr):
+    """The scores of each token's columns `best` [tokens, slots], 0 where that is -1."""
+    picked = tl.zeros(best.shape, tl.float32)
+    for j in range(K):
+        at = tl.sum(tl.where(slot == j, best, 0), 1)
+        value = tl.sum(tl.sum(tl.where(column == per_token(at), score, 0.0), 1), 1)
+        picked = tl.where((slot == j) & (best >= 0), value[:, None], picked)
+    return picked
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -230,6 +359,116 @@ def gate_kernel(
     tl.store(logits_ptr + at, acc, mask=inside)
     if HAS_SCORE:
         tl.store(score_ptr + at, sigmoid(acc), mask=inside)
+
+
+@triton.jit
+def expert_of(column, E: tl.constexpr, G: tl.constexpr, MEMBERS: tl.constexpr):
+    """The expert of each column, and whether there is one; the groups' members are padded to MEMBERS."""
+    if E == G * MEMBERS:
+        return column, column < E
+    group, member = column // MEMBERS, column % MEMBERS
+    return group * (E // G) + member, (group < G) & (member < E // G)
+
+
+@triton.jit
+def assign(
+    expert,
+    real,
+    inside,
+    block,
+    start,
+    length,
+    logits_ptr,
+    score_ptr,
+    bias_ptr,
+    map_ptr,
+    ids_ptr,
+    weights_ptr,
+    used_ptr,
+    counts_ptr,
+    words_ptr,
+    token_word_ptr,
+    scale,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    G: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    NORM: tl.constexpr,
+    USED_WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    N_WORDS: tl.constexpr,
+    COMPACT: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+):
+    """Stage 3 of a block, and its part of the SCHEDULE. expert, real, inside [chunks, lanes]: the columns' experts, whether
+    there is one, and whether it is a member. COMPACT: the columns are the members alone."""
+    t = tl.arange(0, BLOCK_T)
+    slot = tl.arange(0, KP)
+    column = expert[None, :, :]
+    used = tl.zeros(expert.shape, tl.int32)
+    for word in range(0, N_WORDS):
+        local = word * BLOCK_T + t
+        # Loaded anew even where there is one word: held over the coreset, the scores take more registers than there are.
+        score, _selection, keys = load_scores(
+            logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real,
+            E, SOFTMAX, HAS_SCORE, HAS_BIAS, COMPACT,
+        )  # fmt: skip
+        candidates = tl.where(inside[None, :, :], keys, NONE)
+        best = tl.full([BLOCK_T, KP], -1, tl.int32)
+        first_slot = tl.zeros([BLOCK_T], tl.int32)
+        if G > 1:
+            if COMPACT:
+                kept = kept_members(candidates, column, E // G, G, TOPK_GROUP)
+            else:
+                kept = kept_columns(candidates, MEMBERS, G, TOPK_GROUP)
+            left, best = take_best(tl.where(kept, candidates, NONE), column, best, slot[None, :], first_slot, K)
+            chosen = kept & (left == NONE) & (candidates > NONE)
+            found = tl.sum((best >= 0).to(tl.int32), 1)
+            free = (found < K) & (local < length)
+            if tl.max(free.to(tl.int32), 0) > 0:  # rare: the free slots take members outside the kept groups
+                outside = tl.where(kept, NONE, candidates)
+                left, best = take_best(outside, column, best, slot[None, :], found, K)
+                chosen = chosen | ((left == NONE) & (outside > NONE))
+        else:
+            left, best = take_best(candidates, column, best, slot[None, :], first_slot, K)
+            chosen = (left == NONE) & (candidates > NONE)
+
+        at = (start + local).to(tl.int64)[:, None] * K + slot[None, :]
+        there = (local < length)[:, None] & (slot < K)[None, :]
+        tl.store(ids_ptr + at, best, mask=there)
+        of_slot = (start + local).to(tl.int64)[:, None] * E + best
+        if HAS_SCORE:
+            picked = tl.load(score_ptr + of_slot, mask=there & (best >= 0), other=0.0)
+        elif SOFTMAX:
+            picked = pick(score, column, best, slot[None, :], K)
+        else:
+            picked = sigmoid(tl.load(logits_ptr + of_slot, mask=there & (best >= 0), other=-float("inf")))
+        if NORM:
+            total = tl.sum(picked.to(tl.float64), 1).to(tl.float32) + EPS
+            picked = tl.div_rn(picked, tl.broadcast_to(total[:, None], picked.shape))
+        tl.store(weights_ptr + at, picked * scale, mask=there)
+
+        if SCHEDULE != "":
+            chosen = local_only(chosen, column, real[None, :, :], map_ptr, HAS_MAP)
+            if SCHEDULE == "dense":
+                used = used | tl.max(chosen.to(tl.int32), 0)
+            else:
+                first = word * BLOCK_T
+                store_word(
+                    chosen, block * N_WORDS + word, start + first, length - first, t, expert, real,
+                    words_ptr, token_word_ptr, E, COMPACT,
+                )  # fmt: skip
+    if SCHEDULE == "dense":
+        columns: tl.constexpr = expert.shape[0] * expert.shape[1]
+        store_used(
+            tl.reshape(used, [columns]) > 0, tl.reshape(expert, [columns]), block, used_ptr, counts_ptr, USED_WIDTH
+        )
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_blocks", "seq_len"])
@@ -280,6 +519,8 @@ def route_kernel(
     BLOCK_T: tl.constexpr,
     N_WORDS: tl.constexpr,
     TILE: tl.constexpr,
+    LANES: tl.constexpr,
+    MOST_MEMBERS: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_SCORE: tl.constexpr,
@@ -295,103 +536,56 @@ def route_kernel(
         tl.extra.cuda.gdc_wait()
     block = tl.program_id(0)
     start, length = block_range(block, offsets_ptr, seq_len, BLOCK_SIZE, HAS_OFFSETS)
-    column = tl.arange(0, EP)
-    group = column // (EP // GP)
-    member = column % (EP // GP)
-    expert = group * (E // G) + member
-    real = (group < G) & (member < E // G)
     t = tl.arange(0, BLOCK_T)
-    ONE_TILE: tl.constexpr = N_WORDS == 1
+    MEMBERS: tl.constexpr = EP // GP
+    CHUNKS: tl.constexpr = EP // LANES
+    column = tl.arange(0, CHUNKS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    expert, real = expert_of(column, E, G, MEMBERS)
+    flat_expert, flat_real = expert_of(tl.arange(0, EP), E, G, MEMBERS)
 
-    if ONE_TILE:
-        score, selection, keys = load_scores(
-            logits_ptr, score_ptr, bias_ptr, start + t, t < length, expert, real,
-            E, SOFTMAX, HAS_SCORE, HAS_BIAS,
-        )  # fmt: skip
-
-    value = tl.zeros([EP], tl.float32)
+    value = tl.zeros([CHUNKS, LANES], tl.float32)
     if SELECT != "all":
-        if ONE_TILE:
-            value = vote(score, selection, keys, column, AGGREGATE, K, UNION_K).to(tl.float32)
-        else:
-            votes = tl.full([EP], -float("inf") if AGGREGATE == "max" else 0.0, tl.float64)
-            for word in range(0, N_WORDS):
-                local = word * BLOCK_T + t
-                score, selection, keys = load_scores(
-                    logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real,
-                    E, SOFTMAX, HAS_SCORE, HAS_BIAS,
-                )  # fmt: skip
-                more = vote(score, selection, keys, column, AGGREGATE, K, UNION_K)
-                votes = tl.maximum(votes, more) if AGGREGATE == "max" else votes + more
-            value = votes.to(tl.float32)
-    inside = coreset(value, expert, real, column, top_p, EP, SELECT, MIN_EXPERTS, MAX_EXPERTS, CAPACITY)
+        votes = tl.full([CHUNKS, LANES], -float("inf") if AGGREGATE == "max" else 0.0, tl.float64)
+        for word in range(0, N_WORDS):
+            local = word * BLOCK_T + t
+            score, selection, keys = load_scores(
+                logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real,
+                E, SOFTMAX, HAS_SCORE, HAS_BIAS, False,
+            )  # fmt: skip
+            more = vote(score, selection, keys, column[None, :, :], AGGREGATE, K, UNION_K)
+            votes = tl.maximum(votes, more) if AGGREGATE == "max" else votes + more
+        value = votes.to(tl.float32)
+    value = tl.reshape(value, [EP])
+    row = block.to(tl.int64) * WIDTH
+    inside = coreset(
+        value, flat_real, top_p, coreset_ptr + row, E, EP, SELECT, MIN_EXPERTS, MAX_EXPERTS, CAPACITY, WIDTH
+    )
 
     size = tl.sum(inside.to(tl.int32), 0)
     place = tl.cumsum(inside.to(tl.int32), 0) - 1
-    row = block.to(tl.int64) * WIDTH
-    tl.store(coreset_ptr + row + place, expert, mask=inside)
+    tl.store(coreset_ptr + row + place, flat_expert, mask=inside)
     rest = tl.arange(0, WIDTH_P)
     tl.store(coreset_ptr + row + rest, tl.full([WIDTH_P], -1, tl.int32), mask=(rest >= size) & (rest < WIDTH))
     tl.store(sizes_ptr + block, size)
 
-    used = tl.zeros([EP], tl.int32)
-    slot = tl.arange(0, KP)
-    for word in range(0, N_WORDS):
-        local = word * BLOCK_T + t
-        if not ONE_TILE:
-            score, selection, keys = load_scores(
-                logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real,
-                E, SOFTMAX, HAS_SCORE, HAS_BIAS,
-            )  # fmt: skip
-        candidates = tl.where(inside[None, :], keys, NONE)
-        best = tl.full([BLOCK_T, KP], -1, tl.int32)
-        first_slot = tl.zeros([BLOCK_T], tl.int32)
-        if G > 1:
-            kept = kept_groups(candidates, EP, GP, G, TOPK_GROUP)
-            left, best = take_best(
-                tl.where(kept, candidates, NONE), column[None, :], best, slot[None, :], first_slot, K
-            )
-            chosen = kept & (left == NONE) & (candidates > NONE)
-            found = tl.sum((best >= 0).to(tl.int32), 1)
-            free = (found < K) & (local < length)
-            if tl.max(free.to(tl.int32), 0) > 0:  # rare: the free slots take members outside the kept groups
-                outside = tl.where(kept, NONE, candidates)
-                left, best = take_best(outside, column[None, :], best, slot[None, :], found, K)
-                chosen = chosen | ((left == NONE) & (outside > NONE))
-        else:
-            left, best = take_best(candidates, column[None, :], best, slot[None, :], first_slot, K)
-            chosen = (left == NONE) & (candidates > NONE)
-
-        at = (start + local).to(tl.int64)[:, None] * K + slot[None, :]
-        there = (local < length)[:, None] & (slot < K)[None, :]
-        best_expert = best // (EP // GP) * (E // G) + best % (EP // GP)
-        tl.store(ids_ptr + at, tl.where(best >= 0, best_expert, -1), mask=there)
-        of_slot = (start + local).to(tl.int64)[:, None] * E + best_expert
-        if HAS_SCORE:
-            picked = tl.load(score_ptr + of_slot, mask=there & (best >= 0), other=0.0)
-        elif SOFTMAX:
-            picked = tl.gather(score, tl.maximum(best, 0), 1)
-            picked = tl.where(best >= 0, picked, 0.0)
-        else:
-            picked = sigmoid(tl.load(logits_ptr + of_slot, mask=there & (best >= 0), other=-float("inf")))
-        if NORM:
-            total = tl.sum(picked.to(tl.float64), 1).to(tl.float32) + EPS
-            picked = tl.div_rn(picked, tl.broadcast_to(total[:, None], picked.shape))
-        tl.store(weights_ptr + at, picked * scale, mask=there)
-
-        if SCHEDULE != "":
-            chosen = local_only(chosen, expert[None, :], real[None, :], map_ptr, HAS_MAP)
-            if SCHEDULE == "dense":
-                used = used | tl.max(chosen.to(tl.int32), 0)
-            else:
-                first = word * BLOCK_T
-                store_word(
-                    chosen, block * N_WORDS + word, start + first, length - first, t, expert, real,
-                    words_ptr, token_word_ptr, E,
-                )  # fmt: skip
-
-    if SCHEDULE == "dense":
-        store_used(used > 0, expert, block, used_ptr, counts_ptr, USED_WIDTH)
+    COMPACT: tl.constexpr = MOST_MEMBERS < EP and not SOFTMAX
+    if COMPACT and size <= MOST_MEMBERS:
+        tl.debug_barrier()  # the ids are read by other threads than those that wrote them
+        lane = tl.arange(0, MOST_MEMBERS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        members = tl.load(coreset_ptr + row + lane, mask=lane < size, other=0)
+        assign(
+            members, lane < size, lane < size, block, start, length, logits_ptr, score_ptr, bias_ptr, map_ptr,
+            ids_ptr, weights_ptr, used_ptr, counts_ptr, words_ptr, token_word_ptr, scale,
+            E, K, KP, G, MEMBERS, TOPK_GROUP, SOFTMAX, NORM, USED_WIDTH, BLOCK_T, N_WORDS, True,
+            HAS_SCORE, HAS_BIAS, HAS_MAP, SCHEDULE,
+        )  # fmt: skip
+    else:
+        assign(
+            expert, real, tl.reshape(inside, [CHUNKS, LANES]), block, start, length, logits_ptr, score_ptr, bias_ptr,
+            map_ptr, ids_ptr, weights_ptr, used_ptr, counts_ptr, words_ptr, token_word_ptr, scale,
+            E, K, KP, G, MEMBERS, TOPK_GROUP, SOFTMAX, NORM, USED_WIDTH, BLOCK_T, N_WORDS, False,
+            HAS_SCORE, HAS_BIAS, HAS_MAP, SCHEDULE,
+        )  # fmt: skip
     if SCHEDULE == "gathered":
         tl.debug_barrier()  # all of this block's masks are written before it counts as done
         if tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="gpu") == n_blocks - 1:
@@ -456,7 +650,6 @@ def route(logits, score, expert_bias, block_offsets, seq_len, routing, out, sche
         HAS_MAP=expert_map is not None,
         SCHEDULE=schedule.form if schedule else "",
         PDL=pdl,
-        num_warps=tile.warps,
         **pdl_option,
     )
 
@@ -467,7 +660,7 @@ def route_constants(routing, tile) -> dict:
     groups = triton.next_power_of_2(routing.n_group)
     columns = groups * triton.next_power_of_2(routing.num_experts // routing.n_group)
     # Tiles are meant for 256 columns; more of them leave room for fewer tokens in the registers.
-    tokens = max(1, tile.tokens * 256 // max(columns, 256))
+    tokens = max(1, tile.tokens * 256**2 // max(columns, 256) ** 2)
     tokens = min(tokens, MAX_WORD, triton.next_power_of_2(routing.block_size))
     return dict(
         E=routing.num_experts,
@@ -490,6 +683,9 @@ def route_constants(routing, tile) -> dict:
         WIDTH_P=triton.next_power_of_2(routing.coreset_width),
         BLOCK_T=tokens,
         N_WORDS=triton.cdiv(routing.block_size, tokens),
+        MOST_MEMBERS=32 if routing.n_group <= 32 else columns,
+        LANES=min(columns, max(128, columns // groups if groups > 1 else 1)),
         ROWS=max(1, 4096 // columns),
         SLOTS=1024,
+        num_warps=tile.warps if columns >= 256 else max(4, tile.warps // 2),
     )

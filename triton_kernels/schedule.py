@@ -63,11 +63,18 @@ def store_used(used, expert, block, used_ptr, counts_ptr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_word(chosen, word, start, length, t, expert, real, words_ptr, token_word_ptr, E: tl.constexpr):
-    """`chosen` [<= 32 tokens, EP] as one bit mask per expert, and the place of each token in the masks. `start` is the
-    word's first token, `length` how many it has, t [tokens] counts them."""
+def store_word(
+    chosen, word, start, length, t, expert, real, words_ptr, token_word_ptr, E: tl.constexpr, SOME: tl.constexpr
+):
+    """`chosen` [<= 32 tokens, chunks, lanes] as one bit mask per expert [chunks, lanes], and the place of each token in the
+    masks. `start` is the word's first token, `length` how many it has, t [tokens] counts them. SOME: not all experts have
+    a column; the others' masks are 0."""
+    if SOME:
+        e = tl.arange(0, triton.next_power_of_2(E))
+        tl.store(words_ptr + word.to(tl.int64) * E + e, tl.zeros(e.shape, tl.int32), mask=e < E)
+        tl.debug_barrier()  # in front of the members' masks
     bit = t.to(tl.uint32)
-    bits = tl.sum(chosen.to(tl.uint32) << bit[:, None], 0)
+    bits = tl.sum(chosen.to(tl.uint32) << bit[:, None, None], 0)
     tl.store(words_ptr + word.to(tl.int64) * E + expert, bits.to(tl.int32, bitcast=True), mask=real)
     tl.store(token_word_ptr + start + t, word * 32 + t, mask=t < length)
 
@@ -190,8 +197,9 @@ def mark_kernel(
         used = used | tl.max(chosen.to(tl.int32), 0)
         if GATHERED:
             store_word(
-                chosen, chunk * (CHUNK // WORD) + w, start, n_tokens - start, t, e, e < E, words_ptr, token_word_ptr, E
-            )
+                chosen[:, None, :], chunk * (CHUNK // WORD) + w, start, n_tokens - start, t, e[None, :], (e < E)[None, :],
+                words_ptr, token_word_ptr, E, False,
+            )  # fmt: skip
     if not GATHERED:
         store_used(used > 0, e, chunk, used_ptr, counts_ptr, WIDTH)
 

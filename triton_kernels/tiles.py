@@ -95,7 +95,7 @@ class Tiles:
 HOPPER = dict(
     gate=Gate(experts=16, tokens=32, hidden=256, stages=4, warps=4),
     route=Route(tokens=32, warps=16),
-    dense_up=Product(rows=32, depth=128, stages=4, warps=4, per_processor=2),
+    dense_up=Product(rows=32, depth=128, stages=3, warps=4, per_processor=3),
     dense_down=Product(rows=64, depth=128, stages=6, warps=4),
     gathered_up=Product(rows=64, depth=64, stages=4, warps=8),
     gathered_down=Product(rows=128, depth=64, stages=4, warps=8),
@@ -119,7 +119,7 @@ TABLE = {
     # Any other GPU; fits the 64 KB of AMD's CDNA 3 and the 99 KB of NVIDIA's consumer chips.
     "default": dict(
         gate=Gate(experts=16, tokens=32, hidden=128, stages=2, warps=4),
-        route=Route(tokens=16, warps=8),
+        route=Route(tokens=32, warps=16),
         dense_up=Product(rows=32, depth=64, stages=3, warps=4, per_processor=2),
         dense_down=Product(rows=64, depth=64, stages=3, warps=4),
         gathered_up=Product(rows=32, depth=64, stages=2, warps=4),
