@@ -16,7 +16,7 @@ TOOL = Path(__file__).resolve().parents[1] / "tools" / "triton_resources.py"
 CHIPS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 LAYER = {
     32: ["gate_kernel", "route_kernel", "dense_up_kernel", "dense_down_kernel"],
-    2048: ["gate_kernel", "route_kernel", "gathered_up_kernel", "gathered_down_kernel"],
+    2048: ["gate_kernel", "route_kernel", "gathered_up_kernel", "gathered_down_kernel", "combine_kernel"],
 }
 
 
@@ -47,7 +47,7 @@ def check(rows):
 @pytest.mark.parametrize("model", ["mini", "flash"])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_layer(resources, chip, model):
-    """Latency and throughput form of the layer: four launches each, two of them the router's."""
+    """Latency and throughput form of the layer: four launches and five, two of them the router's."""
     rows = resources("--target", chip, "--model", model, "--tokens", *LAYER)
     for tokens, kernels in LAYER.items():
         assert [row["kernel"] for row in rows if row["tokens"] == tokens] == kernels

@@ -285,14 +285,15 @@ def test_programs_that_share_the_members_of_a_block(processors, splits, monkeypa
 
 
 def test_launches(form, launches):
-    """Router at most two, experts two; ids without a routing need one launch more (dense) or two (gathered)."""
+    """Router two, experts two (dense) or three (gathered); ids without a routing need one launch more or two."""
     args, routing = layer((20,))
     block_moe(*on_device(*args), routing=routing)
-    assert launches == ["gate_kernel", "route_kernel", f"{form}_up_kernel", f"{form}_down_kernel"]
+    products = [f"{form}_up_kernel", f"{form}_down_kernel", *(["combine_kernel"] if form == "gathered" else [])]
+    assert launches == ["gate_kernel", "route_kernel", *products]
     launches.clear()
     check_experts(values(9, 32), *weights_of(), some_ids(9, 16, 3), values(9, 3))
     plan = ["mark_kernel"] if form == "dense" else ["mark_kernel", "order_kernel"]
-    assert launches == [*plan, f"{form}_up_kernel", f"{form}_down_kernel"]
+    assert launches == [*plan, *products]
 
 
 def test_same_bits_every_time(form):
@@ -304,13 +305,13 @@ def test_same_bits_every_time(form):
 
 def test_which_form_serves():
     for routing, blocks, form in (
-        (BlockRouting(), 4, "dense"),
-        (BlockRouting(), 5, "gathered"),
+        (BlockRouting(), 2, "dense"),
+        (BlockRouting(), 3, "gathered"),
         (BlockRouting.policy("token"), 1, "dense"),
         (BlockRouting.policy("token"), 2, "gathered"),
         (BlockRouting(block_size=256), 1, "gathered"),
     ):
-        assert backend.form_of(blocks, routing, 4) == form
+        assert backend.form_of(blocks, routing, 2) == form
     assert [backend.tile_tokens(t, 8, 256) for t in (32, 512, 1024, 2048, 4096)] == [32, 32, 64, 128, 128]
 
 

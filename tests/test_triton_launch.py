@@ -141,7 +141,7 @@ def a_layer_of_few_tokens():
 @check
 def a_layer_of_many_tokens():
     made = agree("block_moe", lambda: layer(256, shared=0))
-    assert [kernel for kernel, *_ in made][2:] == ["gathered_up_kernel", "gathered_down_kernel"]
+    assert [kernel for kernel, *_ in made][2:] == ["gathered_up_kernel", "gathered_down_kernel", "combine_kernel"]
     agree("block_moe", lambda: layer(256))
 
 
@@ -167,7 +167,7 @@ def parts_of_a_layer():
 
     assert len(agree("moe_experts", lambda: experts(40, fp8))) == 3
     assert len(agree("moe_experts", lambda: experts(40))) == 3
-    assert len(agree("moe_experts", lambda: experts(100))) == 4
+    assert len(agree("moe_experts", lambda: experts(100))) == 5
     assert len(agree("block_route", route)) == 1
     assert len(agree("moe_experts_backward", lambda: gradient(True))) == 7
     assert len(agree("moe_experts_backward", lambda: gradient(False))) == 5

@@ -19,17 +19,27 @@ def form_of(n_blocks: int, routing, dense_blocks: int) -> str:
     """Which form serves a layer call, from what the host knows without asking the device.
 
     The dense form reads the experts of every block for themselves; the gathered one reads each expert once per 32 to 128
-    of its tokens, but writes and adds up a row per slot. With few blocks the coresets hardly overlap (four blocks with 15
-    of 256 experts each: 60 reads against 55), so dense saves the rest of the work. Token routing has no coreset: there a
-    second block reads most experts again. `dense_blocks` is the GPU's entry in the tile table.
+    of its tokens, but writes and adds up a row per slot, in one launch more. Two coresets hardly overlap where they are
+    independent (15 of 256 experts each: 30 reads against 29), so dense saves the rest of the work; where they are the same,
+    every further block costs as much as the first. Token routing has no coreset: there a second block reads most experts
+    again. `dense_blocks` is the GPU's entry in the tile table.
     """
     if routing.block_size > MAX_DENSE_BLOCK:
         return "gathered"
     return "dense" if n_blocks <= (1 if routing.select == "all" else dense_blocks) else "gathered"
 
 
+def least_experts(routing) -> int:
+    """How many experts a layer call may use at the fewest, roughly: those of one coreset."""
+    if routing.select == "all":
+        return routing.num_experts
+    return min(routing.num_experts, routing.capacity or max(routing.min_experts, routing.top_k))
+
+
 def tile_tokens(n_tokens: int, top_k: int, n_experts: int) -> int:
-    """Tokens per tile of the gathered form: twice what an expert gets on average, as block routing uses few experts."""
+    """Tokens per tile of the gathered form: twice what each of n_experts gets on average. Rather too many than too few:
+    memory takes longer to bring an expert's weights than matrix units take for 128 tokens, many of which may be missing;
+    but tokens that need a second tile pass all the weights through the L2 once more."""
     return min(128, max(32, triton.next_power_of_2(2 * n_tokens * top_k // n_experts)))
 
 
@@ -72,7 +82,10 @@ class Triton:
                 buffers = experts.dense_buffers(x, weights, plan, chunk, table)
                 experts.dense(x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, buffers, y, table, pdl)
             else:
-                plan = _gathered_plan(x, weights, top_k, n_experts, -(-n_tokens // schedule.MAX_WORD), table)
+                words = -(-n_tokens // schedule.MAX_WORD)
+                # Routed by blocks or not, nobody said: a quarter of the experts lies between.
+                tile = tile_tokens(n_tokens, top_k, max(1, n_experts // 4))
+                plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, tile, x.device)
                 schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, expert_map)
                 schedule.order_all(topk_ids, n_experts, plan, pdl)
                 h, rows = experts.gathered_buffers(x, weights, top_k)
@@ -86,7 +99,7 @@ class Triton:
         tile = min(gradient.most_positions(x.dtype), tile_tokens(n_tokens, top_k, n_experts))
         words = -(-n_tokens // schedule.MAX_WORD)
         with launch.on(x.device):
-            plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, 0, tile, x.device)
+            plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, tile, x.device)
             schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, None)
             schedule.order_all(topk_ids, n_experts, plan, has_pdl(x.device))
             weights = stored(weights, has_fp8(x.device))
@@ -98,7 +111,7 @@ class Triton:
     def block_moe(
         x, gate_weight, expert_bias, weights: ExpertWeights, block_offsets, seq_len, routing, y, out, router_logits
     ) -> None:
-        """Four launches: gate, route, up, down."""
+        """Four launches: gate, route, up, down; in the gathered form a fifth that combines."""
         n_blocks = out.coreset_sizes.shape[0]
         with launch.on(x.device):
             weights = stored(weights, has_fp8(x.device))
@@ -108,7 +121,8 @@ class Triton:
                 plan = schedule.Dense.empty(n_blocks, width, x.device)
             else:
                 words = n_blocks * router.route_constants(routing, table.route)["N_WORDS"]
-                plan = _gathered_plan(x, weights, routing.top_k, routing.num_experts, words, table)
+                tile = tile_tokens(x.shape[0], routing.top_k, least_experts(routing))
+                plan = schedule.Gathered.empty(x.shape[0], routing.num_experts, routing.top_k, words, tile, x.device)
             score = torch.empty_like(router_logits) if routing.score == "sigmoid" else None
             gate_tile = table.gate_for(x.dtype, gate_weight.dtype)
             router.gate(x, gate_weight, router_logits, score, plan.done, gate_tile, pdl)
@@ -134,10 +148,3 @@ class Triton:
             else:
                 h, rows = experts.gathered_buffers(x, weights, routing.top_k)
                 experts.gathered(x, weights, out.topk_ids, out.topk_weights, plan, h, rows, y, table, pdl)
-
-
-def _gathered_plan(x, weights, top_k, n_experts, n_words, table) -> schedule.Gathered:
-    n_tokens, hidden = x.shape
-    tile = tile_tokens(n_tokens, top_k, n_experts)
-    n_arrived = n_tokens * triton.cdiv(hidden, table.fit("gathered_down", tile, x.dtype, weights.down[0].dtype).rows)
-    return schedule.Gathered.empty(n_tokens, n_experts, top_k, n_words, n_arrived, tile, x.device)

@@ -7,8 +7,7 @@ over all experts in one long loop, which some programs share: each leaves its pa
 finite reaches the whole block (0 * inf), not only the tokens that chose it.
 
 Gathered, for throughput: grouped products over the positions of `schedule`. `gathered_down_kernel` writes one row per
-position, and the program that brings a token's last row (an integer counter tells) adds the rows up in the order of the
-token's slots: which program that is may change, the sum does not.
+position, `combine_kernel` adds a token's rows up in the order of its slots.
 
 In both, weights are the left operand of the MMA (M) and tokens the right one (N), the routing weight is multiplied into h
 before h is rounded, and the shared expert is one more expert with weight 1.
@@ -21,9 +20,10 @@ import triton
 import triton.language as tl
 
 from .products import multiply, rounded
-from .schedule import block_range, load_tile
+from .schedule import block_range, load_positions, load_tile
 from .weights import load_numbers, load_scales, of_expert, product, scale_rows, scales_per_half, stored_columns
 
+COMBINE_COLUMNS = 1024  # of a program: 16 bytes at a time by each thread of 4 warps
 HALF_GROUP = tl.constexpr(8)  # rows of gate and of up alternate in groups: both halves of a product sit in one thread
 
 
@@ -329,7 +329,7 @@ def dense_down_kernel(
             tl.store(y_ptr + at, rounded(total, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_arrived"])
+@triton.jit(do_not_specialize=["n_tokens"])
 def gathered_up_kernel(
     x_ptr,
     w13_ptr,
@@ -340,15 +340,11 @@ def gathered_up_kernel(
     weights_ptr,
     map_ptr,
     token_at_ptr,
-    position_ptr,
     tiles_ptr,
     n_tiles_ptr,
-    arrived_ptr,
     h_ptr,
     shared_h_ptr,
-    y_ptr,
     n_tokens,
-    n_arrived,
     H: tl.constexpr,
     I: tl.constexpr,
     SHARED_I: tl.constexpr,
@@ -363,8 +359,7 @@ def gathered_up_kernel(
     SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h of every position [T * K, I], and shared_h [T, SHARED_I] by the first programs, which need no schedule. Also clears
-    the counters of the down kernel, and the rows of y that nothing reaches."""
+    """h of every position [T * K, I], and shared_h [T, SHARED_I] by the first programs, which need no schedule."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.arange(0, BLOCK_N)
@@ -373,8 +368,6 @@ def gathered_up_kernel(
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     SHARED_TILES: tl.constexpr = (SHARED_I + BLOCK_I - 1) // BLOCK_I
     n_shared = tl.cdiv(n_tokens, BLOCK_N) * SHARED_TILES
-
-    clear(arrived_ptr, n_arrived, program, tl.num_programs(0))
 
     if SHARED_I > 0:  # noqa: SIM102 - decided at compile time
         if program < n_shared:
@@ -394,18 +387,6 @@ def gathered_up_kernel(
 
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if SHARED_I == 0:
-        slot = tl.arange(0, KP)
-        column = tl.arange(0, 1024)
-        row_of_y = program
-        while row_of_y < n_tokens:
-            position = tl.load(position_ptr + row_of_y.to(tl.int64) * K + slot, mask=slot < K, other=-1)
-            if tl.max(position, 0) < 0:
-                for h0 in range(0, H, 1024):
-                    at = row_of_y.to(tl.int64) * H + h0 + column
-                    tl.store(y_ptr + at, tl.zeros([1024], y_ptr.dtype.element_ty), mask=h0 + column < H)
-            row_of_y += tl.num_programs(0)
-
     program -= n_shared
     if (program >= 0) & (program < tl.load(n_tiles_ptr) * TILES):
         expert, position, there, token = load_tile(program // TILES, tiles_ptr, token_at_ptr, BLOCK_N)
@@ -431,57 +412,21 @@ def down_rows(
     position,
     there,
     hidden,
-    token,
-    arrived_ptr,
-    position_ptr,
-    rows_ptr,
-    shared_rows_ptr,
     out_ptr,
-    y_ptr,
-    hidden_tile,
     H: tl.constexpr,
     I: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """One tile of W2 @ h into the rows `position` of out_ptr [., H]; then y of the tokens whose last row this was."""
+    """One tile of W2 @ h into the rows `position` of out_ptr [., H]."""
     w2_ptr, scale_ptr = of_expert(w2_ptr, scale_ptr, expert, 1, H, I, FORMAT)
     h_cols = h_ptr + position.to(tl.int64)[None, :] * I
     MASKED: tl.constexpr = H % BLOCK_H != 0 or I % BLOCK_I != 0
     acc = product(w2_ptr, scale_ptr, 0, hidden, hidden < H, h_cols, there, H, I, BLOCK_I, STAGES, MASKED, FORMAT)
-    hidden_mask = (hidden < H)[:, None]
-    mask = hidden_mask & there[None, :]
     at = position.to(tl.int64)[None, :] * H + hidden[:, None]
-    tl.store(out_ptr + at, rounded(acc, out_ptr.dtype.element_ty), mask=mask)
-
-    expected = tl.zeros([BLOCK_N], tl.int32) + (1 if HAS_SHARED else 0)
-    for j in range(K):
-        slot = tl.load(position_ptr + token.to(tl.int64) * K + j, mask=there, other=-1)
-        expected += (slot >= 0).to(tl.int32)
-    tl.debug_barrier()  # every thread's part of the rows is written before they count as arrived
-    counter = arrived_ptr + token.to(tl.int64) * tl.cdiv(H, BLOCK_H) + hidden_tile
-    last = there & (tl.atomic_add(counter, 1, mask=there, sem="acq_rel", scope="gpu") == expected - 1)
-    tl.debug_barrier()
-    if tl.max(last.to(tl.int32), 0) > 0:
-        total = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-        for j in range(K):
-            slot = tl.load(position_ptr + token.to(tl.int64) * K + j, mask=last, other=-1)
-            part = rows_ptr + slot.to(tl.int64)[None, :] * H + hidden[:, None]
-            # .cg: other programs wrote these rows, a copy in this processor's L1 could be older.
-            total += tl.load(part, mask=hidden_mask & (slot >= 0)[None, :], other=0.0, cache_modifier=".cg").to(
-                tl.float32
-            )
-        at = token.to(tl.int64)[None, :] * H + hidden[:, None]
-        if HAS_SHARED:
-            total += tl.load(
-                shared_rows_ptr + at, mask=hidden_mask & last[None, :], other=0.0, cache_modifier=".cg"
-            ).to(tl.float32)
-        tl.store(y_ptr + at, rounded(total, y_ptr.dtype.element_ty), mask=hidden_mask & last[None, :])
+    tl.store(out_ptr + at, rounded(acc, out_ptr.dtype.element_ty), mask=(hidden < H)[:, None] & there[None, :])
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -493,19 +438,14 @@ def gathered_down_kernel(
     shared_w2_ptr,
     shared_w2_scale_ptr,
     map_ptr,
-    token_at_ptr,
-    position_ptr,
     tiles_ptr,
     n_tiles_ptr,
-    arrived_ptr,
     rows_ptr,
     shared_rows_ptr,
-    y_ptr,
     n_tokens,
     H: tl.constexpr,
     I: tl.constexpr,
     SHARED_I: tl.constexpr,
-    K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -515,33 +455,58 @@ def gathered_down_kernel(
     SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """rows [T * K, H], one per position, and shared_rows [T, H]; then y [T, H]."""
+    """rows [T * K, H], one per position, and shared_rows [T, H]."""
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     n = tl.arange(0, BLOCK_N)
     program = tl.program_id(0)
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     n_shared = tl.cdiv(n_tokens, BLOCK_N) * TILES if SHARED_I > 0 else 0
-    hidden_tile = program % TILES
-    hidden = hidden_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    hidden = program % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
 
     if SHARED_I > 0:  # noqa: SIM102 - decided at compile time
         if program < n_shared:
             token = program // TILES * BLOCK_N + n
             down_rows(
-                shared_w2_ptr, shared_w2_scale_ptr, 0, shared_h_ptr, token, token < n_tokens, hidden, token,
-                arrived_ptr, position_ptr, rows_ptr, shared_rows_ptr, shared_rows_ptr, y_ptr, hidden_tile,
-                H, SHARED_I, K, BLOCK_N, BLOCK_H, BLOCK_I, STAGES, True, SHARED_FORMAT,
+                shared_w2_ptr, shared_w2_scale_ptr, 0, shared_h_ptr, token, token < n_tokens, hidden, shared_rows_ptr,
+                H, SHARED_I, BLOCK_H, BLOCK_I, STAGES, SHARED_FORMAT,
             )  # fmt: skip
     program -= n_shared
     if (program >= 0) & (program < tl.load(n_tiles_ptr) * TILES):
-        expert, position, there, token = load_tile(program // TILES, tiles_ptr, token_at_ptr, BLOCK_N)
+        expert, position, there = load_positions(program // TILES, tiles_ptr, BLOCK_N)
         expert = local_expert(expert, map_ptr, HAS_MAP)
         down_rows(
-            w2_ptr, w2_scale_ptr, expert, h_ptr, position, there, hidden, token,
-            arrived_ptr, position_ptr, rows_ptr, shared_rows_ptr, rows_ptr, y_ptr, hidden_tile,
-            H, I, K, BLOCK_N, BLOCK_H, BLOCK_I, STAGES, SHARED_I > 0, FORMAT,
+            w2_ptr, w2_scale_ptr, expert, h_ptr, position, there, hidden, rows_ptr,
+            H, I, BLOCK_H, BLOCK_I, STAGES, FORMAT,
         )  # fmt: skip
+
+
+@triton.jit
+def combine_kernel(
+    rows_ptr,
+    shared_rows_ptr,
+    position_ptr,
+    y_ptr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y [T, H]: the sum of each token's rows in the order of its slots, and the shared expert's row. Programs
+    [T, H / BLOCK_H]."""
+    token = tl.program_id(0).to(tl.int64)
+    hidden = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for j in tl.static_range(K):
+        position = tl.load(position_ptr + token * K + j)
+        part = rows_ptr + position.to(tl.int64) * H + hidden
+        total += tl.load(part, mask=(hidden < H) & (position >= 0), other=0.0).to(tl.float32)
+    if shared_rows_ptr is not None:
+        total += tl.load(shared_rows_ptr + token * H + hidden, mask=hidden < H, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * H + hidden, rounded(total, y_ptr.dtype.element_ty), mask=hidden < H)
 
 
 def dense(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size, schedule, buffers, y, tiles, pdl):
@@ -620,13 +585,11 @@ def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pd
         H=hidden,
         I=intermediate,
         SHARED_I=shared,
-        K=top_k,
         BLOCK_N=schedule.tile,
         HAS_MAP=weights.expert_map is not None,
-        PDL=pdl,
         **weights.formats,
-        **(dict(launch_pdl=True) if pdl else {}),
     )
+    early = dict(PDL=pdl, **(dict(launch_pdl=True) if pdl else {}))
     most, token_tiles = schedule.tiles.shape[0], triton.cdiv(n_tokens, schedule.tile)
     programs = most * triton.cdiv(intermediate, up.rows) + token_tiles * triton.cdiv(shared, up.rows)
     gathered_up_kernel[(programs,)](
@@ -636,39 +599,38 @@ def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pd
         topk_weights,
         weights.expert_map,
         schedule.token_at,
-        schedule.position_of,
         schedule.tiles,
         schedule.n_tiles,
-        schedule.arrived,
         *h,
-        y,
         n_tokens,
-        schedule.arrived.numel(),
+        K=top_k,
         KP=triton.next_power_of_2(top_k),
         BLOCK_I=up.rows,
         BLOCK_H=up.depth,
         STAGES=up.stages,
         num_warps=up.warps,
         **common,
+        **early,
     )
     programs = (most + (token_tiles if shared else 0)) * triton.cdiv(hidden, down.rows)
     gathered_down_kernel[(programs,)](
         *h,
         *weights.down,
         weights.expert_map,
-        schedule.token_at,
-        schedule.position_of,
         schedule.tiles,
         schedule.n_tiles,
-        schedule.arrived,
         *rows,
-        y,
         n_tokens,
         BLOCK_H=down.rows,
         BLOCK_I=down.depth,
         STAGES=down.stages,
         num_warps=down.warps,
         **common,
+        **early,
+    )
+    columns = min(COMBINE_COLUMNS, triton.next_power_of_2(hidden))
+    combine_kernel[(n_tokens, triton.cdiv(hidden, columns))](
+        *rows, schedule.position_of, y, H=hidden, K=top_k, BLOCK_H=columns, num_warps=4, **early
     )
 
 

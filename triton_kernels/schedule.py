@@ -153,11 +153,17 @@ def order(
 
 
 @triton.jit
-def load_tile(tile, tiles_ptr, token_at_ptr, TILE: tl.constexpr):
-    """A tile of the gathered form: its expert; its positions [TILE], which of them there are, and their tokens."""
+def load_positions(tile, tiles_ptr, TILE: tl.constexpr):
+    """A tile of the gathered form: its expert; its positions [TILE], and which of them there are."""
     expert = tl.load(tiles_ptr + tile * 3)
     position = tl.load(tiles_ptr + tile * 3 + 1) + tl.arange(0, TILE)
-    there = position < tl.load(tiles_ptr + tile * 3 + 2)
+    return expert, position, position < tl.load(tiles_ptr + tile * 3 + 2)
+
+
+@triton.jit
+def load_tile(tile, tiles_ptr, token_at_ptr, TILE: tl.constexpr):
+    """`load_positions`, and their tokens."""
+    expert, position, there = load_positions(tile, tiles_ptr, TILE)
     return expert, position, there, tl.load(token_at_ptr + position, mask=there, other=0)
 
 
@@ -280,8 +286,7 @@ class Dense:
 class Gathered:
     """Workspace of the gathered form, all int32; sizes follow from T, E, k and the block size alone.
 
-    words, base [n_words, E]; token_word [T]; token_at [T * k]; position_of [T, k]; tiles [n, 3]; n_tiles, done [1];
-    arrived [T * n_hidden_tiles]: how many of a token's products are there, per tile of the hidden dimension.
+    words, base [n_words, E]; token_word [T]; token_at [T * k]; position_of [T, k]; tiles [n, 3]; n_tiles, done [1].
     """
 
     words: torch.Tensor
@@ -292,7 +297,6 @@ class Gathered:
     tiles: torch.Tensor
     n_tiles: torch.Tensor
     done: torch.Tensor
-    arrived: torch.Tensor
     tile: int
 
     form: ClassVar[str] = "gathered"
@@ -314,14 +318,12 @@ class Gathered:
         )
 
     @classmethod
-    def empty(
-        cls, n_tokens: int, n_experts: int, top_k: int, n_words: int, n_arrived: int, tile: int, device
-    ) -> Gathered:
+    def empty(cls, n_tokens: int, n_experts: int, top_k: int, n_words: int, tile: int, device) -> Gathered:
         slots = n_tokens * top_k
         # Every expert may end in a partial tile, and a tile holds at least one slot.
         max_tiles = min(slots, slots // tile + n_experts)
-        sizes = (n_words * n_experts, n_words * n_experts, n_tokens, slots, slots, max_tiles * 3, 1, 1, n_arrived)
-        words, base, token_word, token_at, position_of, tiles, n_tiles, done, arrived = _int32(device, *sizes)
+        sizes = (n_words * n_experts, n_words * n_experts, n_tokens, slots, slots, max_tiles * 3, 1, 1)
+        words, base, token_word, token_at, position_of, tiles, n_tiles, done = _int32(device, *sizes)
         return cls(
             words.view(n_words, n_experts),
             base.view(n_words, n_experts),
@@ -331,7 +333,6 @@ class Gathered:
             tiles.view(max_tiles, 3),
             n_tiles,
             done,
-            arrived,
             tile,
         )
 

@@ -81,11 +81,13 @@ class Tiles:
         product = getattr(self, name)
         size = dtype.itemsize
         if size > 2:
-            product = dataclasses.replace(product, depth=min(product.depth, 32), stages=2)
+            product = dataclasses.replace(product, depth=min(product.depth, 32), rows=min(product.rows, 64), stages=2)
         if stored in QUANTIZED:
             product = dataclasses.replace(product, depth=min(product.depth, GROUP))
-        if tokens >= 128:  # the accumulators of 4 warps would not fit into their registers
-            product = dataclasses.replace(product, warps=max(product.warps, 8))
+        if tokens >= 128:  # the accumulators of 4 warps would not fit into their registers, nor those of a group's sum
+            most = 64 if name.endswith("up") else 128
+            rows = min(product.rows, most) if stored in QUANTIZED else product.rows
+            product = dataclasses.replace(product, rows=rows, warps=max(product.warps, 8))
         m = product.rows * (2 if name.endswith("up") else 1)
         weight_bits = 4 if stored == torch.uint8 else 8 * stored.itemsize
         stage = product.depth * (m * weight_bits // 8 + tokens * size)
@@ -97,9 +99,9 @@ HOPPER = dict(
     route=Route(tokens=32, warps=16),
     dense_up=Product(rows=32, depth=128, stages=3, warps=4, per_processor=3),
     dense_down=Product(rows=64, depth=128, stages=6, warps=4),
-    gathered_up=Product(rows=64, depth=64, stages=4, warps=8),
-    gathered_down=Product(rows=128, depth=64, stages=4, warps=8),
-    dense_blocks=4,
+    gathered_up=Product(rows=128, depth=64, stages=4, warps=8),
+    gathered_down=Product(rows=256, depth=64, stages=4, warps=8),
+    dense_blocks=2,
     measured_by=UNMEASURED,
 )
 TABLE = {
@@ -113,7 +115,7 @@ TABLE = {
         dense_down=Product(rows=64, depth=128, stages=5, warps=4),
         gathered_up=Product(rows=32, depth=64, stages=4, warps=8),
         gathered_down=Product(rows=64, depth=64, stages=4, warps=8),
-        dense_blocks=4,
+        dense_blocks=2,
         measured_by=UNMEASURED,
     ),
     # Any other GPU; fits the 64 KB of AMD's CDNA 3 and the 99 KB of NVIDIA's consumer chips.
@@ -124,7 +126,7 @@ TABLE = {
         dense_down=Product(rows=64, depth=64, stages=3, warps=4),
         gathered_up=Product(rows=32, depth=64, stages=2, warps=4),
         gathered_down=Product(rows=64, depth=64, stages=2, warps=4),
-        dense_blocks=4,
+        dense_blocks=2,
         measured_by=UNMEASURED,
     ),
 }

@@ -126,14 +126,14 @@ def dense_down(call, case: Case, facts) -> Work:
 def gathered(call, case: Case, facts, name: str, rows: int, depth: int, length: int, n_rows: int) -> Work:
     """Both products of the gathered form, with tokens spread evenly over the experts; see `dense`."""
     a = call.args
-    tile, k = a["BLOCK_N"], a["K"]
+    tile, k = a["BLOCK_N"], case.shape[3].top_k
     unique = max(1, round(case.unique))
     token_tiles = unique * -(-case.tokens * k // unique // tile or 1)
     shared = -(-case.tokens // tile) if a["SHARED_I"] else 0
     tiles = (token_tiles + shared) * -(-n_rows // rows)
     stage = rows * depth * case.weight_bytes + tile * depth * 2
     steps = -(-length // depth)
-    written = case.tokens * (k + 1) * (a["I"] if name == "up" else 2 * a["H"]) * 2
+    written = case.tokens * (k + 1) * (a["I"] if name == "up" else a["H"]) * 2
     return Work(
         name, facts, tiles, tiles,
         hbm=(case.unique + a["SHARED_I"] / a["I"]) * n_rows * length * case.weight_bytes + written,
@@ -156,6 +156,12 @@ def gathered_down(call, case: Case, facts) -> Work:
     return gathered(call, case, facts, "down", a["BLOCK_H"], a["BLOCK_I"], a["I"], a["H"])
 
 
+def combine(call, case: Case, facts) -> Work:
+    a, programs = call.args, math.prod(call.grid)
+    moved = case.tokens * (a["K"] + 2) * a["H"] * 2
+    return Work("combine", facts, programs, programs, l2=moved)
+
+
 KERNELS = dict(
     gate_kernel=gate,
     route_kernel=route,
@@ -163,4 +169,5 @@ KERNELS = dict(
     dense_down_kernel=dense_down,
     gathered_up_kernel=gathered_up,
     gathered_down_kernel=gathered_down,
+    combine_kernel=combine,
 )
