@@ -188,7 +188,6 @@ class Cuda:
             router_logits,
             *out,
             schedule,
-            weights.w13,
         )
         Cuda._experts(x, weights, out.topk_ids, out.topk_weights, schedule, True, y)
 

@@ -39,7 +39,7 @@ _passed: set = set()
 def once(check, *args) -> None:
     """check(*args), unless it has passed on arguments of this kind: equal ones, and tensors of the same shape, strides,
     dtype and device. So it is for checks that look at no more than that, and never for fake tensors."""
-    key = (check, *kinds(args))
+    key = (check, *kinds(flat(args)))
     if key not in _passed:
         check(*args)
         if len(_passed) >= 4096:
@@ -47,12 +47,16 @@ def once(check, *args) -> None:
         _passed.add(key)
 
 
-def kinds(args) -> list:
-    """What `once` compares of arguments, those in tuples among them: hashable."""
+def flat(args) -> list:
+    """Arguments, and those in tuples among them."""
+    return [value for arg in args for value in (arg if isinstance(arg, tuple) else (arg,))]
+
+
+def kinds(values) -> list:
+    """What `once` compares of values: hashable."""
     return [
         (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
-        for arg in args
-        for value in (arg if isinstance(arg, tuple) else (arg,))
+        for value in values
     ]
 
 

@@ -77,11 +77,11 @@ lib.define(
     "Tensor topk_weights, Tensor(a!) y) -> ()"
 )
 # CUDA only: the router from x on, and the experts of few tokens. `schedule` int32 and `workspace` uint8 are scratch;
-# `scheduled` says that `schedule` comes from the router. The router fetches from w13 ahead, it does not read it.
+# `scheduled` says that `schedule` comes from the router.
 lib.define(
     "_gate_route_out(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor? block_offsets, int seq_len, int[] ints, "
     "float[] floats, Tensor(a!) logits, Tensor(b!) topk_ids, Tensor(c!) topk_weights, Tensor(d!) coreset_ids, "
-    "Tensor(e!) coreset_sizes, Tensor(f!)? schedule, Tensor? w13) -> ()"
+    "Tensor(e!) coreset_sizes, Tensor(f!)? schedule) -> ()"
 )
 lib.define(
     "_block_dense_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor topk_ids, "

@@ -277,7 +277,10 @@ class BlockMoE(nn.Module):
             self.shared_w2,
             routing=self.routing,
             block_offsets=block_offsets,
-            **{f"{name}_scale": getattr(self, f"{name}_scale") for name in MATRICES},
+            w13_scale=self.w13_scale,
+            w2_scale=self.w2_scale,
+            shared_w13_scale=self.shared_w13_scale,
+            shared_w2_scale=self.shared_w2_scale,
         )
         lead = hidden_states.shape[:-1]
         router_logits = router_logits.view(*lead, self.routing.num_experts)

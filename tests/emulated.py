@@ -37,8 +37,7 @@ Router = structure(
     ("tokens hidden experts n_blocks coreset_width seq_len", INT),
     ("x gate_weight", POINTER),
     ("x_dtype gate_dtype", ctypes.c_int32),
-    ("logits expert_bias block_offsets topk_ids topk_weights coreset_ids coreset_sizes schedule w13", POINTER),
-    ("w13_bytes", INT),
+    ("logits expert_bias block_offsets topk_ids topk_weights coreset_ids coreset_sizes schedule", POINTER),
 )
 Form = structure(
     "Form", ("cluster two_launches ctas stages splits resident", ctypes.c_int32), ("seed", ctypes.c_uint32)
@@ -122,12 +121,12 @@ class Emulator:
         self.library.totals(base, out)
         return list(out)
 
-    def router(self, logits, bias, offsets, out, schedule, seq_len, x=None, gate=None, w13=None) -> Router:
+    def router(self, logits, bias, offsets, out, schedule, seq_len, x=None, gate=None) -> Router:
         """logits [tokens, experts]; out: a RoutingResult; offsets int32 or None."""
         return Router(
             *(logits.shape[0], 0 if x is None else x.shape[-1], logits.shape[1]), *out.coreset_ids.shape, seq_len,
             pointer(x), pointer(gate), *(0 if t is None else DTYPES.index(t.dtype) for t in (x, gate)),
-            *map(pointer, (logits, bias, offsets, *out, schedule, w13)), 0 if w13 is None else w13[0].nbytes,
+            *map(pointer, (logits, bias, offsets, *out, schedule)),
         )  # fmt: skip
 
     def experts(
@@ -206,8 +205,8 @@ class Backend:
         self.emulator.run_route(args, routing, self.how)
 
     def gate_route_out(self, x, gate, bias, offsets, seq_len, ints, floats, logits, *rest) -> None:
-        out, schedule, w13 = reference.RoutingResult(*rest[:4]), *rest[4:]
-        args = self.emulator.router(logits, bias, offsets, out, schedule, seq_len, x, gate, w13)
+        out, schedule = reference.RoutingResult(*rest[:4]), *rest[4:]
+        args = self.emulator.router(logits, bias, offsets, out, schedule, seq_len, x, gate)
         self.emulator.run_packed_route(args, ints, floats, self.how)
 
     def block_dense_out(

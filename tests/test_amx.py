@@ -262,6 +262,14 @@ def test_a_shared_expert_of_another_format(library, form, shared_form, activatio
     assert (y.double() - vectors.double()).abs().max() <= (EPS + 2e-3 * (activations is not None)) * size
 
 
+@pytest.mark.parametrize("hidden, inter", [(50, 32), (40, 64), (32, 41), (64, 17), (96, 33)])
+def test_nothing_past_the_weights_is_read(library, hidden, inter, oracle):
+    """Rows of whole steps come straight from memory, whose end is guarded; the last tile of rows has fewer."""
+    x, w13, w2, _, weights = inputs(40, hidden, inter, 2, 1, torch.bfloat16)
+    arguments = (x, w13, w2, torch.ones(40, 1, dtype=torch.int32), weights)
+    check(emulate(library, *arguments), arguments, oracle)
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 17, 48, 80, 200])
 def test_tiles_are_as_few_as_possible(library, tokens):
     hidden, inter = 96, 64

@@ -73,7 +73,7 @@ def check_layers(emulator, name: str, seed: int) -> None:
         tensors = x[i], *of_experts, out[i].topk_ids, out[i].topk_weights, schedule
         if workspace is None:
             workspace = emulator.workspace_of(emulator.experts(*tensors))
-        routers.append(emulator.router(logits[i], bias, offsets, out[i], schedule, tokens, x[i], gate, of_experts[0]))
+        routers.append(emulator.router(logits[i], bias, offsets, out[i], schedule, tokens, x[i], gate))
         layers.append(emulator.experts(*tensors, workspace, x[i + 1]))
     emulator.run_layers(routers, layers, routing, emulated.form(seed=seed, **how))
     for i, (gate, w13, w2, shared_w13, shared_w2) in enumerate(weights):

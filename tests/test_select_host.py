@@ -39,13 +39,13 @@ BIASES = {
 }
 
 
-def route(emulator, logits, bias, routing, offsets=None, *, x=None, gate=None, w13=None, **how):
+def route(emulator, logits, bias, routing, offsets=None, *, x=None, gate=None, **how):
     """(RoutingResult, used experts) of the emulated kernels. `logits` [bsz, seq, E] is written where x is given."""
     rows, seq_len = logits.view(-1, logits.shape[-1]), logits.shape[1]
     n_blocks = len(offsets) - 1 if offsets is not None else logits.shape[0] * -(-seq_len // routing.block_size)
     out, schedule = emulated.outputs(len(rows), n_blocks, routing), emulator.schedule_of(rows.shape[1])
     offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
-    args = emulator.router(rows, bias, offsets, out, schedule, seq_len, x, gate, w13)
+    args = emulator.router(rows, bias, offsets, out, schedule, seq_len, x, gate)
     emulator.run_route(args, routing, emulated.form(**how))
     assert not schedule[: emulator.library.count_at()].any()  # the counters of the expert kernel start from zero
     return out, emulator.used(schedule)
@@ -216,20 +216,6 @@ def test_schedule_of_bare_ids(emulator):
     emulator.run_schedule(ids, 70, out)
     expected = ids[(ids >= 0) & (ids < 70)].unique()
     assert torch.equal(emulator.used(out), expected) and not out[: emulator.library.count_at()].any()
-
-
-@pytest.mark.parametrize("expert_bytes", [3 << 20, 100 << 10])
-def test_fetches_the_first_members(emulator, expert_bytes):
-    """Of two blocks with two members each, up to 4 MB: all of a small expert, or the first and a third of the next."""
-    routing = BlockRouting(num_experts=8, top_k=2, block_size=2, n_group=1, topk_group=1, min_experts=2, max_experts=2)
-    logits = torch.tensor([[0.0, 9, 0, 8, 0, 0, 0, 0]] * 2 + [[0.0, 0, 9, 0, 0, 0, 8, 0]] * 2)[None]
-    w13 = torch.empty(8, expert_bytes, dtype=torch.uint8)
-    route(emulator, logits, None, routing, cluster=2, w13=w13)
-    out = emulator.totals(w13.data_ptr())[:3]
-    if expert_bytes > 1 << 20:
-        assert out == [2 * (4 << 20), expert_bytes, 6 * expert_bytes + (1 << 20)]
-    else:
-        assert out == [4 * expert_bytes, expert_bytes, 7 * expert_bytes]
 
 
 def test_host_rules(emulator):

@@ -105,7 +105,7 @@ STUB = """
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 void gate_route(const Tensor, const Tensor, const Maybe, const Maybe, int64_t, const std::vector<int64_t>,
-                const std::vector<double>, Tensor, Tensor, Tensor, Tensor, Tensor, Maybe, const Maybe) {}
+                const std::vector<double>, Tensor, Tensor, Tensor, Tensor, Tensor, Maybe) {}
 void dense(const Tensor, const Tensor, const Tensor, const Maybe, const Maybe, const Tensor, const Tensor, Tensor, Tensor,
            bool, Tensor) {}
 STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {

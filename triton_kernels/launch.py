@@ -20,7 +20,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from .._checks import kinds
+from .._checks import flat, kinds
 from . import tiles
 
 # Of the versions whose launches have been compared (tests/test_triton_launch.py, tests/gpu). AMD's kernels are specialised
@@ -43,16 +43,15 @@ def repeated(function):
     def run(*args):
         if not REPEATS:
             return function(*args)
-        tensors = [
-            t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, torch.Tensor)
-        ]
+        values = flat(args)
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
         addresses = [tensor.data_ptr() for tensor in tensors]
         # Both rare: another specialisation, and arguments that a plan could not tell apart.
         if any(address % 16 for address in addresses) or len(set(addresses)) < len(addresses):
             return function(*args)
         device = tensors[0].device
         compiled_for = tiles.for_device(device), knobs.runtime.debug, knobs.compilation.instrumentation_mode
-        key = (function, compiled_for, *kinds(args))
+        key = (function, compiled_for, *kinds(values))
         if key not in _plans:
             _record(key, function, args, tensors)
         elif (plan := _plans[key]) and not any(plan.hooks):

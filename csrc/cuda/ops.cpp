@@ -70,7 +70,7 @@ void check_launch(const char* what, const char* kernel) {
 void route(const Tensor* x, const Tensor* gate_weight, const Tensor& logits, const std::optional<Tensor>& expert_bias,
            const std::optional<Tensor>& block_offsets, int64_t seq_len, const std::vector<int64_t>& ints,
            const std::vector<double>& floats, Tensor& topk_ids, Tensor& topk_weights, Tensor& coreset_ids,
-           Tensor& coreset_sizes, Tensor* schedule, const Tensor* w13) {
+           Tensor& coreset_sizes, Tensor* schedule) {
   Router args{};
   args.tokens = logits.size(0);
   args.experts = logits.size(1);
@@ -95,11 +95,6 @@ void route(const Tensor* x, const Tensor* gate_weight, const Tensor& logits, con
     STD_TORCH_CHECK(schedule->numel() >= schedule_words(args.experts), "dmoe: the schedule is too small");
     args.schedule = static_cast<uint32_t*>(schedule->mutable_data_ptr());
   }
-  if (w13) {
-    args.w13 = aligned(*w13, "w13", 3);
-    args.w13_bytes = w13->size(1) * w13->size(2) * w13->element_size();
-    if (args.w13_bytes % 16) args.w13 = nullptr;
-  }
   const dmoe::Routing routing = dmoe::unpack_routing(ints, floats);
   const char* why = refuses(args, routing);
   STD_TORCH_CHECK(why == nullptr, "dmoe: the CUDA router does not take ", why ? why : "");
@@ -114,16 +109,15 @@ void block_route_out(const Tensor logits, const std::optional<Tensor> expert_bia
                      Tensor coreset_sizes) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "dmoe: logits must be contiguous with 2 dimensions");
   route(nullptr, nullptr, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights, coreset_ids,
-        coreset_sizes, nullptr, nullptr);
+        coreset_sizes, nullptr);
 }
 
 void gate_route_out(const Tensor x, const Tensor gate_weight, const std::optional<Tensor> expert_bias,
                     const std::optional<Tensor> block_offsets, int64_t seq_len, const std::vector<int64_t> ints,
                     const std::vector<double> floats, Tensor logits, Tensor topk_ids, Tensor topk_weights,
-                    Tensor coreset_ids, Tensor coreset_sizes, std::optional<Tensor> schedule,
-                    const std::optional<Tensor> w13) {
+                    Tensor coreset_ids, Tensor coreset_sizes, std::optional<Tensor> schedule) {
   route(&x, &gate_weight, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights, coreset_ids,
-        coreset_sizes, schedule ? &*schedule : nullptr, w13 ? &*w13 : nullptr);
+        coreset_sizes, schedule ? &*schedule : nullptr);
 }
 
 void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const std::optional<Tensor> shared_w13,

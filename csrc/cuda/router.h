@@ -31,8 +31,6 @@ struct Router {
   int32_t* coreset_ids;          // [n_blocks, coreset_width]
   int32_t* coreset_sizes;        // [n_blocks]
   uint32_t* schedule;            // [schedule_words(experts)] for the expert kernel, or null
-  const void* w13;               // the experts' first weights, or null: the first of a coreset are fetched into the L2
-  int64_t w13_bytes;             // of one expert
 };
 
 // The schedule: counters that the expert kernel starts from zero, the number of experts that some token chose, their ids in
@@ -47,10 +45,6 @@ constexpr int kMaxExperts = 512, kMaxTopK = 32, kMaxBlock = 128;
 constexpr int kRouterThreads = 256, kRouterWarps = kRouterThreads / 32;
 constexpr int kGateTile = 32;   // experts and tokens per tile of the gate
 constexpr int kGatePitch = 36;  // of its partial sums: the lanes of a warp store to different banks
-
-// What memory delivers between the choice of a coreset and the first tile of the expert kernel: about 2.5 us of an H100's
-// 3 TB/s. In pieces, spread over all thread blocks of a cluster and all their warps. Not measured.
-constexpr int64_t kFetchBytes = 8 << 20, kFetchPiece = 16 << 10;
 
 // Why these kernels do not take a call, or null. The caller then takes another backend.
 inline const char* refuses(const Router& a, const Routing& r) {

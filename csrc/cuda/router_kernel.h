@@ -506,22 +506,6 @@ DMOE_DEVICE int select_coreset(const Router& a, const Routing& routing, const Pa
   return n_members;
 }
 
-// Memory would idle until the expert kernel starts: the first members' weights come into the L2, in the order in which
-// it takes them. By the warps that a short block leaves without tokens.
-DMOE_DEVICE void fetch_members(const Router& a, const Part& p, int n_members) {
-  constexpr int kFetchers = kRouterWarps / 2;
-  const int warp = dev::warp() - (kRouterWarps - kFetchers);
-  if (!dev::kClusters || !a.w13 || warp < 0) return;
-  const int pieces = static_cast<int>((a.w13_bytes + kFetchPiece - 1) / kFetchPiece);
-  const int budget = static_cast<int>(kFetchBytes / kFetchPiece) / static_cast<int>(a.n_blocks);
-  const int all = n_members * pieces < budget ? n_members * pieces : budget;
-  for (int i = (dev::lane() * kFetchers + warp) * p.size + p.rank; i < all; i += p.size * 32 * kFetchers) {
-    const int64_t from = i % pieces * kFetchPiece, left = a.w13_bytes - from;
-    dev::bulk_prefetch(static_cast<const char*>(a.w13) + p.coreset[i / pieces] * a.w13_bytes + from,
-                       static_cast<uint32_t>(left < kFetchPiece ? left : kFetchPiece));
-  }
-}
-
 // Stage 3.
 template <int N>
 DMOE_DEVICE void experts_of_tokens(const Router& a, const Routing& routing, const Part& p, int n_members) {
@@ -611,7 +595,6 @@ DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* sha
   dev::cluster_arrive();
   dev::cluster_wait();
   const int n_members = select_coreset<N>(a, routing, p, block);
-  fetch_members(a, p, n_members);
   experts_of_tokens<N>(a, routing, p, n_members);
 
   // The schedule: the experts used in any block. With several blocks, the last to arrive has them all.

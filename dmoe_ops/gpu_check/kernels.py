@@ -103,20 +103,14 @@ def cuda_parts(case: cases.Case, w: cases.Weights) -> dict:
     schedule = _backends._cuda_schedule(x, w.w13)
     y = torch.empty_like(x)
 
-    def route(schedule=schedule, w13=w.w13):
+    def route(schedule=schedule):
         packed = _library.packed_routing(routing)
-        torch.ops.dmoe._gate_route_out(
-            x, w.gate_weight, w.expert_bias, None, tokens, *packed, logits, *out, schedule, w13
-        )
+        torch.ops.dmoe._gate_route_out(x, w.gate_weight, w.expert_bias, None, tokens, *packed, logits, *out, schedule)
 
     def experts(scheduled: bool, shared: bool = True):
         given = (w.w13, w.w2, w.shared_w13, w.shared_w2) if shared else (w.w13, w.w2, None, None)
         _backends.Cuda._experts(x, given, out.topk_ids, out.topk_weights, schedule, scheduled, y)
         return y
-
-    def without_prefetch():
-        route(w13=None)
-        return experts(True)
 
     def ready_made():
         schedule.copy_(made)  # the experts use its counters up
@@ -126,10 +120,8 @@ def cuda_parts(case: cases.Case, w: cases.Weights) -> dict:
     made = schedule.clone()
     return {
         "layer": lambda: block_moe(x, **w._asdict(), routing=routing)[0],
-        "layer, no prefetch": without_prefetch,
         "router": route,
-        "router, no prefetch": lambda: route(w13=None),
-        "router, no schedule": lambda: route(None, None),
+        "router, no schedule": lambda: route(None),
         "routing of given logits": lambda: block_route(logits, w.expert_bias, routing=routing),
         "experts, schedule ready-made (and copied)": ready_made,
         "experts, schedule of their own": lambda: experts(False),
@@ -154,7 +146,7 @@ def stand_in() -> None:
     """C++ under the names of the CUDA ops, so that a rehearsal takes the way of a GPU."""
     library = stand_in.library = torch.library.Library("dmoe", "IMPL")  # it lasts as long as it is held
 
-    def gate_route(x, gate, bias, offsets, seq_len, ints, floats, logits, ids, weights, coreset_ids, sizes, _s, _w13):
+    def gate_route(x, gate, bias, offsets, seq_len, ints, floats, logits, ids, weights, coreset_ids, sizes, _s):
         torch.ops.dmoe._gate_out(x, gate, logits)
         torch.ops.dmoe._block_route_out(logits, bias, offsets, seq_len, ints, floats, ids, weights, coreset_ids, sizes)
 

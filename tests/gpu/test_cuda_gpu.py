@@ -159,9 +159,7 @@ def test_gate(x_dtype, gate_dtype, hidden, experts, tokens):
     x, gate = activations(tokens, hidden, dtype=x_dtype), filled(experts, hidden, dtype=gate_dtype)
     out = router.allocate(tokens, tokens, None, routing, x)
     logits = torch.full((tokens, experts), torch.nan, device="cuda")
-    torch.ops.dmoe._gate_route_out(
-        x, gate, None, None, tokens, *_library.packed_routing(routing), logits, *out, None, None
-    )
+    torch.ops.dmoe._gate_route_out(x, gate, None, None, tokens, *_library.packed_routing(routing), logits, *out, None)
     exact, size = x.double() @ gate.double().T, x.double().abs() @ gate.double().abs().T
     assert ((logits - exact).abs() <= 2e-6 * size).all()
     same_routing(out, reference.block_route(logits.cpu(), routing=routing))

@@ -12,7 +12,6 @@ from .triton_layer import Case
 MAX_TOKENS = 64  # more goes to Triton
 ROW_TILE, CHUNK, STAGES, SPLITS = 64, 256, 4, 4  # csrc/cuda/experts.h, LLaDA2.0-mini on 132 multiprocessors
 COPY_CYCLES = 40  # in which a warp hands a lane's copy over; assumed
-PREFETCHED = 8 << 20  # of the coreset's weights, while the router still runs: kFetchBytes of router.h
 # The router's loops by index: turns where it is not one and the code does not say it (k of the gate in steps of 1024; pairs
 # of fours among 72 experts with votes; members in fours; none of the unrolled form of copies that are shorter), and the part
 # of the warps that has a token.
@@ -53,7 +52,6 @@ def experts(case: Case, machine: Machine, store: Store) -> Estimate:
     chunks = weights / (ROW_TILE * CHUNK * 2)
     each = chunks / machine.sms
     moved = weights + chunks * case.tokens * CHUNK * 2
-    fetched = min(case.shared_bytes + PREFETCHED, weights)
     tile, turn, adding = (facts.loops[n] for n in (7, 8, 10))
     cycles = dict(
         port=moved / machine.sms / 64,
@@ -61,7 +59,7 @@ def experts(case: Case, machine: Machine, store: Store) -> Estimate:
         copies=each * COPY_CYCLES * (ROW_TILE + case.tokens) / 8,
     )
     limits = {name: n / machine.clock for name, n in cycles.items()}
-    limits["HBM"] = (weights - fetched) / machine.hbm / 1e6
+    limits["HBM"] = (weights - case.shared_bytes) / machine.hbm / 1e6
     limits["L2"] = moved / machine.l2 / 1e6
     limits["flight"] = moved / machine.sms / (STAGES * (ROW_TILE + case.tokens) * CHUNK * 2) * machine.dram_us
     rounds = math.ceil(case.tokens * ROW_TILE / 4 / (2 * 128))

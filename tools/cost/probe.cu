@@ -26,8 +26,6 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) router(const __g
   a.n_blocks = (TOKENS + 31) / 32;
   a.x_dtype = a.gate_dtype = Dtype::bf16;
   a.block_offsets = nullptr;
-  a.w13 = nullptr;  // what is fetched ahead, other warps do beside those that have tokens
-  a.w13_bytes = 2 * 1024 * 2048;
   r.top_k = 8;
   r.block_size = TOKENS < 32 ? TOKENS : 32;
   r.n_group = 8;
