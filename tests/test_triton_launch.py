@@ -174,6 +174,21 @@ def parts_of_a_layer():
 
 
 @check
+def few_specialisations():
+    """Numbers of tokens share kernels: each is compiled at most 8 times for T = 1 .. 4096."""
+    import triton_resources
+
+    seen = {}
+    for tokens in (*range(1, 70), 127, 128, 129, 500, 512, 791, 793, 2048, 4095, 4096):
+        for ops in (False, True):
+            for call in triton_resources.launches(triton_resources.CHIPS["sm_90"], "mini", tokens, ops=ops):
+                made = triton_resources.source(call)
+                parts = (*made.constants.items(), *made.signature.items(), *made.attrs.items(), *call.options.items())
+                seen.setdefault((call.fn.__name__, ops), set()).add(repr(sorted(parts, key=repr)))
+    assert max(map(len, seen.values())) <= 8, {name: len(made) for name, made in seen.items()}
+
+
+@check
 def what_makes_another_call():
     from dmoe_ops.triton_kernels import launch, tiles
 

@@ -76,8 +76,8 @@ class Triton:
             weights = stored(weights, has_fp8(x.device))
             table, pdl = tiles.for_device(x.device), has_pdl(x.device)
             if n_tokens <= DENSE_TOKENS:
-                plan = schedule.Dense.empty(1, min(n_experts, n_tokens * top_k), x.device)
-                chunk = triton.next_power_of_2(n_tokens)
+                chunk = max(16, triton.next_power_of_2(n_tokens))  # few different ones: kernels are compiled for each
+                plan = schedule.Dense.empty(1, min(n_experts, chunk * top_k), x.device)
                 schedule.mark(topk_ids, n_experts, chunk, plan, expert_map)
                 buffers = experts.dense_buffers(x, weights, plan, chunk, table)
                 experts.dense(x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, buffers, y, table, pdl)
@@ -124,7 +124,7 @@ class Triton:
                 tile = tile_tokens(x.shape[0], routing.top_k, least_experts(routing))
                 plan = schedule.Gathered.empty(x.shape[0], routing.num_experts, routing.top_k, words, tile, x.device)
             score = torch.empty_like(router_logits) if routing.score == "sigmoid" else None
-            gate_tile = table.gate_for(x.dtype, gate_weight.dtype)
+            gate_tile = table.gate_for(x.shape[0], x.dtype, gate_weight.dtype)
             router.gate(x, gate_weight, router_logits, score, plan.done, gate_tile, pdl)
             router.route(
                 router_logits,

@@ -67,11 +67,15 @@ class Tiles:
     shared_memory: int
     processors: int
 
-    def gate_for(self, *dtypes: torch.dtype) -> Gate:
-        """The tile of the gate. With a float32 operand the product runs in float32, without matrix units: a shallow tile."""
-        if max(dtype.itemsize for dtype in dtypes) <= 2:
-            return self.gate
-        return dataclasses.replace(self.gate, hidden=min(self.gate.hidden, 64), stages=2)
+    def gate_for(self, n_tokens: int, *dtypes: torch.dtype) -> Gate:
+        """The tile of the gate: large where there are tokens for all multiprocessors even so, as small ones pass x and the
+        weights through the L2 many times. With a float32 operand the product runs in float32, without matrix units: a
+        small and shallow tile."""
+        if max(dtype.itemsize for dtype in dtypes) > 2:
+            return dataclasses.replace(self.gate, hidden=min(self.gate.hidden, 64), stages=2)
+        if n_tokens > 6 * self.processors:
+            return dataclasses.replace(self.gate, experts=64, tokens=64, hidden=64, warps=8)
+        return self.gate
 
     def fit(self, name: str, tokens: int, dtype: torch.dtype, stored: torch.dtype) -> Product:
         """The tile of a product with `tokens` tokens of `dtype` per tile, its pipeline cut down to the shared memory at
