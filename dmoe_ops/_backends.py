@@ -155,7 +155,7 @@ class Cuda:
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
-        if _cuda_experts_refuse(x, weights):
+        if _cuda_experts_refuse(x, weights, topk_ids.shape[1]):
             _without_cuda().moe_experts(x, weights, topk_ids, topk_weights, y)
         else:
             schedule = _cuda_schedule(x, weights.w13)
@@ -169,7 +169,7 @@ class Cuda:
     def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
         if (
             _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, x.shape[1])
-            or _cuda_experts_refuse(x, weights)
+            or _cuda_experts_refuse(x, weights, routing.top_k)
             or gate_weight.dtype == torch.float64
             or weights.expert_map is not None  # the router's schedule speaks of the model's experts
         ):
@@ -200,14 +200,14 @@ class Cuda:
         torch.ops.dmoe._block_dense_out(x, *weights[:4], topk_ids, topk_weights, schedule, workspace, scheduled, y)
 
 
-def _cuda_experts_refuse(x, weights: ExpertWeights) -> str | None:
+def _cuda_experts_refuse(x, weights: ExpertWeights, top_k: int) -> str | None:
     if weights.quantized:
         return "quantised weights"
     if not _has_cuda_experts(x.device):
         return "a GPU without bulk copies, or with less than 227 KB of shared memory per thread block"
     w13, w2, _, shared_w2 = weights[:4]
     shared = 0 if shared_w2 is None else shared_w2.shape[1]
-    return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], x.element_size())
+    return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], top_k, x.element_size())
 
 
 @functools.cache

@@ -125,6 +125,7 @@ def test_host_rules(emulator):
     [
         (dict(dtype=torch.float32), "float32"),
         (dict(tokens=65), "more than 64 tokens"),
+        (dict(tokens=64, experts=200, top_k=190), "more choices"),
         (dict(experts=513, top_k=1), "more than 512 experts"),
         (dict(hidden=96), "a hidden size"),
         (dict(inner=48), "an intermediate size"),

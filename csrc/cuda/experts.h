@@ -29,13 +29,15 @@ struct Experts {
 // A tile is 64 rows of weights against all tokens: in the up phase 32 gate rows and their 32 up rows, in the down phase 64
 // columns of y. Weights and tokens come in chunks of 256 along k; a row in shared memory is padded by 16 bytes, so that the
 // eight rows of a matrix lie in different banks.
-constexpr int kTileRows = 64, kUpRows = kTileRows / 2, kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8, kMaxTokens = 64;
+constexpr int kTileRows = 64, kUpRows = kTileRows / 2, kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8;
+constexpr int kMaxTokens = 64;
 // A warp multiplies 16 rows; eight fill the ring, because a warp hands its copies to the copy engine one lane at a time.
 constexpr unsigned kPollPause = 32;  // ns between two looks at a counter. Not measured.
 constexpr int kConsumers = 2 * kTileRows, kProducers = 256, kExpertsThreads = kConsumers + kProducers;
 
-constexpr int kRowsOfWarp = kTileRows / (kProducers / 32);  // rows of weights, and of tokens, that a producer copies
-static_assert(kTileRows >= kMaxTokens && 2 * kRowsOfWarp <= 32);
+// Of each warp that fills: rows of weights, and of tokens at most.
+constexpr int kFillers = kProducers / 32, kRowsOfWarp = kTileRows / kFillers, kTokensOfWarp = kMaxTokens / kFillers;
+static_assert(kConsumers >= kMaxTokens && kRowsOfWarp + kTokensOfWarp <= 32);
 
 constexpr int64_t kExpertsHeader = 1024;  // barriers, what each stage holds, weights of the tokens
 
@@ -81,6 +83,7 @@ DMOE_BOTH ExpertsWorkspace experts_workspace(int64_t tokens, int64_t hidden, int
 inline const char* refuses(const Experts& a) {
   if (a.dtype == Dtype::f32) return "float32";
   if (a.tokens > kMaxTokens) return "more than 64 tokens";
+  if (stages(a.tokens, a.top_k, 227 << 10) < 2) return "more choices than fit beside two chunks";
   if (a.experts > kMaxExperts) return "more than 512 experts";
   if (a.hidden % kTileRows || a.hidden > 8192) return "a hidden size that is not a multiple of 64 up to 8192";
   if (a.intermediate % kUpRows || a.shared_intermediate % kUpRows) return "an intermediate size that is not a multiple of 32";

@@ -149,15 +149,14 @@ struct Place {
   }
 };
 
-// The warps that fill the ring. Warp i copies rows 8 i .. 8 i + 7 of the weights and of the tokens, one row per lane.
+// The warps that fill the ring, one row per lane. Warp i copies rows 8 i .. 8 i + 7 of the weights and tokens i, 8 + i, ...
 DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared, int n_stages) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const int lane = dev::lane(), warp = dev::warp() - kConsumers / 32, tokens = static_cast<int>(p.tokens);
   const bool weights = lane < kRowsOfWarp, first = warp == 0 && lane == 0;
-  const int row = warp * kRowsOfWarp + lane % kRowsOfWarp;
-  const bool copies_tokens = !weights && lane < 2 * kRowsOfWarp && row < tokens;
-  const int left = tokens - warp * kRowsOfWarp;
-  const int rows = kRowsOfWarp + (left < 0 ? 0 : left < kRowsOfWarp ? left : kRowsOfWarp);
+  const int row = weights ? warp * kRowsOfWarp + lane : (lane - kRowsOfWarp) * kFillers + warp;
+  const bool copies_tokens = !weights && row < tokens;
+  const int rows = kRowsOfWarp + (tokens - warp + kFillers - 1) / kFillers;
   const int64_t bytes = stage_bytes(p.tokens), to = kExpertsHeader + (weights ? row : kTileRows + row) * kPitch;
   uint32_t* counters = a.schedule;
   int ready = -1;  // the last split whose h is there; they are drawn in order

@@ -187,7 +187,7 @@ void dmoe::cuda::add_rules(pybind11::module_& m) {
       "Why the CUDA router does not take a call, or None; hidden is 0 where the logits are ready-made.");
   m.def(
       "cuda_experts_refuses",
-      [](int64_t tokens, int64_t hidden, int64_t intermediate, int64_t shared_intermediate, int64_t experts,
+      [](int64_t tokens, int64_t hidden, int64_t intermediate, int64_t shared_intermediate, int64_t experts, int64_t top_k,
          int element_size) {
         Experts args{};
         args.tokens = tokens;
@@ -195,6 +195,7 @@ void dmoe::cuda::add_rules(pybind11::module_& m) {
         args.intermediate = intermediate;
         args.shared_intermediate = shared_intermediate;
         args.experts = experts;
+        args.top_k = top_k;
         args.dtype = element_size == 2 ? Dtype::bf16 : Dtype::f32;
         return reason(refuses(args));
       },
