@@ -40,13 +40,13 @@ Router = structure(
     ("logits expert_bias block_offsets topk_ids topk_weights coreset_ids coreset_sizes schedule", POINTER),
 )
 Form = structure(
-    "Form", ("cluster two_launches ctas stages splits resident", ctypes.c_int32), ("seed", ctypes.c_uint32)
+    "Form", ("cluster two_launches ctas rows stages splits resident", ctypes.c_int32), ("seed", ctypes.c_uint32)
 )
 
 
-def form(cluster=4, two_launches=False, ctas=4, stages=3, splits=2, resident=0, seed=0):
+def form(cluster=4, two_launches=False, ctas=4, rows=64, stages=3, splits=2, resident=0, seed=0):
     """How a call is launched. resident: thread blocks at a time, 0 for all."""
-    return Form(cluster, two_launches, ctas, stages, splits, resident, seed)
+    return Form(cluster, two_launches, ctas, rows, stages, splits, resident, seed)
 
 
 def compiler() -> str | None:
@@ -93,12 +93,10 @@ class Emulator:
         self.library = library
         for name in ("emulate_route", "emulate_schedule", "emulate_experts", "emulate_layers", "refuses_experts"):
             getattr(library, name).restype = ctypes.c_char_p
-        for name in ("schedule_words", "workspace_bytes", "shared_bytes", "router_shared_bytes"):
+        for name in ("schedule_words", "workspace_bytes", "router_shared_bytes"):
             getattr(library, name).restype = INT
         library.schedule_words.argtypes = [INT]
-        library.splits.argtypes = library.cluster_size.argtypes = [INT, ctypes.c_int]
-        library.stages.argtypes = [INT, INT, INT]
-        library.shared_bytes.argtypes = [INT, INT, ctypes.c_int]
+        library.cluster_size.argtypes = [INT, ctypes.c_int]
         library.emulate_schedule.argtypes = [POINTER, INT, INT, POINTER, ctypes.c_uint32]
         library.totals.argtypes = [ctypes.c_uint64, POINTER]
 
@@ -114,6 +112,12 @@ class Emulator:
         """The experts that a schedule lists."""
         at = self.library.used_at()
         return schedule[at : at + int(schedule[self.library.count_at()])]
+
+    def experts_form(self, multiprocessors: int, shared_memory: int, **sizes) -> tuple[int, int, int, int]:
+        """Rows of a tile, stages, parts of the down phase and bytes of shared memory that the launcher takes."""
+        out, args = (INT * 4)(), Experts(**sizes)
+        self.library.experts_form(ctypes.byref(args), multiprocessors, INT(shared_memory), out)
+        return tuple(out)
 
     def totals(self, base: int = 0) -> list[int]:
         """Of the last call: bytes fetched ahead, where they begin and end, from `base` on; bytes of weights copied."""

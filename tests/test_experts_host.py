@@ -48,7 +48,9 @@ CASES = {
     "two blocks": dict(tokens=64, hidden=128, inner=64, experts=9, top_k=2, shared=64),
     "odd": dict(tokens=19, hidden=64, inner=32, experts=7, top_k=3, shared=0),
     "one token": dict(tokens=1, hidden=192, inner=288, experts=5, top_k=5, shared=320),
-    "wide shared": dict(tokens=5, hidden=64, inner=32, experts=3, top_k=1, shared=544),
+    "large shared": dict(tokens=5, hidden=64, inner=32, experts=3, top_k=1, shared=544),
+    "wide tiles": dict(tokens=33, hidden=384, inner=64, experts=9, top_k=2, shared=192),
+    "wide tiles, none shared": dict(tokens=7, hidden=128, inner=320, experts=4, top_k=3, shared=0),
     "fp16": dict(tokens=17, hidden=128, inner=32, experts=6, top_k=2, shared=32, dtype=torch.float16),
     "few used": dict(tokens=33, hidden=64, inner=64, experts=40, top_k=2, shared=32, used=3),
 }
@@ -59,7 +61,7 @@ def test_against_the_reference(emulator, name):
     torch.manual_seed(len(name))
     tensors = layer(**CASES[name])
     _, w13, w2, shared_w13, shared_w2, ids, _ = tensors
-    y, copied = run(emulator, *tensors)
+    y, copied = run(emulator, *tensors, rows=128 if name.startswith("wide") else 64)
     check(y, *tensors)
     # Every byte of every used weight is copied once: tiles cover the weights and do not overlap.
     wanted = len(ids.unique()) * (w13[0].nbytes + w2[0].nbytes)
@@ -69,12 +71,12 @@ def test_against_the_reference(emulator, name):
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
-@pytest.mark.parametrize(["ctas", "stages"], [(1, 2), (2, 8), (7, 3)])
-def test_any_launch_shape(emulator, ctas, stages, splits):
+@pytest.mark.parametrize(["ctas", "stages", "rows"], [(1, 2, 64), (2, 8, 64), (7, 3, 64), (2, 2, 128)])
+def test_any_launch_shape(emulator, ctas, stages, rows, splits):
     """More parts than chunks, fewer thread blocks than tiles and more: the same result."""
     torch.manual_seed(1)
-    tensors = layer(tokens=9, hidden=128, inner=64, experts=6, top_k=2, shared=32)
-    y, _ = run(emulator, *tensors, ctas=ctas, stages=stages, splits=splits)
+    tensors = layer(tokens=9, hidden=128, inner=64, experts=6, top_k=2, shared=64)
+    y, _ = run(emulator, *tensors, ctas=ctas, stages=stages, rows=rows, splits=splits)
     check(y, *tensors)
 
 
@@ -110,14 +112,32 @@ def test_an_overflow_stays_with_the_tokens_that_chose_the_expert(emulator):
     assert y[[0, 1, 3, 4, 5, 6, 7]].isfinite().all() and not y[2].isfinite().any()
 
 
-def test_host_rules(emulator):
-    assert [emulator.library.splits(h, 132) for h in (64, 2048, 2816, 4096, 8192)] == [8, 4, 3, 2, 1]
-    limits = {"Hopper": 227 * 1024, "GeForce of Blackwell": 99 * 1024}
-    assert [emulator.library.stages(t, 8, limits["Hopper"]) for t in (1, 16, 32, 48, 64)] == [5, 5, 4, 3, 3]
-    assert [emulator.library.stages(t, 8, limits["GeForce of Blackwell"]) for t in (16, 32, 48, 64)] == [2, 1, 1, 1]
+MINI = dict(hidden=2048, intermediate=512, shared_intermediate=512, experts=256, top_k=8)  # LLaDA2.0-mini
+
+
+@pytest.mark.parametrize(
+    ["tokens", "change", "form"],
+    [
+        (32, {}, (128, 2, 8)),
+        (48, {}, (128, 2, 8)),
+        (49, {}, (64, 3, 4)),  # sums of 64 tokens leave registers for 64 rows
+        (1, {}, (64, 5, 4)),  # 9 experts: 72 tiles of 128 rows for 132 multiprocessors
+        (2, {}, (128, 3, 8)),
+        (32, dict(hidden=2112), (64, 4, 4)),  # no multiple of 128
+        (32, dict(intermediate=544), (64, 4, 4)),
+        (32, dict(hidden=64), (64, 4, 8)),
+        (32, dict(hidden=8192), (128, 2, 2)),
+    ],
+)
+def test_the_form_of_a_launch(emulator, tokens, change, form):
+    assert emulator.experts_form(132, 227 * 1024, tokens=tokens, **MINI | change)[:3] == form
+
+
+def test_every_form_fits(emulator):
     for tokens in range(1, 65):
-        n = emulator.library.stages(tokens, 32, limits["Hopper"])
-        assert n >= 3 and emulator.library.shared_bytes(tokens, 32, n) <= limits["Hopper"]
+        _, stages, _, bytes_ = emulator.experts_form(132, 227 * 1024, tokens=tokens, **MINI | dict(top_k=32))
+        assert stages >= 2 and bytes_ <= 227 * 1024
+    assert emulator.experts_form(132, 99 * 1024, tokens=64, **MINI)[1] < 2  # a GeForce: the launcher refuses
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ LAYERS = {
         (128, 64, 0, 40),
         [0, 7, 8, 14, 20],
         dict(block_size=8, aggregate="max", select="top_n", capacity=4, **ROUTE),
-        dict(cluster=2, ctas=3, splits=3, resident=4),
+        dict(cluster=2, ctas=3, rows=128, splits=3, resident=4),
     ),
     "more blocks than fit": (
         (64, 32, 64, 48),

@@ -261,7 +261,7 @@ HAND = {
         ("gate / (1.0f + expf(-gate)) * up", "up / (1.0f + expf(-up)) * gate"),
         ("total += part[i][s].v[c]", "total = part[i][s].v[c]"),
         ("static_cast<uint32_t>(p.awaited(tile.split))", "static_cast<uint32_t>(p.awaited(tile.split) - 1)"),
-        ("before + 1 == static_cast<uint32_t>(p.n_splits)", "true"),
+        ("before + 1 == static_cast<uint32_t>(p.form.splits)", "true"),
         ("(r % 16 < 8 ? 0 : up_rows)", "(r % 16 < 8 ? up_rows : 0)"),
         ("chunks = p.split_begin(split + 1) - first", "chunks = p.split_begin(1)"),
         ("(last + 1 - first) * up_tiles_of_member", "(last - first) * up_tiles_of_member"),

@@ -5,14 +5,17 @@
 namespace dmoe::cuda {
 namespace {
 
+// Threads that tiles of as many rows take as so many tokens allow.
+constexpr int max_threads(int sixteens) { return Form{16 * sixteens <= kMaxTokensOfWide ? kMaxRows : kMaxRows / 2}.threads(); }
+
 template <bool kHalf, int kSixteens>
-__global__ void __launch_bounds__(kExpertsThreads, 1)
-    experts_entry(const __grid_constant__ Experts args, int n_stages, int n_splits) {
+__global__ void __launch_bounds__(max_threads(kSixteens), 1)
+    experts_entry(const __grid_constant__ Experts args, const __grid_constant__ Form form) {
   extern __shared__ __align__(128) char shared[];
-  experts_kernel<kHalf, kSixteens>(args, n_stages, n_splits, shared);
+  experts_kernel<kHalf, kSixteens>(args, form, shared);
 }
 
-using Kernel = void (*)(Experts, int, int);
+using Kernel = void (*)(Experts, Form);
 
 // By tokens / 16, rounded up.
 template <bool kHalf>
@@ -29,12 +32,12 @@ const char* experts_forward(const Experts& args, void* stream) {
   if (error == cudaSuccess) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared);
   if (error != cudaSuccess) return text(error);
   if (major < 9) return "the expert kernel needs compute capability 9.0 or above";
-  const int n_stages = stages(args.tokens, args.top_k, shared);
-  if (n_stages < 2) return "the expert kernel needs more shared memory than this GPU has";
-  const Shape shape{multiprocessors, kExpertsThreads, experts_shared(args.tokens, args.top_k, n_stages), 1, true};
+  const Form form = experts_form(args, multiprocessors, shared);
+  if (form.stages < 2) return "the expert kernel needs more shared memory than this GPU has";
+  const Shape shape{multiprocessors, form.threads(), experts_shared(args.tokens, args.top_k, form), 1, true};
   const int64_t sixteens = (args.tokens + 15) / 16;
   const Kernel kernel = (args.dtype == Dtype::f16 ? kKernels<true> : kKernels<false>)[sixteens - 1];
-  return text(launch(kernel, shape, stream, args, n_stages, splits(args.hidden, multiprocessors)));
+  return text(launch(kernel, shape, stream, args, form));
 }
 
 }  // namespace dmoe::cuda

@@ -26,43 +26,56 @@ struct Experts {
   void* y;                    // [tokens, hidden]
 };
 
-// A tile is 64 rows of weights against all tokens: in the up phase 32 gate rows and their 32 up rows, in the down phase 64
-// columns of y. Weights and tokens come in chunks of 256 along k; a row in shared memory is padded by 16 bytes, so that the
-// eight rows of a matrix lie in different banks.
-constexpr int kTileRows = 64, kUpRows = kTileRows / 2, kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8;
-constexpr int kMaxTokens = 64;
-// A warp multiplies 16 rows; eight fill the ring, because a warp hands its copies to the copy engine one lane at a time.
+// A tile is 64 or 128 rows of weights against all tokens: in the up phase half of them gate rows and their up rows, in the down
+// phase that many columns of y. Weights and tokens come in chunks of 256 along k; a row in shared memory is padded by 16 bytes,
+// so that the eight rows of a matrix lie in different banks. Chunks of 128 took 18 % longer at 70 experts, of 512 as long
+// (H100, T = 32, bench/NOTES.md).
+constexpr int kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8, kMaxTokens = 64, kMaxRows = 128;
 constexpr unsigned kPollPause = 32;  // ns between two looks at a counter. Not measured.
-constexpr int kConsumers = 2 * kTileRows, kProducers = 256, kExpertsThreads = kConsumers + kProducers;
 
-// Of each warp that fills: rows of weights, and of tokens at most.
-constexpr int kFillers = kProducers / 32, kRowsOfWarp = kTileRows / kFillers, kTokensOfWarp = kMaxTokens / kFillers;
-static_assert(kConsumers >= kMaxTokens && kRowsOfWarp + kTokensOfWarp <= 32);
+// A warp multiplies 16 rows. Eight warps fill the ring, because a warp hands its copies to the copy engine one lane at a time.
+constexpr int kProducers = 256, kProducerWarps = kProducers / 32;
+static_assert((kMaxRows + kMaxTokens) / kProducerWarps <= 32);  // a lane for every row of a warp's copies
 
 constexpr int64_t kExpertsHeader = 1024;  // barriers, what each stage holds, weights of the tokens
 
-DMOE_BOTH int64_t stage_bytes(int64_t tokens) { return (kTileRows + (tokens + 15) / 16 * 16) * kPitch; }
+DMOE_BOTH int64_t stage_bytes(int64_t tokens, int rows) { return (rows + (tokens + 15) / 16 * 16) * kPitch; }
 
 // Behind the ring's stages: every token's choice.
 DMOE_BOTH int64_t choice_bytes(int64_t tokens, int64_t top_k) { return (4 + 4) * tokens * top_k; }
-
-// Ring stages that fit into the shared memory of one thread block, at most 8. The kernel needs two.
-inline int stages(int64_t tokens, int64_t top_k, int64_t shared_limit) {
-  const int64_t fit = (shared_limit - kExpertsHeader - choice_bytes(tokens, top_k)) / stage_bytes(tokens);
-  return static_cast<int>(fit < kMaxStages ? fit : kMaxStages);
-}
-inline int64_t experts_shared(int64_t tokens, int64_t top_k, int n_stages) {
-  return kExpertsHeader + n_stages * stage_bytes(tokens) + choice_bytes(tokens, top_k);
-}
 
 // Parts of the down phase's k.
 constexpr int kMaxSplits = 8;
 static_assert(kUpDone + kMaxSplits <= kColumns);
 
-// Into how many parts the long k of the down phase is cut, so that its tiles about fill the chip once.
-inline int splits(int64_t hidden, int multiprocessors) {
-  const int64_t fit = multiprocessors / (hidden / kTileRows);
-  return static_cast<int>(fit < 1 ? 1 : fit > kMaxSplits ? kMaxSplits : fit);
+// How a call is launched: rows of a tile, stages of the ring, parts of the down phase's k, so that its tiles about fill the
+// chip once.
+struct Form {
+  int rows, stages = 0, splits = 0;
+  DMOE_BOTH constexpr int consumers() const { return 2 * rows; }
+  DMOE_BOTH constexpr int threads() const { return consumers() + kProducers; }
+};
+
+inline int64_t experts_shared(int64_t tokens, int64_t top_k, const Form& form) {
+  return kExpertsHeader + form.stages * stage_bytes(tokens, form.rows) + choice_bytes(tokens, top_k);
+}
+
+// The sums of more tokens than these leave registers for 64 rows only.
+constexpr int kMaxTokensOfWide = 48;
+
+// Tiles of 128 rows read the tokens half as often: 13 % faster at 70 experts, 7 % at 15 (H200, T = 32, bench/NOTES.md). Not
+// where the up phase would then leave multiprocessors without a tile. Less than two stages: the call does not fit.
+inline Form experts_form(const Experts& a, int multiprocessors, int64_t shared_limit) {
+  const int64_t room = shared_limit - kExpertsHeader - choice_bytes(a.tokens, a.top_k);
+  const int64_t members = std::min(a.experts, a.tokens * a.top_k);
+  const int64_t wide_tiles = (members * a.intermediate + a.shared_intermediate) / (kMaxRows / 2);
+  const bool divides = a.hidden % kMaxRows == 0 && (a.intermediate | a.shared_intermediate) % (kMaxRows / 2) == 0;
+  const bool fits = a.tokens <= kMaxTokensOfWide && 2 * stage_bytes(a.tokens, kMaxRows) <= room;
+  const bool wide = divides && fits && wide_tiles >= multiprocessors;
+  Form form{wide ? kMaxRows : kMaxRows / 2};
+  form.stages = static_cast<int>(std::min<int64_t>(room / stage_bytes(a.tokens, form.rows), kMaxStages));
+  form.splits = static_cast<int>(std::clamp<int64_t>(multiprocessors / (a.hidden / form.rows), 1, kMaxSplits));
+  return form;
 }
 
 // h of the members, h of the shared expert, and the down phase's parts of y.
@@ -83,10 +96,10 @@ DMOE_BOTH ExpertsWorkspace experts_workspace(int64_t tokens, int64_t hidden, int
 inline const char* refuses(const Experts& a) {
   if (a.dtype == Dtype::f32) return "float32";
   if (a.tokens > kMaxTokens) return "more than 64 tokens";
-  if (stages(a.tokens, a.top_k, 227 << 10) < 2) return "more choices than fit beside two chunks";
   if (a.experts > kMaxExperts) return "more than 512 experts";
-  if (a.hidden % kTileRows || a.hidden > 8192) return "a hidden size that is not a multiple of 64 up to 8192";
-  if (a.intermediate % kUpRows || a.shared_intermediate % kUpRows) return "an intermediate size that is not a multiple of 32";
+  if (a.hidden % 64 || a.hidden > 8192) return "a hidden size that is not a multiple of 64 up to 8192";
+  if (a.intermediate % 32 || a.shared_intermediate % 32) return "an intermediate size that is not a multiple of 32";
+  if (experts_form(a, 132, 227 << 10).stages < 2) return "more choices than fit beside two chunks";
   return nullptr;
 }
 

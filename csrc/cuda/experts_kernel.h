@@ -1,7 +1,7 @@
 // The kernel of experts.cu, as one function per thread block.
 //
 // Persistent thread blocks draw tiles, up tiles before down tiles. Eight warps fill a ring of stages in shared memory by bulk
-// copies, four multiply. The down phase's k is cut into parts, and a tile of it needs the up tiles of its part's experts only:
+// copies, four or eight multiply. The down phase's k is cut into parts, and a tile of it needs the up tiles of its part's experts only:
 // parts of early experts are drawn while late ones are still in the up phase. Its weights don't need even those, so the
 // ring holds them by then. Tiles are drawn, not given out by block index: whoever waits for a tile
 // waits for a thread block that already runs, however many fit on the chip. Who computes a tile does not change its bits.
@@ -15,31 +15,32 @@ namespace dmoe::cuda {
 // What one launch computes, known once the schedule is.
 struct Plan {
   int64_t tokens, hidden, inner, shared_inner;
+  Form form;
   int members, up_chunks, chunks_of_member, chunks_of_shared;
-  int up_tiles, up_tiles_of_member, up_tiles_of_shared, n_splits, down_rows, tiles;
+  int up_tiles, up_tiles_of_member, up_tiles_of_shared, down_rows, tiles;
 
-  DMOE_DEVICE Plan(const Experts& a, int n_splits_)
+  DMOE_DEVICE Plan(const Experts& a, const Form& form_)
       : tokens(a.tokens),
         hidden(a.hidden),
         inner(a.intermediate),
         shared_inner(a.shared_intermediate),
+        form(form_),
         members(static_cast<int>(a.schedule[kCount])),
         up_chunks(static_cast<int>((hidden + kChunk - 1) / kChunk)),
         chunks_of_member(static_cast<int>((inner + kChunk - 1) / kChunk)),
         chunks_of_shared(static_cast<int>((shared_inner + kChunk - 1) / kChunk)),
         up_tiles(0),
-        up_tiles_of_member(static_cast<int>(inner / kUpRows)),
-        up_tiles_of_shared(static_cast<int>(shared_inner / kUpRows)),
-        n_splits(n_splits_),
-        down_rows(static_cast<int>(hidden / kTileRows)),
+        up_tiles_of_member(static_cast<int>(inner / (form.rows / 2))),
+        up_tiles_of_shared(static_cast<int>(shared_inner / (form.rows / 2))),
+        down_rows(static_cast<int>(hidden / form.rows)),
         tiles(0) {
     up_tiles = up_tiles_of_shared + members * up_tiles_of_member;
-    tiles = up_tiles + down_rows * n_splits;
+    tiles = up_tiles + down_rows * form.splits;
   }
 
   // The down phase's k: the shared expert's chunks, then the members'. Chunks before a split, and before a member (-1: shared).
   DMOE_DEVICE int split_begin(int split) const {
-    return (chunks_of_shared + members * chunks_of_member) * split / n_splits;
+    return (chunks_of_shared + members * chunks_of_member) * split / form.splits;
   }
   DMOE_DEVICE int member_begin(int member) const { return member < 0 ? 0 : chunks_of_shared + member * chunks_of_member; }
   DMOE_DEVICE bool reads(int split, int member) const {
@@ -68,14 +69,14 @@ struct Tile {
   DMOE_DEVICE Tile(const Plan& p, int i) : down(i >= p.up_tiles), member(-1), row(0), split(0), first(0), chunks(p.up_chunks) {
     if (down) {
       split = (i - p.up_tiles) / p.down_rows;
-      row = (i - p.up_tiles) % p.down_rows * kTileRows;
+      row = (i - p.up_tiles) % p.down_rows * p.form.rows;
       first = p.split_begin(split);
       chunks = p.split_begin(split + 1) - first;
     } else if (i < p.up_tiles_of_shared) {
-      row = i * kUpRows;
+      row = i * (p.form.rows / 2);
     } else {
       member = (i - p.up_tiles_of_shared) / p.up_tiles_of_member;
-      row = (i - p.up_tiles_of_shared) % p.up_tiles_of_member * kUpRows;
+      row = (i - p.up_tiles_of_shared) % p.up_tiles_of_member * (p.form.rows / 2);
     }
   }
 };
@@ -149,15 +150,17 @@ struct Place {
   }
 };
 
-// The warps that fill the ring, one row per lane. Warp i copies rows 8 i .. 8 i + 7 of the weights and tokens i, 8 + i, ...
-DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared, int n_stages) {
+// The warps that fill the ring, one row per lane: an eighth of the weights' rows, and tokens i, 8 + i, … of warp i.
+DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
-  const int lane = dev::lane(), warp = dev::warp() - kConsumers / 32, tokens = static_cast<int>(p.tokens);
-  const bool weights = lane < kRowsOfWarp, first = warp == 0 && lane == 0;
-  const int row = weights ? warp * kRowsOfWarp + lane : (lane - kRowsOfWarp) * kFillers + warp;
+  const int lane = dev::lane(), warp = dev::warp() - p.form.consumers() / 32, tokens = static_cast<int>(p.tokens);
+  const int n_stages = p.form.stages, own_weights = p.form.rows / kProducerWarps;
+  const bool weights = lane < own_weights, first = warp == 0 && lane == 0;
+  const int row = weights ? warp * own_weights + lane : (lane - own_weights) * kProducerWarps + warp;
   const bool copies_tokens = !weights && row < tokens;
-  const int rows = kRowsOfWarp + (tokens - warp + kFillers - 1) / kFillers;
-  const int64_t bytes = stage_bytes(p.tokens), to = kExpertsHeader + (weights ? row : kTileRows + row) * kPitch;
+  const int rows = own_weights + (tokens - warp + kProducerWarps - 1) / kProducerWarps;
+  const int64_t bytes = stage_bytes(p.tokens, p.form.rows);
+  const int64_t to = kExpertsHeader + (weights ? row : p.form.rows + row) * kPitch;
   uint32_t* counters = a.schedule;
   int ready = -1;  // the last split whose h is there; they are drawn in order
   Place at;
@@ -234,23 +237,23 @@ DMOE_DEVICE uint16_t round16(float value) {
 // Twice four columns of a token at a time, all loads before the first addition: at T = 32 memory's latency is paid twice.
 template <bool kHalf>
 DMOE_DEVICE void add_parts(const Plan& p, const Tile& tile, const float* parts, uint16_t* y, int thread) {
-  constexpr int kFours = kTileRows / 4, kTogether = 2;
-  const int n = static_cast<int>(p.tokens) * kFours;
-  const auto at = [&](int j) { return j / kFours * p.hidden + tile.row + j % kFours * 4; };
-  for (int first = thread; first < n; first += kTogether * kConsumers) {
+  constexpr int kTogether = 2;
+  const int fours = p.form.rows / 4, n = static_cast<int>(p.tokens) * fours, threads = p.form.consumers();
+  const auto at = [&](int j) { return j / fours * p.hidden + tile.row + j % fours * 4; };
+  for (int first = thread; first < n; first += kTogether * threads) {
     dev::Four part[kTogether][kMaxSplits];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int j = first + i * kConsumers;
+      const int j = first + i * threads;
 #pragma unroll
       for (int s = 0; s < kMaxSplits; ++s) {
-        const bool there = j < n && s < p.n_splits;
+        const bool there = j < n && s < p.form.splits;
         part[i][s] = there ? dev::load_fresh(&parts[s * p.tokens * p.hidden + at(j)]) : dev::Four{};
       }
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int j = first + i * kConsumers;
+      const int j = first + i * threads;
       if (j >= n) break;
       Quad out;
 #pragma unroll
@@ -267,23 +270,24 @@ DMOE_DEVICE void add_parts(const Plan& p, const Tile& tile, const float* parts, 
 
 // The warps that multiply. Warp i has rows 16 i .. 16 i + 15 of a tile, all tokens: at most 16 * kSixteens.
 template <bool kHalf, int kSixteens>
-DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared, int n_stages) {
+DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
+  const int n_stages = p.form.stages, threads = p.form.consumers();
   const int lane = dev::lane(), warp = dev::warp(), thread = dev::thread(), tokens = static_cast<int>(p.tokens);
   const int top_k = static_cast<int>(a.top_k);
-  const int64_t bytes = stage_bytes(p.tokens);
+  const int64_t bytes = stage_bytes(p.tokens, p.form.rows);
   uint32_t* counters = a.schedule;
   // Every token's choice, slot by slot.
   int32_t* chosen = reinterpret_cast<int32_t*>(shared + kExpertsHeader + n_stages * bytes);
   float* chosen_weights = reinterpret_cast<float*>(chosen + tokens * top_k);
-  for (int i = thread; i < tokens * top_k; i += kConsumers) {
+  for (int i = thread; i < tokens * top_k; i += threads) {
     chosen[i % top_k * tokens + i / top_k] = a.topk_ids[i];
     chosen_weights[i % top_k * tokens + i / top_k] = a.topk_weights[i];
   }
-  dev::sync_some(1, kConsumers);
+  dev::sync_some(1, threads);
   // What each lane names in a load of matrices: rows 0-7, 8-15 and k 0-7, 8-15 in the order of the MMA's registers.
   const int own_weights = (warp * 16 + (lane & 15)) * kPitch + (lane >> 4) * 16;
-  const int own_tokens = (kTileRows + (lane >> 4) * 8 + (lane & 7)) * kPitch + (lane >> 3 & 1) * 16;
+  const int own_tokens = (p.form.rows + (lane >> 4) * 8 + (lane & 7)) * kPitch + (lane >> 3 & 1) * 16;
   Place at;
 
   for (;;) {
@@ -333,7 +337,7 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
     char* work = static_cast<char*>(a.workspace);
     const int low = lane >> 2;  // this thread's rows of the product: low and low + 8
     if (!tile.down) {
-      dev::sync_some(1, kConsumers);  // the weights of the tokens are there
+      dev::sync_some(1, threads);  // the weights of the tokens are there
       const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;
       uint16_t* h = reinterpret_cast<uint16_t*>(work + (tile.member < 0 ? w.shared_h : w.h + 2 * tile.member * p.tokens * inner));
 #pragma unroll
@@ -350,8 +354,8 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
         }
       }
       dev::fence_copies();  // h is read by bulk copies
-      dev::sync_some(1, kConsumers);
-      if (thread < p.n_splits && p.reads(thread, tile.member)) dev::atomic_add_ordered(&counters[kUpDone + thread], 1);
+      dev::sync_some(1, threads);
+      if (thread < p.form.splits && p.reads(thread, tile.member)) dev::atomic_add_ordered(&counters[kUpDone + thread], 1);
       continue;
     }
 
@@ -363,7 +367,7 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
       for (int j = 0; j < 4; ++j) {
         const int token = n * 8 + lane % 4 * 2 + j % 2, column = tile.row + warp * 16 + low + j / 2 * 8;
         if (token < tokens) {
-          if (p.n_splits == 1) {
+          if (p.form.splits == 1) {
             y[token * p.hidden + column] = round16<kHalf>(sum[n][j]);
           } else {
             parts[(tile.split * p.tokens + token) * p.hidden + column] = sum[n][j];
@@ -371,24 +375,24 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
         }
       }
     }
-    if (p.n_splits == 1) continue;
+    if (p.form.splits == 1) continue;
     // The last of a row's parts to arrive adds them up, in their order: which one it is does not change the sum.
-    dev::sync_some(1, kConsumers);
+    dev::sync_some(1, threads);
     if (thread == 0) {
-      const uint32_t before = dev::atomic_add_ordered(&counters[kColumns + tile.row / kTileRows], 1);
-      ring.last = before + 1 == static_cast<uint32_t>(p.n_splits);
+      const uint32_t before = dev::atomic_add_ordered(&counters[kColumns + tile.row / p.form.rows], 1);
+      ring.last = before + 1 == static_cast<uint32_t>(p.form.splits);
     }
-    dev::sync_some(1, kConsumers);
+    dev::sync_some(1, threads);
     if (ring.last) add_parts<kHalf>(p, tile, parts, y, thread);
   }
 }
 
 // The shared expert is always needed: its weights come into the L2 while the router still runs.
-DMOE_DEVICE void prefetch_shared(const Experts& a) {
+DMOE_DEVICE void prefetch_shared(const Experts& a, int warp) {
   constexpr int64_t kPiece = 4096;  // not measured
   const int64_t down = 2 * a.hidden * a.shared_intermediate, all = 3 * down;
   // Over all thread blocks, then over their warps: a warp hands them over one lane at a time.
-  const int64_t turn = dev::lane() * (kProducers / 32) + dev::warp() - kConsumers / 32;
+  const int64_t turn = dev::lane() * kProducerWarps + warp;
   for (int64_t at = (turn * dev::ctas() + dev::cta()) * kPiece; at < all; at += kPiece * dev::ctas() * kProducers) {
     // Both sizes are multiples of 4096 (64 columns by 32 rows), so no piece spans the two.
     const char* from = at < 2 * down ? static_cast<const char*>(a.shared_w13) + at
@@ -398,26 +402,27 @@ DMOE_DEVICE void prefetch_shared(const Experts& a) {
 }
 
 template <bool kHalf, int kSixteens>
-DMOE_DEVICE void experts_kernel(const Experts& a, int n_stages, int n_splits, char* shared) {
+DMOE_DEVICE void experts_kernel(const Experts& a, const Form& form, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
-  const bool producer = dev::warp() >= kConsumers / 32;
+  const int consumer_warps = form.consumers() / 32;
+  const bool producer = dev::warp() >= consumer_warps;
   if (dev::thread() == 0) {
-    for (int i = 0; i < n_stages; ++i) {
-      dev::barrier_init(&ring.full[i], kProducers / 32);
-      dev::barrier_init(&ring.empty[i], kConsumers / 32);
+    for (int i = 0; i < form.stages; ++i) {
+      dev::barrier_init(&ring.full[i], kProducerWarps);
+      dev::barrier_init(&ring.empty[i], consumer_warps);
     }
     dev::barrier_init_done();
   }
-  if (producer) prefetch_shared(a);
+  if (producer) prefetch_shared(a, dev::warp() - consumer_warps);
   dev::sync();
   dev::wait_for_primary();
-  const Plan plan(a, n_splits);
+  const Plan plan(a, form);
   const ExpertsWorkspace w =
       experts_workspace(a.tokens, a.hidden, a.intermediate, a.shared_intermediate, a.experts, a.top_k);
   if (producer) {
-    produce(a, plan, w, shared, n_stages);
+    produce(a, plan, w, shared);
   } else {
-    consume<kHalf, kSixteens>(a, plan, w, shared, n_stages);
+    consume<kHalf, kSixteens>(a, plan, w, shared);
   }
 }
 

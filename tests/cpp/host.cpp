@@ -14,19 +14,19 @@ const char* report(const std::string& what) {
 
 extern "C" {
 
-// The form of a launch: what the launchers take from the device, and how the emulator goes about it.
-struct Form {
-  int32_t cluster, two_launches, ctas, stages, splits, resident;
+// The way of a launch: what the launchers take from the device, and how the emulator goes about it.
+struct Way {
+  int32_t cluster, two_launches, ctas, rows, stages, splits, resident;
   uint32_t seed;
 };
 
 // Both forms of the router: cluster > 0 is the fused one (or takes ready-made logits, when x is null).
-const char* emulate_route(const dmoe::cuda::Router* args, const int64_t* ints, const double* floats, const Form* form) {
+const char* emulate_route(const dmoe::cuda::Router* args, const int64_t* ints, const double* floats, const Way* way) {
   using namespace dmoe;
   const Routing routing = unpack_routing(ints, floats);
   if (const char* why = cuda::refuses(*args, routing)) return why;
-  return report(emulate::run(cuda::route_launches(*args, routing, form->cluster, form->two_launches),
-                             cuda::route_memory(*args, routing), form->resident, form->seed));
+  return report(emulate::run(cuda::route_launches(*args, routing, way->cluster, way->two_launches),
+                             cuda::route_memory(*args, routing), way->resident, way->seed));
 }
 
 const char* emulate_schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, uint32_t* out, uint32_t seed) {
@@ -37,7 +37,7 @@ const char* emulate_schedule(const int32_t* topk_ids, int64_t slots, int64_t exp
 }
 
 // `scheduled`: the schedule is there; else it is made by a launch of its own.
-const char* emulate_experts(const dmoe::cuda::Experts* a, int scheduled, const Form* form) {
+const char* emulate_experts(const dmoe::cuda::Experts* a, int scheduled, const Way* way) {
   using namespace dmoe;
   if (const char* why = cuda::refuses(*a)) return why;
   cuda::Launches stream;
@@ -45,13 +45,13 @@ const char* emulate_experts(const dmoe::cuda::Experts* a, int scheduled, const F
     const int experts = static_cast<int>(a->experts);
     stream.push_back(cuda::schedule_launch(a->topk_ids, a->tokens * a->top_k, experts, a->schedule));
   }
-  stream.push_back(cuda::experts_launch(*a, form->ctas, form->stages, form->splits));
-  return report(emulate::run(stream, cuda::experts_memory(*a), form->resident, form->seed));
+  stream.push_back(cuda::experts_launch(*a, way->ctas, {way->rows, way->stages, way->splits}));
+  return report(emulate::run(stream, cuda::experts_memory(*a), way->resident, way->seed));
 }
 
 // n layers, one behind the other in a stream; they may share their schedule and workspace.
 const char* emulate_layers(const dmoe::cuda::Router* routers, const dmoe::cuda::Experts* experts, int n, const int64_t* ints,
-                           const double* floats, const Form* form) {
+                           const double* floats, const Way* way) {
   using namespace dmoe;
   const Routing routing = unpack_routing(ints, floats);
   cuda::Launches stream;
@@ -59,10 +59,10 @@ const char* emulate_layers(const dmoe::cuda::Router* routers, const dmoe::cuda::
   for (int i = 0; i < n; ++i) {
     if (const char* why = cuda::refuses(routers[i], routing)) return why;
     if (const char* why = cuda::refuses(experts[i])) return why;
-    for (const auto& launch : cuda::route_launches(routers[i], routing, form->cluster, form->two_launches)) {
+    for (const auto& launch : cuda::route_launches(routers[i], routing, way->cluster, way->two_launches)) {
       stream.push_back(launch);
     }
-    stream.push_back(cuda::experts_launch(experts[i], form->ctas, form->stages, form->splits));
+    stream.push_back(cuda::experts_launch(experts[i], way->ctas, {way->rows, way->stages, way->splits}));
     for (const auto& all : {cuda::route_memory(routers[i], routing), cuda::experts_memory(experts[i])}) {
       for (const emulate::Memory& m : all) {
         bool known = false;
@@ -71,7 +71,7 @@ const char* emulate_layers(const dmoe::cuda::Router* routers, const dmoe::cuda::
       }
     }
   }
-  return report(emulate::run(stream, memory, form->resident, form->seed));
+  return report(emulate::run(stream, memory, way->resident, way->seed));
 }
 
 // What the last run would have fetched into the L2: bytes, and the range from `base` on; and what it copied of the weights.
@@ -91,10 +91,11 @@ int64_t workspace_bytes(const dmoe::cuda::Experts* a) {
 int64_t schedule_words(int64_t experts) { return dmoe::cuda::schedule_words(experts); }
 int used_at() { return dmoe::cuda::kUsed; }
 int count_at() { return dmoe::cuda::kCount; }
-int splits(int64_t hidden, int multiprocessors) { return dmoe::cuda::splits(hidden, multiprocessors); }
-int stages(int64_t tokens, int64_t top_k, int64_t limit) { return dmoe::cuda::stages(tokens, top_k, limit); }
-int64_t shared_bytes(int64_t tokens, int64_t top_k, int n_stages) {
-  return dmoe::cuda::experts_shared(tokens, top_k, n_stages);
+// rows, stages, splits, and the shared memory that they take.
+void experts_form(const dmoe::cuda::Experts* a, int multiprocessors, int64_t limit, int64_t* out) {
+  const dmoe::cuda::Form form = dmoe::cuda::experts_form(*a, multiprocessors, limit);
+  out[0] = form.rows, out[1] = form.stages, out[2] = form.splits;
+  out[3] = dmoe::cuda::experts_shared(a->tokens, a->top_k, form);
 }
 int64_t router_shared_bytes(int experts, int block_size, int cluster, int fused) {
   return dmoe::cuda::router_shared(experts, block_size, cluster, fused).bytes;

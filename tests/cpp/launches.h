@@ -56,11 +56,11 @@ template <bool kHalf>
 constexpr decltype(&experts_kernel<kHalf, 1>) kExpertsKernels[] = {experts_kernel<kHalf, 1>, experts_kernel<kHalf, 2>,
                                                                    experts_kernel<kHalf, 3>, experts_kernel<kHalf, 4>};
 
-inline emulate::Launch experts_launch(const Experts& a, int ctas, int n_stages, int n_splits) {
+inline emulate::Launch experts_launch(const Experts& a, int ctas, const Form& form) {
   const int64_t sixteens = (a.tokens + 15) / 16;
   const auto kernel = (a.dtype == Dtype::f16 ? kExpertsKernels<true> : kExpertsKernels<false>)[sixteens - 1];
-  return {ctas, kExpertsThreads, 1, experts_shared(a.tokens, a.top_k, n_stages), true,
-          [a, n_stages, n_splits, kernel](char* shared) { kernel(a, n_stages, n_splits, shared); }};
+  return {ctas, form.threads(), 1, experts_shared(a.tokens, a.top_k, form), true,
+          [a, form, kernel](char* shared) { kernel(a, form, shared); }};
 }
 
 inline Memories experts_memory(const Experts& a) {

@@ -10,7 +10,8 @@ from .model import Estimate, Work, estimate, mean
 from .triton_layer import Case
 
 MAX_TOKENS = 64  # more goes to Triton
-ROW_TILE, CHUNK, STAGES, SPLITS = 64, 256, 4, 4  # csrc/cuda/experts.h, LLaDA2.0-mini on 132 multiprocessors
+CHUNK = 256
+WIDE, NARROW = (128, 2), (64, 3)  # rows of a tile, stages: csrc/cuda/experts.h, `experts_form` for LLaDA2.0-mini
 COPY_CYCLES = 40  # in which a warp hands a lane's copy over; assumed
 # The router's loops by index: turns where it is not one and the code does not say it (k of the gate in steps of 1024; pairs
 # of fours among 72 experts with votes; members in fours; none of the unrolled form of copies that are shorter), and the part
@@ -48,25 +49,30 @@ def experts(case: Case, machine: Machine, store: Store) -> Estimate:
     """Persistent thread blocks whose ring of copies never drains: the whole launch is one wave. At its end the last parts
     are written, counted and added up."""
     facts = store.cuda("experts", 32 * -(-case.tokens // 32), 8)
+    rows, stages = WIDE if case.tokens <= 48 else NARROW
     weights = case.unique * case.expert_bytes + case.shared_bytes
-    chunks = weights / (ROW_TILE * CHUNK * 2)
+    chunks = weights / (rows * CHUNK * 2)
     each = chunks / machine.sms
     moved = weights + chunks * case.tokens * CHUNK * 2
-    tile, turn, adding = (facts.loops[n] for n in (7, 8, 10))
+    loops = facts.loops
+    turn = max((n for n in range(len(loops)) if loops[n].matrix), key=lambda n: loops[n].matrix)  # a whole chunk
+    tile = loops[turn].inside
+    adding = max(n for n in range(len(loops)) if loops[n].inside == tile)  # the last parts are added up last
     cycles = dict(
         port=moved / machine.sms / 64,
-        code=each * turn.latency + math.ceil(each / 8) * tile.latency / 2,
-        copies=each * COPY_CYCLES * (ROW_TILE + case.tokens) / 8,
+        code=each * loops[turn].latency + math.ceil(each / 8) * loops[tile].latency / 2,
+        copies=each * COPY_CYCLES * (rows + case.tokens) / 8,
     )
     limits = {name: n / machine.clock for name, n in cycles.items()}
     limits["HBM"] = (weights - case.shared_bytes) / machine.hbm / 1e6
     limits["L2"] = moved / machine.l2 / 1e6
-    limits["flight"] = moved / machine.sms / (STAGES * (ROW_TILE + case.tokens) * CHUNK * 2) * machine.dram_us
-    rounds = math.ceil(case.tokens * ROW_TILE / 4 / (2 * 128))
+    limits["flight"] = moved / machine.sms / (stages * (rows + case.tokens) * CHUNK * 2) * machine.dram_us
+    rounds = math.ceil(case.tokens * rows / 4 / (2 * 2 * rows))
     parts = dict(
         start=machine.early,
         fill=machine.dram_us,
         waves=mean(limits.values()),
-        extra=(tile.latency / 2 + rounds * adding.latency) / machine.clock,
+        extra=(loops[tile].latency / 2 + rounds * loops[adding].latency) / machine.clock,
+        fetch=facts.instructions / machine.fetch,
     )
     return Estimate("experts", sum(parts.values()), parts, limits)

@@ -31,6 +31,11 @@ class Facts:
     kind: str
     loops: list[Loop]
 
+    @property
+    def instructions(self) -> int:
+        """Of all its code."""
+        return sum(loop.instructions for loop in self.loops)
+
     def row(self) -> dict:
         """For JSON; the loops without their addresses."""
         loops = [[getattr(loop, name) for name in COLUMNS] for loop in self.loops]

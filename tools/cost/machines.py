@@ -28,6 +28,7 @@ class Machine:
     launch: float  # from the end of a kernel to the start of its successor's work, in a graph
     early: float  # the same with programmatic dependent launch
     sources: str
+    fetch: float = 500.0  # instructions that did not run lately; fitted to H100 and H200 (bench/NOTES.md), else assumed
 
 
 KIB = 1 << 10

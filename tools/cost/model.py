@@ -9,8 +9,8 @@ are taken, and the slowest decides, softened by the power mean (SHARPNESS):
     code         instructions: max(issue slots x warps of a scheduler, latency of one warp), and barriers
     matrix       multiply-adds / rate of the matrix units
 
-The first wave also fills the pipeline (one latency of DRAM). In front of a launch stands the time from its predecessor's
-end.
+The first wave also fills the pipeline (one latency of DRAM). Code that did not run lately is fetched at the pace of one
+multiprocessor (`fetch`), whatever it then does. In front of a launch stands the time from its predecessor's end.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def estimate(work: Work, machine: Machine) -> Estimate:
         fill=machine.dram_us if work.hbm else machine.l2_us,
         waves=waves,
         empty=math.ceil(work.empty / (machine.sms * resident)) * EMPTY_BLOCK_US,
+        fetch=work.facts.instructions / work.copies / machine.fetch,
     )
     return Estimate(work.name, sum(parts.values()), parts, limits)
 

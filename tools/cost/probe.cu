@@ -41,15 +41,15 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) router(const __g
   route_kernel<8>(a, r, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(kExpertsThreads, 1)
-    experts(const __grid_constant__ Experts given, int n_stages) {
+extern "C" __global__ void __launch_bounds__(TOKENS <= kMaxTokensOfWide ? 512 : 384, 1)
+    experts(const __grid_constant__ Experts given) {
   extern __shared__ __align__(128) char shared[];
-  __builtin_assume(threadIdx.x < kExpertsThreads);
+  __builtin_assume(threadIdx.x < 512);
   Experts a = given;
   a.tokens = TOKENS;
   a.hidden = 2048;
   a.intermediate = a.shared_intermediate = 512;
   a.experts = 256;
   a.top_k = 8;
-  experts_kernel<false, (TOKENS + 15) / 16>(a, n_stages, 4, shared);
+  experts_kernel<false, (TOKENS + 15) / 16>(a, TOKENS <= kMaxTokensOfWide ? Form{128, 2, 8} : Form{64, 3, 4}, shared);
 }
