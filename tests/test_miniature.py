@@ -324,6 +324,8 @@ def test_the_tables_are_printed_and_drawn(printed):
         "untrained p = 0.4",
         "8: dMoE p = 0.6",
         "69.5 (100%)",
+        "Table 5",
+        "dMoE p = 0.6: int4",
     ):
         assert words in text
     assert len(results["runs"]) > 20
@@ -341,13 +343,41 @@ def test_what_the_tables_count(printed):
     assert base > 25
     for key, run in runs.items():
         experts = run["experts"]["mean"]
-        assert 4 <= experts <= base or "blocks of 32" not in key, key
+        assert 4 <= experts <= base or "blocks of 32" not in key or " in " in key, key
         if "capacity=" in key:
             assert experts <= int(re.search(r"capacity=(\d+)", key)[1]), key
         assert all(0 <= value <= 1 for value in run["accuracy"].values())
         assert all(low <= run["accuracy"][name] <= high for name, (low, high) in run["interval"].items())
     by_p = [runs[f"dmoe: dmoe, top_p={p}, min_experts=8, blocks of 32"]["experts"]["mean"] for p in table.THRESHOLDS]
     assert by_p == sorted(by_p)
+
+
+def test_what_quantising_changes(printed):
+    """The finer the format, the more it chooses alike; and no format chooses at random."""
+    results = printed[1]["quantized"]
+    assert set(results) == {f"{name} in {form}" for name in ("base", "dmoe") for form in ("fp8", "int8", "int4")}
+    for name in ("base", "dmoe"):
+        int8, fp8, int4 = (results[f"{name} in {form}"] for form in ("int8", "fp8", "int4"))
+        for part in ("coresets", "identical", "experts"):
+            assert 1 >= int8[part] >= fp8[part] >= int4[part]
+        assert int4["experts"] > 0.5 and int8["experts"] < 1
+        for row in (int8, fp8, int4):
+            share, low, high = row["of_bfloat16"]
+            assert low <= share <= high
+
+
+def test_agreement():
+    """Of two models whose choices are known: a coreset of 2 and 3 with 1 in common is a quarter."""
+    ids = torch.tensor([[[0, 1, -1], [2, 3, -1]]]), torch.tensor([[[0, 2, 3], [2, 3, -1]]])
+    ours, theirs = (table.mask_of(part, 5) for part in ids)
+    assert ours.tolist() == [[[True, True, False, False, False], [False, False, True, True, False]]]
+    bench = types.SimpleNamespace(tokenizer=tasks.tokenizer(), models={}, examples={"sort": of("sort", 2, test=True)})
+    config = types.SimpleNamespace(mask_token_id=1)
+    bench.models = {name: types.SimpleNamespace(config=config, name=name) for name in ("ours", "theirs")}
+    chosen = dict(ours=(ours, ours), theirs=(theirs, theirs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "choices", lambda net, tokens: chosen[net.name])
+        assert table.agreement(bench, "ours", "theirs") == pytest.approx((0.625, 0.5, 0.75))
 
 
 def test_what_ships_says_how_it_was_made():

@@ -1,4 +1,5 @@
-"""The paper's tables 2, 3 and 4 in miniature: what each policy costs in experts, and what it keeps of the accuracy.
+"""The paper's tables 2, 3 and 4 in miniature: what each policy costs in experts, and what it keeps of the accuracy; and what
+is left of both in fp8, int8 and int4.
 
     python -m examples.miniature.table
 
@@ -9,10 +10,12 @@ beside ours, and writes results.json and tradeoff.png to --out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +25,12 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+import dmoe_ops
+from dmoe_ops.convert import quantize_folder
+from dmoe_ops.formats import FORMATS
+
 from . import paper, tasks
-from .model import BASE, BLOCK, BLOCKS, DMOE, MIN_EXPERTS, answer, load, pyplot
+from .model import BASE, BLOCK, BLOCKS, DMOE, MIN_EXPERTS, answer, encode, load, pyplot
 
 SEED = 1_000_000  # of the test set; training seeds are small numbers, and its items are other ones anyway
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
@@ -45,11 +52,15 @@ class Run(NamedTuple):
 
 
 class Bench:
-    """The test set, the two checkpoints, and the runs that have been made."""
+    """The test set, the two checkpoints as they are and in each format, and the runs that have been made."""
 
     def __init__(self, folder: Path, per_task: int):
         self.tokenizer = Tokenizer.from_file(str(folder / BASE.name / "tokenizer.json"))
         self.models = {name: load(folder / name) for name in (BASE.name, DMOE.name)}
+        with tempfile.TemporaryDirectory() as work:
+            for name, form in itertools.product(list(self.models), FORMATS):
+                quantize_folder(folder / name, form, Path(work, name, form))
+                self.models[f"{name} in {form}"] = load(Path(work, name, form))
         self.examples = {name: tasks.examples(name, random.Random(SEED), per_task, test=True) for name in tasks.TASKS}
         self.runs: dict[str, Run] = {}
         self.bar = tqdm(unit="prompt", disable=not sys.stderr.isatty())
@@ -75,9 +86,57 @@ class Bench:
             experts,
             numpy.array(right),
             forwards / sum(map(len, right)),
-            net.bytes_per_expert // 2,  # stored in bfloat16
+            net.bytes_per_expert // (1 if " in " in model else 2),  # float32 here is stored in bfloat16
         )
         return self.runs[key]
+
+
+class Agreement(NamedTuple):
+    """What two models choose for the same texts, over all MoE layers but the first, whose input no quantised weight has
+    touched. coresets: shared members over all members, mean over the blocks; identical: share of coresets; experts: shared
+    ones of a token's top-k."""
+
+    coresets: float
+    identical: float
+    experts: float
+
+
+@torch.no_grad()
+def agreement(bench: Bench, model: str, other: str) -> Agreement:
+    """Of two models under dMoE at p = 0.6, on the test set's texts with half of each answer masked."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for name, examples in bench.examples.items():
+        pairs = [(example.prompt, example.answer) for example in examples]
+        tokens, lengths = encode(bench.tokenizer, pairs, BLOCKS[name] * BLOCK)
+        hidden = torch.rand(tokens.shape, generator=generator) < 0.5
+        hidden &= torch.arange(tokens.shape[1]) >= lengths[:, None]
+        tokens[hidden] = bench.models[model].config.mask_token_id
+        ours, theirs = (choices(bench.models[one], tokens) for one in (model, other))
+        (core, chosen), (other_core, other_chosen) = ours, theirs
+        shared = (core & other_core).sum(-1) / (core | other_core).sum(-1)
+        experts = (chosen & other_chosen).sum(-1) / chosen.sum(-1)
+        found.append((shared.mean(), (core == other_core).all(-1).float().mean(), experts.mean()))
+    return Agreement(*(float(sum(part) / len(part)) for part in zip(*found)))
+
+
+def choices(net, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """The coresets, bool [layers, blocks, E], and the tokens' experts, bool [layers, bsz, T, E], of the MoE layers but the
+    first."""
+    net.set_routing("dmoe", top_p=0.6, min_experts=MIN_EXPERTS)
+    routed = net(tokens, block_length=BLOCK).routed
+    coresets, chosen = [], []
+    for moe, (logits, ids) in list(zip(net.moe_layers, routed))[1:]:
+        members = dmoe_ops.block_route(logits, moe.expert_bias, routing=net.routing).coreset_ids
+        coresets.append(mask_of(members, logits.shape[-1]))
+        chosen.append(mask_of(ids, logits.shape[-1]))
+    return torch.stack(coresets), torch.stack(chosen)
+
+
+def mask_of(ids, size: int) -> torch.Tensor:
+    """bool [..., size] of ids [..., n]; -1 is none."""
+    mask = torch.zeros(*ids.shape[:-1], size + 1, dtype=torch.bool)
+    return mask.scatter(-1, ids.long() % (size + 1), True)[..., :size]
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -142,7 +201,13 @@ def measure(bench: Bench) -> dict:
         for size in paper.TABLE_4
     }
     curve = {n: bench.run("base", "des_vote", capacity=n) for n in sorted({starred, 8, 12, 16, 20, 24, 32})}
-    return dict(table_2=table_2, trained=trained, untrained=untrained, blocks=blocks, curve=curve)
+    quantized = {}
+    for name, policy, settings in (("base", "token", {}), ("dmoe", "dmoe", dict(top_p=0.6, **dmoe))):
+        for form in FORMATS:
+            model = f"{name} in {form}"
+            run = bench.run(model, policy, **settings)
+            quantized[name, form] = (run, bench.run(name, policy, **settings), agreement(bench, model, name))
+    return dict(table_2=table_2, trained=trained, untrained=untrained, blocks=blocks, curve=curve, quantized=quantized)
 
 
 # ---- what is printed
@@ -166,10 +231,10 @@ def theirs(row, base=paper.BASE) -> list[str]:
     return [f"{experts:.1f} ({share:.0%})", f"{accuracy:.1%}"]
 
 
-def layout(title: str, rows: list[tuple[str, Run, Run, list[str]]]) -> str:
-    """A table in the layout of the paper's: experts and accuracy per task; ours, then theirs."""
+def layout(title: str, rows: list[tuple[str, Run, Run, list[str]]], last=("paper: experts", "of base")) -> str:
+    """A table in the layout of the paper's: experts and accuracy per task; ours, then theirs (or what `last` names)."""
     head = ["", *[part for name in tasks.TASKS for part in ("experts", name)], "experts", "kB", "accuracy", "of base"]
-    lines = [[*head, "paper: experts", "of base"]]
+    lines = [[*head, *last]]
     lines += [[name, *cells(run, base), *others] for name, run, base, others in rows]
     return "\n" + aligned(title, lines)
 
@@ -206,10 +271,28 @@ def report(found: dict) -> str:
                 )
             ],
         ),
+        layout(
+            "Table 5. Quantised experts (of base: the same in bfloat16)",
+            [
+                row
+                for name, plain in (("base", table_2["base"][1]), ("dmoe", found["trained"][0.6]))
+                for row in quantized_rows(name, plain, found["quantized"])
+            ],
+            ("coresets alike", "identical", "tokens' experts"),
+        ),
         "",
         verdict(found),
     ]
     return "\n".join(parts)
+
+
+def quantized_rows(name: str, plain: Run, found: dict) -> list[tuple[str, Run, Run, list[str]]]:
+    title = "base, token routing" if name == "base" else "dMoE p = 0.6"
+    rows = [(f"{title}: bfloat16", plain, plain, 3 * ["–"])]
+    for form in FORMATS:
+        run, _, agree = found[name, form]
+        rows.append((f"{title}: {form}", run, plain, [f"{share:.1%}" for share in agree]))
+    return rows
 
 
 def verdict(found: dict) -> str:
@@ -224,8 +307,10 @@ def verdict(found: dict) -> str:
         "of its unique experts.",
         f"Of the training-free policies with at least as many, {best} keeps most: {kept(free[best], base)[0]:.1%} with "
         f"{free[best].mean_experts / base.mean_experts:.1%}.",
-        "experts: unique experts of a block, mean over layers and denoising steps. kB: their weights in a layer, bfloat16.",
+        "experts: unique experts of a block, mean over layers and denoising steps. kB: their weights in a layer, as stored.",
         "accuracy: answers right to the letter, with 95 % Wilson intervals; of base: paired bootstrap over the prompts.",
+        "alike, identical, tokens' experts: under dMoE, on texts with half of each answer masked, beside bfloat16's; the "
+        "share of a coreset's members, of coresets and of a token's experts. Of all MoE layers but the first.",
     )
     return "\n".join(lines)
 
@@ -293,7 +378,12 @@ def main(argv=None) -> int:
         name: dict(experts=run.mean_experts, right=run.right.mean(), of_base=kept(run, base))
         for name, (_, run) in found["table_2"].items()
     }
-    figures = dict(per_task=args.per_task, seconds=round(seconds), table_2=table_2, runs=rows, text=text.splitlines())
+    quantized = {
+        f"{name} in {form}": dict(right=run.right.mean(), of_bfloat16=kept(run, plain), **agree._asdict())
+        for (name, form), (run, plain, agree) in found["quantized"].items()
+    }
+    figures = dict(per_task=args.per_task, seconds=round(seconds), table_2=table_2, quantized=quantized)
+    figures |= dict(runs=rows, text=text.splitlines())
     (args.out / "results.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     picture(found, args.out / "tradeoff.png")
     return 0
