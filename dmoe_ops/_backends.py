@@ -240,8 +240,9 @@ def _why_no_cuda(device: torch.device | None) -> str | None:
     return None
 
 
-# Cuda is predicted to be the faster one on Hopper, but no GPU has run either yet; until one has confirmed it (make
-# gpu-check), the kernels with the weaker demands on memory ordering come first, and DMOE_BACKEND=cuda asks for the others.
+# Cuda is the faster one on Hopper by what was measured (bench/NOTES.md), but no GPU has run its thousands of replays (races)
+# yet; until one has (make gpu-check), the kernels with the weaker demands on memory ordering come first, and
+# DMOE_BACKEND=cuda asks for the others.
 AUTO = (Cpp, Triton, Cuda, Reference)
 
 BACKENDS = {"reference": Reference, "cpp": Cpp, "triton": Triton, "cuda": Cuda}

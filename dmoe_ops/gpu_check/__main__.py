@@ -132,13 +132,14 @@ def skipped_in_vain(step: steps.Step, found: dict, capable: list[str]) -> str | 
 
 
 def commit() -> str:
-    """Of the working tree; DMOE_COMMIT where git is not at hand (a copy without .git)."""
+    """Of the working tree: DMOE_COMMIT, which is for a copy that git knows nothing of, or knows wrongly; else git's word."""
+    if given := os.environ.get("DMOE_COMMIT"):
+        return given
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        found = done.stdout.strip()
+        return done.stdout.strip() or "unknown"
     except OSError:
-        found = ""
-    return found or os.environ.get("DMOE_COMMIT", "unknown")
+        return "unknown"
 
 
 def slug(text: str) -> str:
