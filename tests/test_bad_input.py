@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmoe_ops
 from dmoe_ops import BlockMoE, BlockRouting, _library, reference
@@ -173,6 +174,21 @@ def refused(call, name, says):
 def test_an_op_refuses(op, name, value, says):
     arguments = {**good(op), name: value}
     refused(lambda: getattr(dmoe_ops, op)(**arguments), named(name, value), says)
+
+
+class Listener(TorchDispatchMode):
+    """Passes every call on; ops can't go past the dispatcher then."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("op, name, value, says", CASES)
+def test_an_op_refuses_where_somebody_listens(op, name, value, says):
+    arguments = {**good(op), name: value}
+    with Listener():
+        refused(lambda: getattr(dmoe_ops, op)(**arguments), named(name, value), says)
 
 
 @pytest.mark.parametrize("op, name, value, says", CASES)

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe_ops import BlockRouting, _checks, _library, block_moe, block_route, moe_experts, router
+from dmoe_ops.formats import ExpertWeights
 from dmoe_ops.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned")
@@ -294,3 +295,10 @@ def test_int8_activations_past_the_dispatcher(verdicts):
     with pytest.raises(ValueError, match=r"^activations"):
         moe_experts(values(3, 8), values(6, 8, 8), w2, *ids_and_weights(), **scales)
     assert verdicts == [True]
+
+
+def test_the_tensors_of_weights():
+    """All nine and nothing else: a flag among them would count as somebody who listens."""
+    fields = [torch.full((1,), float(i)) for i in range(9)]
+    weights = ExpertWeights(*fields[:8], quantize_activations=True, expert_map=fields[8])
+    assert [float(tensor) for tensor in weights.tensors()] == list(range(9))
