@@ -138,22 +138,11 @@ void multiply_tiles(const Rows& weights, const Columns (&columns)[2], int64_t st
   if constexpr (row_tiles * column_tiles == 4) store_tile<3>(sums[1][1], kStepBytes);
 }
 
-// 16 rows of a token's sums, from `row` on, go where they go.
-template <bool down>
-void add_sums(const DotBlock& block, int64_t row, int64_t slot, Vec sums) {
-  if constexpr (down) {
-    float* to = block.out + block.token[slot] * block.out_stride + row;
-    store(to, load<Vec>(to) + block.scale[slot] * sums);
-  } else {
-    store(block.out + (slot - block.tiles[0]) * block.out_stride + row, sums);
-  }
-}
-
 // The sums of 16 rows for `tokens` tokens, whose parts are in columns side by side.
 template <bool down, Parts parts>
 void add_columns(const DotBlock& block, int64_t row, int64_t slot, int64_t tokens, const Vec* columns) {
   if constexpr (parts == Parts::bf16) {
-    for (int64_t t = 0; t < tokens; ++t) add_sums<down>(block, row, slot + t, columns[t]);
+    for (int64_t t = 0; t < tokens; ++t) put_sums<down>(block, row, slot + t, columns[t]);
   } else {
     const auto number = [&](int64_t column) {
       return __builtin_convertvector(reinterpret_cast<VectorOf<int32_t, 16>::type>(columns[column]), Vec);
@@ -162,7 +151,7 @@ void add_columns(const DotBlock& block, int64_t row, int64_t slot, int64_t token
     for (int64_t r = 0; r < kTileRows && row + r < block.rows; ++r) scale[r] = block.matrix->scale(block.row + row + r, 0);
     for (int64_t t = 0; t < tokens; ++t) {
       const Vec sum = parts == Parts::int8 ? number(t) : number(2 * t) * 256.f + number(2 * t + 1);
-      add_sums<down>(block, row, slot + t, sum * (scale * block.x_scale[slot + t]));
+      put_sums<down>(block, row, slot + t, sum * (scale * block.x_scale[slot + t]));
     }
   }
 }

@@ -134,13 +134,7 @@ Four add_up(Vec a, Vec b, Vec c, Vec d) {
 // Adds up the parts of a token's sums, and puts them where they go.
 template <bool down>
 void add_sums(const DotBlock& block, int64_t row, int64_t slot, const Vec (&parts)[kRows]) {
-  const Four sums = add_up(parts[0], parts[1], parts[2], parts[3]);
-  if constexpr (down) {
-    float* to = block.out + block.token[slot] * block.out_stride + row;
-    store(to, load<Four>(to) + block.scale[slot] * sums);
-  } else {
-    store(block.out + (slot - block.tiles[0]) * block.out_stride + row, sums);
-  }
+  put_sums<down>(block, row, slot, add_up(parts[0], parts[1], parts[2], parts[3]));
 }
 
 // Rows `row`, … of a block against the tokens of a tile, `x` and `slot` being the first one's.

@@ -102,6 +102,17 @@ struct Rows {
   const char* operator()(int64_t row) const { return first + (row < count ? row : count - 1) * stride; }
 };
 
+// Neighbouring rows of a token's sums, from `row` on, go where they go.
+template <bool down, class Sums>
+void put_sums(const DotBlock& block, int64_t row, int64_t slot, Sums sums) {
+  if constexpr (down) {
+    float* to = block.out + block.token[slot] * block.out_stride + row;
+    store(to, load<Sums>(to) + block.scale[slot] * sums);
+  } else {
+    store(block.out + (slot - block.tiles[0]) * block.out_stride + row, sums);
+  }
+}
+
 // As they are in memory or, where they do not fill their last step, in block.panel.
 Rows rows_of(const DotBlock& block, int64_t row, int64_t rows) {
   const Matrix& matrix = *block.matrix;
