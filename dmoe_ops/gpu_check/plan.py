@@ -25,6 +25,7 @@ TOOLS = ("memcheck", "synccheck", "initcheck", "racecheck")
 SMALL = {
     "small routing": ("tests/test_triton_router.py", "golden or named or hard or ends or scarce or nan"),
     "small experts": ("tests/test_triton_experts.py", ""),
+    "small quantised": ("tests/test_triton_quantized.py", ""),
 }
 BENCHES = {
     "cuda": {
@@ -35,6 +36,7 @@ BENCHES = {
         "layer beside peers": "layer --tokens 32 --unique 15,70 --peers all --seconds 12",
         "layer": "layer --tokens 32,128,512,2048 --unique 8,15,32,70,256 --no-baseline --peers none --seconds 6",
         "decode": "decode --policies token,dmoe --rounds 3",
+        "quantised": "experts --tokens 32 --unique 15,70 --weights bf16,fp8,int8,int4 --layers 4 --peers none --seconds 8",
         "experts beside peers": "experts --tokens 32 --unique 15,70 --peers all --no-baseline --seconds 8",
         "routing beside peers": "route --tokens 32,1024 --peers all --seconds 4",
     },
