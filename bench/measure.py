@@ -66,28 +66,57 @@ def run(
 ) -> None:
     """groups: cases that are timed against each other, with each of the sets of weights (`route`: one empty set), one per
     form. Adds rows and absent peers to `out`, whole groups and, after an interrupt, what was timed of the last one."""
-    device, built = out["machine"]["device"], {}
+    device = out["machine"]["device"]
     for peer in peers.PEERS.values():
         if peer.name in names and not any(peer.takes(weights[0].form) for weights in sets if weights):
             out["absent"][peer.name] = "takes plain weights: add those of --dtype to --weights"
+    alone = [name for name in names if name in peers.PEERS and peers.PEERS[name].alone]
+    together, built = [name for name in names if name not in alone], {}
     for cases in groups:
-        entries = []
-        for case in cases:
-            route = routed(op, case, sets[0])
-            for weights in sets:
-                of_case = entries_of(op, case, route, weights, names, out, built)
-                check(op, case, route, weights, of_case)
-                entries += of_case
-        label = f"{op}, {cases[0].x.shape[0]} tokens"
-        try:
-            timing.interleave([entry.contender for entry in entries], seconds, label)
-        finally:
-            if all(len(entry.contender.samples) > 1 for entry in entries):
-                out["rows"] += rows(op, entries)
-                set_floors(out)
+        time_group(out, op, cases, sets, together, seconds, built)
     # Once more: what kept the machine from its best at the start may be gone.
-    out["ceilings"] = roofline.best(out["ceilings"], roofline.measure_ceilings(device, case.x.dtype)._asdict())
+    again = roofline.measure_ceilings(device, groups[0][0].x.dtype)._asdict()
+    out["ceilings"] = roofline.best(out["ceilings"], again)
     set_floors(out)
+    built.clear()  # packed copies
+    for name in alone:  # last: what they leave behind would slow the others
+        if why := peers.PEERS[name].absent(device):
+            out["absent"].setdefault(name, why)
+            continue
+        fitting = [weights for weights in sets if peers.PEERS[name].takes(weights[0].form)]
+        for cases in groups:
+            time_group(out, op, cases, fitting, [name], seconds, built, alone=True)
+
+
+def time_group(
+    out: dict,
+    op: str,
+    cases: list[Case],
+    sets: list[list[Weights]],
+    names: list[str],
+    seconds: float,
+    built: dict,
+    alone: bool = False,
+) -> None:
+    """Times dmoe_ops and the named peers against each other. alone: with rests between the runs, and only the peers' rows
+    are kept; their ratios are to dmoe_ops in the same rounds."""
+    entries = []
+    for case in cases:
+        route = routed(op, case, sets[0]) if sets else None
+        for weights in sets:
+            of_case = entries_of(op, case, route, weights, names, out, built)
+            check(op, case, route, weights, of_case)
+            entries += of_case
+    if alone and all(entry.name == OURS for entry in entries):
+        return
+    contenders = [timing.Rested(entry.contender) if alone else entry.contender for entry in entries]
+    label = f"{op}, {len(cases[0].x)} tokens" + (f", {names[0]} alone" if alone else "")
+    try:
+        timing.interleave(contenders, seconds, label)
+    finally:
+        if all(len(entry.contender.samples) > 1 for entry in entries):
+            out["rows"] += [dict(row, alone=alone) for row in rows(op, entries) if not alone or row["impl"] != OURS]
+            set_floors(out)
 
 
 def set_floors(out: dict) -> None:
@@ -286,6 +315,11 @@ def print_rows(out: dict) -> None:
         print(f"\n{of_tokens[0]['op']}, {of_tokens[0]['model']}, {tokens} tokens, {out['settings']['dtype']}")
         print(results.table(header, lines))
         _print_across(of_tokens)
+    alone = dict.fromkeys(row["impl"] for row in out["rows"] if row["alone"])
+    if alone:
+        print(
+            f"\n{', '.join(alone)}: timed apart, beside dmoe_ops alone and with rests; × dmoe_ops is of those rounds."
+        )
     print(
         "\nµs: median of the rounds. roofline: floor / median, floor = max(bytes / read bandwidth, FLOPs / GEMM peak)."
         "\n× dmoe_ops: time over that of dmoe_ops in the same case with the same weights, with p10–p90 of the rounds."

