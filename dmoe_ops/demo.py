@@ -41,7 +41,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="a folder or a hub id of LLaDA2 (default: the small checkpoint that ships)"
     )
@@ -50,6 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-ids", metavar="ID", type=int, nargs="+", help="token ids, instead of a text")
     parser.add_argument("--raw", action="store_true", help="leave the model's chat template out")
     parser.add_argument("--gen-length", metavar="N", type=int, default=160, help="new tokens at most (default: 160)")
+
+
+def prompts_of(args: argparse.Namespace, folder: Path) -> tuple[TextCodec, list[list[int]], list[str]]:
+    """The folder's codec, the prompts' ids and their texts. Raises ValueError where text is given but no tokenizer."""
+    codec = TextCodec(folder, chat=not args.raw)
+    if codec.why_no_text and not args.prompt_ids:
+        raise ValueError(f"--prompt-ids must be given: {codec.why_no_text}")
+    prompts = args.prompt or (PROMPTS if args.model else SHIPPED_PROMPTS)
+    ids = [args.prompt_ids] if args.prompt_ids else [codec.encode(text) for text in prompts]
+    return codec, ids, [codec.decode(args.prompt_ids)] if args.prompt_ids else list(prompts)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_prompts(parser)
     parser.add_argument("--block-length", metavar="N", type=int, default=32)
     parser.add_argument("--threshold", metavar="P", type=float, default=0.95, help="confidence that unmasks a token")
     parser.add_argument("--policy", choices=POLICIES, default="dmoe", help="block routing to show (default: dmoe)")
@@ -88,12 +102,7 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
     _backends.name_for(device)
     # What can be refused is refused before the weights are read.
     settings = settings_of(args, LLaDA2Config.from_pretrained(folder))
-    codec = TextCodec(folder, chat=not args.raw)
-    if codec.why_no_text and not args.prompt_ids:
-        raise ValueError(f"--prompt-ids must be given: {codec.why_no_text}")
-    prompts = args.prompt or (PROMPTS if args.model else SHIPPED_PROMPTS)
-    ids = [args.prompt_ids] if args.prompt_ids else [codec.encode(text) for text in prompts]
-    questions = [codec.decode(args.prompt_ids)] if args.prompt_ids else list(prompts)
+    codec, ids, questions = prompts_of(args, folder)
 
     dtype = args.dtype or (None if args.model else "float32")
     print(f"loading {folder} on {device}", flush=True)

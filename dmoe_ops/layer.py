@@ -183,6 +183,7 @@ class BlockMoE(nn.Module):
     Weights: gate_weight [E, H], expert_bias float32 [E] (a buffer; None without one), w13 [E, 2I, H] (gate rows first),
     w2 [E, H, I], shared_w13 [2I_shared, H] and shared_w2 [H, I_shared] (None without a shared expert). Created empty.
     w13_scale, w2_scale, shared_w13_scale, shared_w2_scale: buffers beside quantised weights (see `quantize`), else None.
+    expert_map: where w13 and w2 hold some of the experts, see `block_moe`; the output is then a part of the sum.
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class BlockMoE(nn.Module):
         self.shared_w2 = parameter(hidden_size, shared_intermediate_size) if shared_intermediate_size else None
         for name in MATRICES:
             self.register_buffer(f"{name}_scale", None)
+        self.register_buffer("expert_map", None, persistent=False)
 
     @property
     def form(self) -> str | None:
@@ -281,6 +283,7 @@ class BlockMoE(nn.Module):
             w2_scale=self.w2_scale,
             shared_w13_scale=self.shared_w13_scale,
             shared_w2_scale=self.shared_w2_scale,
+            expert_map=self.expert_map,
         )
         lead = hidden_states.shape[:-1]
         router_logits = router_logits.view(*lead, self.routing.num_experts)

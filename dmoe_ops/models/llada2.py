@@ -421,7 +421,8 @@ class LLaDA2ForDiffusion(nn.Module):
     def new_cache(self, capacity: int, batch: int = 1) -> decoding.KVCache:
         """An empty cache for `capacity` tokens."""
         config, weight = self.config, self.model.word_embeddings.weight
-        sizes = config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim
+        heads = self.model.layers[0].attention.kv_heads  # a rank may hold some of them
+        sizes = config.num_hidden_layers, batch, heads, capacity, config.head_dim
         return decoding.KVCache(*sizes, dtype=weight.dtype, device=weight.device)
 
     def forward(
@@ -521,21 +522,7 @@ class LLaDA2ForDiffusion(nn.Module):
     def checkpoint_tensors(self) -> dict[str, torch.Tensor | Matrix]:
         """The weights by their names in a checkpoint; those of experts are views of `BlockMoE`'s stacked ones. Quantised
         ones are a Matrix under the name of the weight."""
-        tensors, state = {}, self.state_dict()
-        for name, value in state.items():
-            prefix, _, last = name.rpartition(".")
-            scale = state.get(f"{name}_scale")
-            if last in ("gate_weight", "expert_bias"):
-                tensors[f"{prefix}.gate.{last.removeprefix('gate_')}"] = value
-            elif last in ("w13", "w2"):
-                for i, expert in enumerate(value):
-                    own = None if scale is None else scale[i]
-                    tensors.update(_projections(f"{prefix}.experts.{i}", last, expert, own))
-            elif last in ("shared_w13", "shared_w2"):
-                tensors.update(_projections(f"{prefix}.shared_experts", last.removeprefix("shared_"), value, scale))
-            elif not last.endswith("_scale"):
-                tensors[name] = value
-        return tensors
+        return checkpoint_tensors(self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -608,6 +595,25 @@ class LLaDA2ForDiffusion(nn.Module):
             else:
                 narrow[name] = tensor if name.endswith("expert_bias") else tensor.to(dtype)
         checkpoint.write(Path(folder), {**extra, **config}, narrow)
+
+
+def checkpoint_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Matrix]:
+    """A state dict, or a part of one, under the names of a checkpoint; see `LLaDA2ForDiffusion.checkpoint_tensors`."""
+    tensors = {}
+    for name, value in state.items():
+        prefix, _, last = name.rpartition(".")
+        scale = state.get(f"{name}_scale")
+        if last in ("gate_weight", "expert_bias"):
+            tensors[f"{prefix}.gate.{last.removeprefix('gate_')}"] = value
+        elif last in ("w13", "w2"):
+            for i, expert in enumerate(value):
+                own = None if scale is None else scale[i]
+                tensors.update(_projections(f"{prefix}.experts.{i}", last, expert, own))
+        elif last in ("shared_w13", "shared_w2"):
+            tensors.update(_projections(f"{prefix}.shared_experts", last.removeprefix("shared_"), value, scale))
+        elif not last.endswith("_scale"):
+            tensors[name] = value
+    return tensors
 
 
 def open_checkpoint(config: LLaDA2Config, folder: Path) -> tuple[checkpoint.Checkpoint, LLaDA2ForDiffusion]:
