@@ -14,7 +14,9 @@ from torch import nn
 
 from dmoe_ops import BlockMoE, BlockRouting, reference
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
-from dmoe_ops.models.quantized import Matrix
+from dmoe_ops.models.checkpoint import Checkpoint
+from dmoe_ops.models.quantized import WRITTEN, Matrix
+from dmoe_ops.models.quantized import config_of as quantization_config
 from dmoe_ops.quantize import quantize
 
 FORMS = ["fp8", "int8", "int4"]
@@ -43,6 +45,13 @@ SIZES = dict(
 )
 CONFIG = LLaDA2Config(**SIZES)
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
+NAMES = {  # of safetensors
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 QUANTIZED = ("w13", "w2", "w13_scale", "w2_scale")
 
 
@@ -564,18 +573,49 @@ MINI = dict(
 )
 
 
-@pytest.mark.parametrize("form, most", [("int4", 0.35), ("int8", 0.54), ("fp8", 0.54)])
-def test_memory_of_a_full_size_model(form, most):
-    """LLaDA2.0-mini by its tensors, scales included; nothing is allocated."""
+def write_hole(folder, form: str, model: LLaDA2ForDiffusion) -> None:
+    """The checkpoint of a model on the meta device, in which all tensors are holes of the file: it takes no room."""
+    tensors, stored = model.quantize(form).checkpoint_tensors(), {}
+    for name, tensor in tensors.items():
+        stored |= WRITTEN[form].pack(name, tensor) if isinstance(tensor, Matrix) else {name: tensor}
+    header, end = {}, 0
+    for name, tensor in stored.items():
+        at = [end, end := end + tensor.nbytes]
+        header[name] = dict(dtype=NAMES[tensor.dtype], shape=list(tensor.shape), data_offsets=at)
+    header = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    config = {**MINI, "quantization_config": quantization_config(form, tensors)}
+    (folder / "config.json").write_text(json.dumps(config))
 
-    def size(model):
-        return sum(value.nbytes for value in model.state_dict().values())
+
+@pytest.mark.parametrize("form, most", [("int4", 0.35), ("int8", 0.54), ("fp8", 0.54)])
+def test_memory_of_a_loaded_full_size_model(form, most, tmp_path, monkeypatch):
+    """LLaDA2.0-mini by its tensors, scales included: loaded, but neither allocated nor read. -s shows the shares, and what
+    they are made of."""
+
+    def sizes(model):
+        """Of the routed experts, of the embedding and the head, and of the rest."""
+        found = dict(experts=0, vocabulary=0, rest=0)
+        for name, value in model.state_dict().items():
+            experts = name.rpartition(".")[2].startswith(("w13", "w2"))
+            part = "experts" if experts else "vocabulary" if value.shape[:1] == (MINI["vocab_size"],) else "rest"
+            found[part] += value.nbytes
+        return found
 
     whole = LLaDA2ForDiffusion(LLaDA2Config(**MINI), dtype=torch.bfloat16, device="meta")
-    before = size(whole)
-    assert 32e9 < before < 33e9
-    share = size(whole.quantize(form)) / before
-    print(f"{form}: {share:.3f} of bfloat16")
+    before = sizes(whole)
+    assert 32e9 < sum(before.values()) < 33e9
+    write_hole(tmp_path, form, whole)
+    monkeypatch.setattr(LLaDA2ForDiffusion, "to_empty", lambda self, device: self)
+    monkeypatch.setattr(Checkpoint, "read", lambda self, targets: None)
+    model = load(tmp_path)
+    after, share = sizes(model), sum(sizes(model).values()) / sum(before.values())
+    for part in ("vocabulary", "rest"):
+        assert after[part] == before[part]
+    parts = ", ".join(f"{part} {before[part] / 1e9:.2f} -> {size / 1e9:.2f} GB" for part, size in after.items())
+    print(f"{form}: {share:.3f} of bfloat16 ({parts})")
     assert share <= most
 
 
