@@ -11,13 +11,14 @@
 
 namespace dmoe {
 
-constexpr float kNever = -INFINITY;  // the selection score of what may not be chosen
+constexpr float kNever = -INFINITY;  // the selection score r = s + bias of what may not be chosen; a NaN does as well
 
 DMOE_DEVICE bool is_nan(float value) { return value != value; }
 
-// Larger floats have larger keys and no float has key 0. -0 and 0 are one number.
+// Larger floats have larger keys and no float has key 0. -0 comes before 0: it may be a logit, but no score and no vote, as
+// sums of other numbers never are -0.
 DMOE_DEVICE uint32_t order_key(float value) {
-  const uint32_t b = dev::bits(value + 0.0f);
+  const uint32_t b = dev::bits(value);
   return b >> 31 ? ~b : b | 0x80000000u;
 }
 DMOE_DEVICE float key_value(uint32_t key) { return dev::from_bits(key >> 31 ? key & 0x7fffffffu : ~key); }
@@ -37,8 +38,7 @@ struct Row {
 // exp(logit - top) and its limits: equal shares among the +inf, and among all where everything is -inf.
 DMOE_DEVICE double share(float logit, double top) {
   const double wide = logit;
-  if (wide == top) return 1.0;
-  return top - top != 0.0 ? 0.0 : exp(wide - top);
+  return wide == top ? 1.0 : exp(wide - top);
 }
 
 DMOE_DEVICE Row softmax_row(const float* logits, int experts) {
@@ -63,12 +63,6 @@ DMOE_DEVICE float score(float logit, Score kind, const Row& row) {
   return static_cast<float>(share(logit, row.top) / row.sum);
 }
 DMOE_DEVICE float or_zero(float score) { return is_nan(score) ? 0.0f : score; }
-
-// r = s + bias
-DMOE_DEVICE float selection_score(float score, float bias) {
-  const float r = score + bias;
-  return is_nan(r) ? kNever : r;
-}
 
 template <int N>
 DMOE_DEVICE void load_keys(const float* r, int padded, uint32_t (&keys)[N]) {

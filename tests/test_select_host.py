@@ -150,6 +150,28 @@ def test_golden(emulator, golden_folder, name):
         assert members[:size] == want.nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("aggregate", ["topk_sum", "sum", "max", "union"])
+def test_several_tokens_of_a_warp(emulator, aggregate):
+    torch.manual_seed(2)
+    routing = BlockRouting(num_experts=32, top_k=2, block_size=24, aggregate=aggregate, min_experts=0, union_k=2)
+    logits = torch.randn(1, 24, 32)  # of 8 warps
+    check(*route(emulator, logits, None, routing, cluster=1), reference.block_route(logits, routing=routing))
+
+
+def test_max_experts_wins_over_min_experts(emulator):
+    torch.manual_seed(6)
+    routing = BlockRouting(num_experts=32, top_k=2, block_size=4, min_experts=9, max_experts=5)
+    logits = torch.randn(1, 4, 32)
+    result, _ = route(emulator, logits, None, routing, cluster=1)
+    assert result.coreset_sizes.tolist() == [5]
+
+
+def test_a_share_that_meets_top_p_takes_one_more(emulator):
+    routing = BlockRouting(4, 2, 8, 1, 1, aggregate="sum", top_p=0.5, min_experts=0)
+    result, _ = route(emulator, torch.zeros(1, 1, 4), None, routing, cluster=1)
+    assert result.coreset_sizes.tolist() == [3]
+
+
 def test_largest_block(emulator):
     torch.manual_seed(1)
     routing = BlockRouting(num_experts=128, block_size=128)
@@ -200,18 +222,20 @@ def test_a_nan_in_x_stays_in_its_block(emulator, bits):
     assert (result.topk_ids[1] == -1).all() and (result.topk_weights[1] == 0).all()
 
 
-def test_the_lower_of_two_groups_without_a_pair_is_kept(emulator):
+@pytest.mark.parametrize("size", [2, 20])  # of a group: both fit in a lane each, or not
+def test_the_lower_of_two_groups_without_a_pair_is_kept(emulator, size):
     """Whatever its only candidate is, inf too: both groups rank last, and ties go to the lower group."""
-    routing = BlockRouting(num_experts=4, top_k=2, block_size=4, n_group=2, topk_group=1, select="all")
-    logits, bias = torch.zeros(1, 1, 4), torch.tensor([torch.inf, -torch.inf, 0.0, -torch.inf])
+    routing = BlockRouting(num_experts=2 * size, top_k=2, block_size=4, n_group=2, topk_group=1, select="all")
+    logits, bias = torch.zeros(1, 1, 2 * size), torch.full((2 * size,), -torch.inf)
+    bias[0], bias[size] = torch.inf, 0
     result, _ = route(emulator, logits, bias, routing, cluster=1)
-    assert result.topk_ids.tolist() == [[0, 2]]
+    assert result.topk_ids.tolist() == [[0, size]]
 
 
 def test_schedule_of_bare_ids(emulator):
     torch.manual_seed(5)
     ids = torch.randint(-1, 70, (300,), dtype=torch.int32)
-    ids[7] = 1 << 20  # as a careless caller could send it
+    ids[7:9] = torch.tensor([1 << 20, 70])  # as a careless caller could send them
     out = emulator.schedule_of(70)
     emulator.run_schedule(ids, 70, out)
     expected = ids[(ids >= 0) & (ids < 70)].unique()

@@ -154,6 +154,26 @@ def test_scarce_groups_and_scarce_coresets():
     assert filled and free
 
 
+def test_a_share_that_meets_top_p_takes_one_more():
+    routing = BlockRouting(4, 2, 8, 1, 1, aggregate="sum", top_p=0.5, min_experts=0)
+    assert check(torch.zeros(1, 4), None, routing).coreset_sizes.tolist() == [3]
+
+
+def test_max_experts_wins_over_min_experts():
+    routing = BlockRouting(**SMALL, max_experts=3)
+    assert check(values((8, 32)), None, routing).coreset_sizes.tolist() == [3]
+
+
+def test_equal_votes_beside_one_that_is_zero():
+    routing = BlockRouting(4, 2, 8, 1, 1, aggregate="max", select="top_n", capacity=2)
+    got = check(torch.tensor([[2.0, 1.0, 1.0, -inf]]), None, routing)
+    assert got.coreset_ids.tolist() == [[0, 1]]
+
+
+def test_a_nan_takes_no_share_of_minus_infinities():
+    check(torch.tensor([[-inf, -inf, nan]]), None, BlockRouting(3, 2, 8, 1, 1, score="softmax", norm_topk_prob=False))
+
+
 def test_a_nan_token_touches_no_other():
     routing = BlockRouting(**SMALL, select="all")
     logits = values((16, 32))

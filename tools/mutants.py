@@ -72,8 +72,8 @@ HAND = {
     ("csrc/cpu/router.cpp", "test_router"): [
         ("value > values_[at - 1]", "value >= values_[at - 1]"),
         ("if (std::isnan(logits[e])) score[e] = 0;", ""),
-        ("std::isnan(logits[e]) || std::isnan(r) ? kOut : r", "std::isnan(logits[e]) ? kOut : r"),
-        ("std::isinf(top) ? 0.0 : std::exp(logit - top)", "std::exp(logit - top)"),
+        ("selection[e] = std::isnan(logits[e]) ? kOut :", "selection[e] ="),
+        ("logit == top ? 1.0 : std::exp(logit - top)", "std::exp(logit - top)"),
         ("routing.aggregate == Aggregate::union_ ? routing.union_k : routing.top_k", "routing.top_k"),
         ("|| value[e] > 0;", "|| value[e] >= 0;"),
         ("static_cast<float>(covered) <= routing.top_p", "static_cast<float>(covered) < routing.top_p"),
@@ -149,8 +149,6 @@ HAND = {
         ("routed_parts(parts_for(a.w13))", "routed_parts(parts_for(a.shared_w13))"),
     ],
     ("csrc/cpu/dot_avx512.cpp", "test_experts"): [
-        ("block.scale[slot] * sums", "sums"),
-        ("store(to, load<Four>(to) + ", "store(to, "),
         ("x += kMost * kLines * kStepBytes)", "x += kStepBytes)"),
     ],
     ("csrc/cpu/dot_avx512.cpp", "test_quantized"): [
@@ -184,9 +182,6 @@ HAND = {
         ),
         ("add_products<2, 5, 6, integers>", "add_products<2, 4, 6, integers>"),
         ("add_products<3, 5, 7, integers>", "add_products<3, 5, 6, integers>"),
-        ("store(to, load<Vec>(to) + block.scale[slot] * sums);", "store(to, block.scale[slot] * sums);"),
-        ("load<Vec>(to) + block.scale[slot] * sums", "load<Vec>(to) + sums"),
-        ("(slot - block.tiles[0]) * block.out_stride", "slot * block.out_stride"),
         ("number(2 * t) * 256.f", "number(2 * t) * 255.f"),
         ("block.matrix->scale(block.row + row + r, 0)", "block.matrix->scale(block.row + r, 0)"),
         ("sum * (scale * block.x_scale[slot + t])", "sum * scale"),
@@ -206,7 +201,14 @@ HAND = {
         ("block.kernels = tiles.kernels[first];", "block.kernels = tiles.kernels[0];"),
         ("call.tiles.kernels[task.tile + i]->hidden(", "call.kernels.hidden("),
     ],
+    ("csrc/cpu/dot_body.h", "test_amx"): [
+        ("store(to, load<Sums>(to) + ", "store(to, "),
+        ("block.scale[slot] * sums", "sums"),
+        ("(slot - block.tiles[0]) * block.out_stride", "slot * block.out_stride"),
+    ],
     ("csrc/cpu/dot_body.h", "test_experts"): [
+        ("store(to, load<Sums>(to) + ", "store(to, "),
+        ("block.scale[slot] * sums", "sums"),
         ("if (whole == bytes) return;", "return;"),
         ("gate + kUpRows));\n      store(line", "gate));\n      store(line"),
         ("n - i < 8 ? n - i : 8;\n    Eight eight{};", "8;\n    Eight eight{};"),
@@ -234,9 +236,8 @@ HAND = {
         ("(exp(-gate) + 1.f) * up", "(exp(-gate) + 1.f)"),
     ],
     ("csrc/select.h", "test_select_host"): [
-        ("dev::bits(value + 0.0f)", "dev::bits(value)"),
-        ("if (wide == top) return 1.0;", ""),
-        ("return is_nan(r) ? kNever : r;", "return r;"),
+        ("return wide == top ? 1.0 : exp(wide - top);", "return exp(wide - top);"),
+        ("return is_nan(score) ? 0.0f : score;", "return score;"),
         ("count ? routing.union_k : routing.top_k", "routing.top_k"),
         ("if (j >= count) continue;", "if (j > count) continue;"),
         ("keys[i] = order_key(second > kNever ? best + second : kNever)", "keys[i] = order_key(best + second)"),
@@ -253,6 +254,7 @@ HAND = {
         ("i < at % 4 && own.word[i] == mine", "false"),
         ("if (lane >= by) upto += other;", "upto += other;"),
         ("if (lane == 0) lower = 0;", ""),
+        ("static_cast<float>(lower + covered[i]) <= routing", "static_cast<float>(lower + covered[i]) < routing"),
         ("limit < routing.max_experts ? limit : routing.max_experts", "limit"),
         ("const uint32_t word = dev::ballot(in && e < p.experts);", "const uint32_t word = dev::ballot(in);"),
         ("if (id >= 0 && id < experts)", "if (id >= 0)"),
@@ -277,7 +279,7 @@ HAND = {
         ("round16<kHalf>(total)", "round16<false>(total)"),
     ],
     ("triton_kernels/router.py", "test_triton_router"): [
-        ("value = tl.where(value == 0, 0.0, value)", "value = value"),
+        ("return bits ^ ((bits >> 31) & 0x7FFFFFFF)", "return bits"),
         ("return tl.where(score == score, score, 0.0), selection, keys", "return score, selection, keys"),
         ('UNION_K if AGGREGATE == "union" else K)', "K)"),
         ("return real & (value > 0)", "return real & (value >= 0)"),
@@ -289,7 +291,8 @@ HAND = {
         ("tl.cumsum(zero, 0) - 1", "tl.cumsum(zero, 0)"),
         ("tl.where(second > NONE, value_of(best)", "tl.where(best > NONE, value_of(best)"),
         ("outside = tl.where(kept, NONE, candidates)", "outside = candidates"),
-        ('tl.where(infinite, tl.where(wide == top, 0.0, -float("inf")), wide - top)', "wide - top"),
+        ("tl.where(wide == top, 0.0, wide - top)", "wide - top"),
+        ("power = tl.where(real, ", "power = tl.where(wide == wide, "),
     ],
     ("triton_kernels/schedule.py", "test_triton_experts"): [
         ("& 0x3F)", "& 0x1F)"),
@@ -381,13 +384,5 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "dict(aggregate='topk_sum', select='top_n') -> dict(select='top_n')": "topk_sum is the default",
         "dict(aggregate='topk_sum', select='top_p') -> dict(select='top_p')": "topk_sum is the default",
         "dict(aggregate='topk_sum', select='top_p') -> dict(aggregate='topk_sum')": "top_p is the default",
-    },
-    "csrc/cpu/router.cpp": {
-        "std::isnan(r) ? kOut": "a NaN is no candidate anyway: it is not above -inf",
-        "std::isinf(top) ? 0.0": "exp of minus infinity is 0, and where the top is -inf every logit equals it",
-    },
-    "csrc/select.h": {
-        "dev::bits(value + 0.0f) -> dev::bits(value)": "no score or vote is -0",
-        "is_nan(r) ? kNever : r": "a NaN is no candidate anyway: it is not above -inf",
     },
 }

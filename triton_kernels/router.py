@@ -34,23 +34,20 @@ def sigmoid(logits):
 
 
 @triton.jit
-def softmax(logits, real):
+def softmax(logits):
     """Shares of each token [tokens, chunks, lanes]; NaN stays NaN and takes no share. The limits: equal shares among the
     +inf, and among all where everything is -inf."""
-    wide = tl.where(real & (logits == logits), logits, -float("inf")).to(tl.float64)
+    real = logits == logits
+    wide = tl.where(real, logits, -float("inf")).to(tl.float64)
     top = per_token(tl.max(tl.max(wide, 1), 1))
-    infinite = (top == float("inf")) | (top == -float("inf"))
-    wide = tl.where(infinite, tl.where(wide == top, 0.0, -float("inf")), wide - top)
-    wide = tl.where(real, wide, -float("inf"))
-    power = tl.exp(wide)
+    power = tl.where(real, tl.exp(tl.where(wide == top, 0.0, wide - top)), 0.0)
     share = (power / per_token(tl.sum(tl.sum(power, 1), 1))).to(tl.float32)
-    return tl.where(logits == logits, share, logits)
+    return tl.where(real, share, logits)
 
 
 @triton.jit
 def rank_bits(value):
-    value = tl.where(value == 0, 0.0, value)  # -0.0 ties with 0.0
-    bits = value.to(tl.int32, bitcast=True)
+    bits = value.to(tl.int32, bitcast=True)  # no score and no vote is -0.0: sums of other numbers never are
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -121,7 +118,7 @@ def load_scores(
     else:
         score = tl.load(logits_ptr + at, mask=there, other=float("nan"))
         if SOFTMAX:
-            score = softmax(score, there)
+            score = softmax(score)
         else:
             score = sigmoid(score)
     selection = score

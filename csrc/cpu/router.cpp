@@ -35,7 +35,8 @@ class Best {
   std::vector<float> values_;
 };
 
-// s and r of one token. Scores are rounded once, from double. A NaN logit scores 0 and is no candidate.
+// s and r of one token. Scores are rounded once, from double. A NaN logit scores 0 and is no candidate;
+// nor is a NaN r, which is above nothing.
 void score_row(const float* logits, const float* bias, int64_t experts, Score kind, float* score, float* selection) {
   if (kind == Score::sigmoid) {
     for (int64_t e = 0; e < experts; ++e) score[e] = static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(logits[e]))));
@@ -45,7 +46,7 @@ void score_row(const float* logits, const float* bias, int64_t experts, Score ki
       if (logits[e] > top) top = logits[e];
     }
     // The limits of a softmax: equal shares among the +inf, and among all where everything is -inf.
-    auto share = [&](float logit) { return logit == top ? 1.0 : std::isinf(top) ? 0.0 : std::exp(logit - top); };
+    auto share = [&](float logit) { return logit == top ? 1.0 : std::exp(logit - top); };
     double sum = 0;
     for (int64_t e = 0; e < experts; ++e) {
       if (!std::isnan(logits[e])) sum += share(logits[e]);
@@ -54,8 +55,7 @@ void score_row(const float* logits, const float* bias, int64_t experts, Score ki
   }
   for (int64_t e = 0; e < experts; ++e) {
     if (std::isnan(logits[e])) score[e] = 0;
-    const float r = bias ? score[e] + bias[e] : score[e];
-    selection[e] = std::isnan(logits[e]) || std::isnan(r) ? kOut : r;
+    selection[e] = std::isnan(logits[e]) ? kOut : bias ? score[e] + bias[e] : score[e];
   }
 }
 

@@ -343,7 +343,7 @@ DMOE_DEVICE void votes_of_tokens(const Router& a, const Routing& routing, const 
       const int e = i * 32 + lane;
       const float value = e < p.experts ? s_row[e] : NAN;
       s[i] = or_zero(value);
-      r[i] = e < p.experts ? selection_score(value, p.bias[e]) : kNever;
+      r[i] = e < p.experts ? value + p.bias[e] : kNever;
     }
     vote(routing, s, r, mine);
   });
@@ -519,7 +519,7 @@ DMOE_DEVICE void experts_of_tokens(const Router& a, const Routing& routing, cons
     };
     const auto selection_of = [&](int m) {
       const int e = m < n_members ? p.coreset[m] : -1;
-      return e < 0 ? kNever : selection_score(score_of(e), p.bias[e]);
+      return e < 0 ? kNever : score_of(e) + p.bias[e];
     };
     int chosen;
     if (n_members <= 32 && routing.n_group <= 32) {
