@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import json
 
 import pytest
@@ -617,55 +616,3 @@ def test_memory_of_a_loaded_full_size_model(form, most, tmp_path, monkeypatch):
     parts = ", ".join(f"{part} {before[part] / 1e9:.2f} -> {size / 1e9:.2f} GB" for part, size in after.items())
     print(f"{form}: {share:.3f} of bfloat16 ({parts})")
     assert share <= most
-
-
-# Others read it ----------------------------------------------------------------------------------------------------------
-
-
-class Stub(nn.Module):
-    """Modules by the names of a checkpoint's matrices."""
-
-    def __init__(self, shapes: dict[str, list[int]]):
-        super().__init__()
-        for name, (rows, columns) in shapes.items():
-            *path, last = name.split(".")
-            module = self
-            for part in path:
-                if not hasattr(module, part):
-                    module.add_module(part, nn.Module())
-                module = getattr(module, part)
-            module.add_module(last, nn.Linear(columns, rows, bias=False, device="meta"))
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors (PyPI) is not installed"
-)
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_compressed_tensors_reads_what_is_written(form, tmp_path):
-    """Its config, which modules that takes for quantised, and the values that its decompression gives."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-
-    whole = dict(hidden_size=256, moe_intermediate_size=128)  # its groups can't be ragged
-    model = build(dataclasses.replace(CONFIG, **(whole if form == "int4" else {}))).quantize(form)
-    model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    shapes = {
-        name.removesuffix(".weight"): list(value.shape)
-        for name, value in model.checkpoint_tensors().items()
-        if len(value.shape) == 2 and "word_embeddings" not in name
-    }
-    stub = Stub(shapes)
-    apply_quantization_config(stub, QuantizationConfig.model_validate(written))
-    tensors, wide = load_file(tmp_path / "model.safetensors"), model.checkpoint_tensors()
-    decompress = BaseCompressor.get_value_from_registry(written["format"]).decompress
-    for name in shapes:
-        scheme = getattr(stub.get_submodule(name), "quantization_scheme", None)
-        assert (scheme is not None) == (".mlp.experts." in name), name
-        if scheme is not None:
-            parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            matrix = wide[f"{name}.weight"]
-            # In float32: theirs multiplies in the dtype of the scale.
-            parts["weight_scale"] = parts["weight_scale"].float()
-            got = decompress(parts, scheme)["weight"]
-            assert torch.equal(got.float(), reference.dequantize(matrix.weight, matrix.scale)), name
