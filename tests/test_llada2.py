@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from dmoe_ops import BlockRouting
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, checkpoint
-from dmoe_ops.models.decoding import KVCache, _check_finite, _Counter, _decoded, _ended, choose, sample
+from dmoe_ops.models.attention import KVCache
+from dmoe_ops.models.decoding import _decoded, _stats
+from dmoe_ops.models.sampling import choose, ended, sample
+from dmoe_ops.models.step import Counter, finite
 
 MASK, EOS = 62, 63
 SIZES = dict(
@@ -691,13 +694,10 @@ def test_a_batch_of_prompts_decodes_as_each_alone(block_length, threshold, eos, 
 @pytest.mark.parametrize("where", ["logits", "router"])
 def test_one_value_that_is_not_finite_is_noticed(value, where):
     values = dict(logits=torch.zeros(1, 4, 8), router=torch.zeros(1, 4, 6))
-    _check_finite(build(), values["logits"], [(values["router"], None)], 32)
+    assert finite(values["logits"], [(values["router"], None)])
     values[where][0, 2, 3] = value
-    if where == "router" and value == float("inf"):  # a score of 1
-        _check_finite(build(), values["logits"], [(values["router"], None)], 32)
-    else:
-        with pytest.raises(ValueError, match="logits of the block at position 32 must be finite"):
-            _check_finite(build(), values["logits"], [(values["router"], None)], 32)
+    # A router's infinity is a score of 1.
+    assert finite(values["logits"], [(values["router"], None)]) == (where == "router" and value == float("inf"))
 
 
 def test_a_text_stops_as_soon_as_its_end_is_certain():
@@ -723,16 +723,17 @@ def test_the_end_of_a_text():
     rows = torch.tensor([[e, 1, e, m], [e, m, e, 3], [1, 2, 3, 4], [e, 1, m, 2], [m, e, 1, m], [1, m, e, e]])
     new = torch.tensor([[False, True, True, True]] * 6)
     new[4, 0] = False
-    assert _ended(rows, new, e, m).tolist() == [True, False, False, False, True, False]
+    assert ended(rows, new, e, m).tolist() == [True, False, False, False, True, False]
 
 
 def test_slots_without_an_expert_are_not_counted():
-    counter = _Counter(num_experts=4, block_length=2)
-    ids = torch.tensor([[[3, -1], [-1, -1], [0, 3], [1, -1]]])  # [1, tokens, k]: blocks of {3} and {0, 1, 3}
-    counter.add("denoising", [(None, ids)])
-    counter.add("denoising", [(None, torch.cat([ids, ids]))], torch.tensor([False, True]))
+    counter = Counter(num_experts=4, block_length=2)
+    ids = torch.tensor([[[[3, -1], [-1, -1], [0, 3], [1, -1]]]])  # [1, 1, tokens, k]: blocks of {3} and {0, 1, 3}
+    counter.add("denoising", ids, torch.tensor([True]))
+    counter.add("denoising", torch.cat([ids, ids], 1), torch.tensor([False, True]))
+    counter.add("denoising", ids, torch.tensor([True]), forwards=False)
     assert counter.mean("denoising") == (2.0,)
-    stats = counter.stats(tokens=4, bytes_per_expert=10)
+    stats = _stats(counter, tokens=4, bytes_per_expert=10)
     assert (stats.forwards, stats.unique_experts, stats.expert_bytes_per_step) == (2, 2.0, 20.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.tokens = 5
@@ -740,9 +741,10 @@ def test_slots_without_an_expert_are_not_counted():
 
 def test_answers_are_filled_up_with_eos():
     x = torch.tensor([[9, 5, 0, 7, 7], [9, 9, 1, 2, 3]])
-    counter = types.SimpleNamespace(stats=lambda *args: args)
-    tokens, stats = _decoded(x, torch.tensor([1, 2]), 3, 0, counter, 10)
-    assert tokens.tolist() == [[5, 0, 0], [1, 2, 3]] and stats == (5, 10)
+    counter = Counter(num_experts=4, block_length=2)
+    counter.forwards += 1
+    tokens, stats = _decoded(x, [1, 2], [4, 5], 0, counter, 10)
+    assert tokens.tolist() == [[5, 0, 0], [1, 2, 3]] and stats.tokens == 5
 
 
 def test_a_cache_is_as_large_as_the_blocks_and_of_the_models_dtype(monkeypatch):
@@ -776,7 +778,9 @@ def test_no_forward_runs_for_no_sequence(monkeypatch):
     model, ids = build(), prompt(20)
     token = model.generate(ids, gen_length=60, eos_id=None).tokens[0, 5]
     rows, forward = [], model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda ids, **how: rows.append(len(ids)) or forward(ids, **how))
+    monkeypatch.setattr(
+        model, "hidden_states", lambda ids, **how: rows.append(ids.numel() // 32) or forward(ids, **how)
+    )
     for eos_id in (None, int(token)):
         rows.clear()
         stats = model.generate(ids.expand(2, -1), gen_length=60, threshold=0.5, eos_id=eos_id).stats

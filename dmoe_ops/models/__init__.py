@@ -1,6 +1,7 @@
 """Models that decode with block routing."""
 
-from .decoding import Decoded, DecodingStats, KVCache
+from .attention import KVCache
+from .decoding import Decoded, DecodingStats
 from .llada2 import LLaDA2Config, LLaDA2ForDiffusion, LLaDA2Output
 from .text import TextCodec
 

@@ -6,65 +6,22 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..routing import is_int, is_number
 from .checkpoint import is_finite
+from .step import KINDS, Batch, Counter, Rule, count_committed, denoise
 
 FROM_CONFIG = object()
-
-
-class KVCache:
-    """Keys and values of the committed tokens, in buffers of full length: a forward writes behind them, and only `commit`
-    makes what it wrote part of the prefix. keys, values: [layers, bsz, kv_heads, capacity, head_dim]."""
-
-    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, *, dtype=None, device=None):
-        shape = (layers, batch, heads, capacity, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def check(self, input_ids) -> None:
-        _, batch, _, capacity, _ = self.keys.shape
-        if input_ids.shape[0] != batch:
-            raise ValueError(f"input_ids must have the batch size of kv_cache, {batch}, got {input_ids.shape[0]}")
-        if self.length + input_ids.shape[1] > capacity:
-            raise ValueError(
-                f"kv_cache has room for {capacity} tokens, got {self.length} and {input_ids.shape[1]} more"
-            )
-
-    def extend(self, layer: int, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values [bsz, kv_heads, T, head_dim] behind the prefix; returns views of prefix and both.
-        Raises ValueError where they have a gradient, which the buffers would keep from then on."""
-        if keys.requires_grad:
-            raise ValueError("kv_cache must be used under torch.no_grad(), got keys with a gradient")
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def commit(self, tokens: int) -> None:
-        self.length += tokens
-
-    def of(self, rows) -> KVCache:
-        """A cache of its own with the committed tokens of some sequences, int64 [n] or bool [bsz], and the same capacity."""
-        part = object.__new__(KVCache)
-        part.length = self.length
-        for name in ("keys", "values"):
-            whole = getattr(self, name)
-            kept = whole[:, rows, :, : self.length]
-            copy = whole.new_empty(kept.shape[:3] + whole.shape[3:])
-            copy[:, :, :, : self.length] = kept
-            setattr(part, name, copy)
-        return part
+PREFILL_TOKENS = 2048  # of all sequences together, at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingStats:
     """What a decode cost, all its sequences together. A forward is one run of all layers for one sequence: the prefill of
     the prompt's full blocks (in a batch: those of the shortest prompt at once, then one at a time), the denoising steps, and
-    the commit of each finished block (its keys and values have to be those of its final tokens).
+    the commit of each finished block (its keys and values have to be those of its final tokens), which may ride with a step
+    of the next block.
 
     tokens_per_forward: new tokens over all forwards.
     unique_experts: distinct experts that a block's tokens were routed to, averaged over layers and over the blocks of all
@@ -92,52 +49,6 @@ class Decoded(NamedTuple):
 
     tokens: torch.Tensor
     stats: DecodingStats
-
-
-class _Counter:
-    """Counts on the device of the model: nothing is read back before the end."""
-
-    def __init__(self, num_experts: int, block_length: int):
-        self.num_experts, self.block_length = num_experts, block_length
-        self.forwards = dict(prefill=0, commit=0, denoising=0)
-        self.blocks = dict(self.forwards)
-        self.unique = dict.fromkeys(self.forwards, 0)  # [layers]: sums over blocks
-
-    def add(self, kind: str, routed, rows=slice(None)) -> None:
-        """A forward, or those of its sequences that `rows` picks."""
-        sequences = len(routed[0][1][rows])
-        if not sequences:
-            return
-        topk_ids = torch.stack([ids[rows] for _, ids in routed]).flatten(1, 2)  # [layers, tokens, k]
-        layers, tokens, _ = topk_ids.shape
-        blocks = tokens // self.block_length
-        # Slots without an expert (-1) are counted in a bin of their own.
-        used = torch.zeros(layers, blocks, self.num_experts + 1, dtype=torch.bool, device=topk_ids.device)
-        used.scatter_(2, topk_ids.reshape(layers, blocks, -1) % (self.num_experts + 1), True)
-        self.forwards[kind] += sequences
-        self.blocks[kind] += blocks
-        self.unique[kind] = self.unique[kind] + used[:, :, :-1].sum((1, 2))
-
-    def mean(self, *kinds: str) -> tuple[float, ...]:
-        """Unique experts per block, layer by layer."""
-        blocks = sum(self.blocks[kind] for kind in kinds)
-        total = sum(self.unique[kind] for kind in kinds)
-        return tuple((total.double() / blocks).tolist())
-
-    def stats(self, tokens: int, bytes_per_expert: int) -> DecodingStats:
-        every, denoising = self.mean(*self.forwards), self.mean("denoising")
-        forwards = sum(self.forwards.values())
-        return DecodingStats(
-            tokens=tokens,
-            forwards=forwards,
-            **{f"{kind}_forwards": count for kind, count in self.forwards.items()},
-            tokens_per_forward=tokens / forwards,
-            unique_experts=sum(every) / len(every),
-            unique_experts_denoising=sum(denoising) / len(denoising),
-            unique_experts_by_layer=every,
-            unique_experts_denoising_by_layer=denoising,
-            expert_bytes_per_step=sum(denoising) * bytes_per_expert,
-        )
 
 
 @torch.no_grad()
@@ -185,117 +96,137 @@ def generate(
     _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id)
     lengths = _lengths(input_ids, prompt_lengths)
     _check_prompts(config, input_ids, lengths, gen_length, mask_id)
-    input_ids, lengths = input_ids.to(self.device), lengths.to(self.device)
-    steps = min(steps, gen_length)
-    first, last = int(lengths.min()), int(lengths.max())
-    position = torch.arange(-(-(last + gen_length) // block_length) * block_length, device=self.device)
-    x = input_ids.new_full((len(input_ids), len(position)), mask_id)
-    x[:, :last] = torch.where(position[:last] < lengths[:, None], input_ids[:, :last], mask_id)
-    new = (position >= lengths[:, None]) & (position < lengths[:, None] + gen_length)
-    cache = self.new_cache(x.shape[1], len(x))
-    counter = _Counter(config.num_experts, block_length)
-    alive = torch.arange(
-        len(x), device=self.device
-    )  # the sequences that go on; row i of the cache is sequence alive[i]
+    rule = Rule(block_length, mask_id, eos_id, eos_early_stop, threshold, temperature, top_k, top_p, generator)
+    decode = Decode(self, rule, input_ids, lengths, gen_length, steps)
+    with tqdm(total=len(input_ids) * gen_length, unit="token", disable=not progress) as bar:
+        for _ in decode.steps():
+            if progress:
+                bar.update(decode.unmasked() - bar.n)
+    return decode.result()
 
-    def forward(tokens, cache):
-        return self.hidden_states(tokens, kv_cache=cache, block_length=block_length)
 
-    def unmask(block, logits, step):
-        tokens, confidence = sample(logits.flatten(0, 1), temperature, top_k, top_p, generator)
-        share = block_length // steps + (step < block_length % steps)
-        chosen = choose(confidence.view(block.shape), block == mask_id, threshold, share)
-        return torch.where(chosen, tokens.view(block.shape), block)
+class Decode:
+    """A decode under way. The host knows where blocks begin and end; whatever depends on tokens lies on the device
+    (`Batch`), but for one small tensor a step, which says how many masks each sequence has left."""
 
-    bar = tqdm(total=len(x) * gen_length, unit="token", disable=not progress)
-    with bar:
-        for begin in range(first // block_length * block_length, x.shape[1], block_length):
-            end = begin + block_length
-            if begin > cache.length:
-                # The prompts' full blocks at first, then the block that has just been finished, in a longer prompt or new.
-                _, routed = forward(x[alive, cache.length : begin], cache)
-                cache.commit(begin - cache.length)
-                prompt = lengths[alive] >= begin
-                counter.add("prefill", routed, prompt)
-                counter.add("commit", routed, ~prompt)
-            active, prefix = alive, cache
-            for step in range(steps):
-                done = ~(x[active, begin:end] == mask_id).any(1)
-                if eos_early_stop and eos_id is not None and step:
-                    done |= _ended(x[active], new[active], eos_id, mask_id)
-                if done.any():
-                    active, prefix = active[~done], prefix.of(~done)
-                if not len(active):
-                    break
-                block = x[active, begin:end]
-                hidden, routed = forward(block, prefix)
-                counter.add("denoising", routed)
-                logits = self.logits(hidden)
-                _check_finite(self, logits, routed, begin)
-                x[active, begin:end] = unmask(block, logits, step)
-                bar.update(int((new & (x != mask_id)).sum()) - bar.n)
-            done = position[end - 1] + 1 >= lengths[alive] + gen_length
-            if eos_id is not None:
-                done |= (new[alive, :end] & (x[alive, :end] == eos_id)).any(1)
-            if done.any():
-                alive, cache = alive[~done], cache.of(~done)
-            if not len(alive):
+    def __init__(self, model, rule: Rule, input_ids, lengths, gen_length: int, steps: int):
+        size, last = rule.block_length, int(lengths.max())
+        device = model.device
+        self.model, self.rule = model, rule
+        self.lengths = lengths.tolist()
+        self.stops = [length + gen_length for length in self.lengths]
+        position = torch.arange(-(-(last + gen_length) // size) * size, device=device)
+        input_ids, lengths = input_ids.to(device), lengths.to(device)
+        x = input_ids.new_full((len(input_ids), len(position)), rule.mask_id)
+        x[:, :last] = torch.where(position[:last] < lengths[:, None], input_ids[:, :last], rule.mask_id)
+        self.batch = Batch(
+            x=x,
+            new=(position >= lengths[:, None]) & (position < lengths[:, None] + gen_length),
+            length=lengths,
+            steps=torch.full_like(lengths, min(steps, gen_length)),
+            active=torch.zeros(len(x), dtype=torch.bool, device=device),
+            begin=lengths.new_zeros(1),
+            step=lengths.new_zeros(1),
+            cache=model.new_cache(x.shape[1], len(x)),
+            counter=Counter(model.config.num_experts, size, len(model.moe_layers), device),
+        )
+
+    def steps(self):
+        """Yields after every step."""
+        size, batch = self.rule.block_length, self.batch
+        going = list(range(len(self.lengths)))  # the sequences whose texts have not ended
+        for begin in range(min(self.lengths) // size * size, batch.x.shape[1], size):
+            end = begin + size
+            active = [row for row in going if self.lengths[row] < end]
+            pending = begin - batch.cache.length
+            rides = pending == size and active == going
+            if pending and not rides:
+                self.prefill(going, begin)
+            left = [max(0, end - max(begin, self.lengths[row])) for row in active]
+            over = dict.fromkeys(going, False)
+            batch.begin.fill_(begin)
+            batch.step.zero_()
+            batch.active[:] = batch.length < end
+            while active:
+                flags = self.step(active, sum(left), rides)
+                if rides:
+                    batch.cache.commit(size)
+                    rides = False
+                if not all(finite for _, _, finite in flags):
+                    _raise_not_finite(self.model, begin)
+                over.update((row, bool(eos)) for row, (_, eos, _) in zip(active, flags))
+                active = [row for row, (masks, _, _) in zip(active, flags) if masks]
+                left = [masks for masks, _, _ in flags if masks]
+                yield
+            going = [row for row in going if end < self.stops[row] and not over[row]]
+            if not going:
                 break
-    return _decoded(x, lengths, gen_length, eos_id, counter, self.bytes_per_expert)
+
+    def step(self, active: list[int], masks: int, rides: bool) -> list[list[int]]:
+        """`denoise` for some sequences, and what it returns, read."""
+        x, rule = self.batch.x, self.rule
+        rows = torch.tensor(active, device=x.device)
+        cache = self.batch.cache.select(None if len(active) == len(x) else rows)
+        if x.device.type != "cpu" or rule.temperature > 0:  # what is drawn for a row depends on all rows before it
+            masks = len(active) * rule.block_length
+        return denoise(self.model, self.batch, rule, cache, rows, masks, rides).tolist()
+
+    def prefill(self, going: list[int], end: int) -> None:
+        """Commits everything before `end`: the prompts' full blocks at first, then the block that has just been finished,
+        in a longer prompt or new. A chunk at a time, so that memory is bounded."""
+        batch, first = self.batch, True
+        rows = torch.tensor(going, device=batch.x.device)
+        cache = batch.cache if len(going) == len(batch.x) else batch.cache.select(rows)
+        prompt = batch.length[rows] >= end
+        size = self.rule.block_length
+        chunk = max(1, PREFILL_TOKENS // (len(going) * size)) * size
+        for begin in range(cache.length, end, chunk):
+            ids = batch.x[rows, begin : min(begin + chunk, end)]
+            _, routed = self.model.hidden_states(ids, kv_cache=cache, block_length=size)
+            count_committed(batch.counter, torch.stack([ids for _, ids in routed]), prompt, prompt | True, first)
+            cache.commit(ids.shape[1])
+            first = False
+        batch.cache.length = end
+
+    def unmasked(self) -> int:
+        return int((self.batch.new & (self.batch.x != self.rule.mask_id)).sum())
+
+    def result(self) -> Decoded:
+        return _decoded(
+            self.batch.x, self.lengths, self.stops, self.rule.eos_id, self.batch.counter, self.model.bytes_per_expert
+        )
 
 
-def _decoded(x, lengths, gen_length: int, eos_id: int | None, counter: _Counter, bytes_per_expert: int) -> Decoded:
-    answers = [row[length : length + gen_length] for row, length in zip(x, lengths.tolist())]
-    if eos_id is not None:
-        ends = [(answer == eos_id).nonzero() for answer in answers]
-        answers = [answer[: int(end[0]) + 1] if len(end) else answer for answer, end in zip(answers, ends)]
-    tokens = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=eos_id or 0)
-    return Decoded(tokens, counter.stats(sum(map(len, answers)), bytes_per_expert))
+def _decoded(x, lengths, stops, eos_id: int | None, counter: Counter, bytes_per_expert: int) -> Decoded:
+    answers = [row[length:stop] for row, length, stop in zip(x.tolist(), lengths, stops)]
+    answers = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in answers]
+    rows = [torch.tensor(row, device=x.device) for row in answers]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos_id or 0)
+    return Decoded(tokens, _stats(counter, sum(map(len, answers)), bytes_per_expert))
 
 
-def _check_finite(model, logits, routed, begin: int) -> None:
-    """A softmax of such logits has no most probable token, and an expert with such a score is never chosen."""
-    # The largest of a row is NaN where the row holds one.
-    finite = logits.amax(-1).isfinite().all() & ~torch.stack([router.isnan().any() for router, _ in routed]).any()
-    if not finite:
-        broken = (name for name, value in model.state_dict().items() if not is_finite(value))
-        name = next(broken, None)
-        why = f"weight {name} is not" if name else f"all weights are, so {model.dtype} is too narrow for this model"
-        raise ValueError(f"logits of the block at position {begin} must be finite: {why}".replace("torch.", ""))
+def _stats(counter: Counter, tokens: int, bytes_per_expert: int) -> DecodingStats:
+    every, denoising = counter.mean(*KINDS), counter.mean("denoising")
+    counts = dict(zip(KINDS, counter.forwards.tolist()))
+    forwards = sum(counts.values())
+    return DecodingStats(
+        tokens=tokens,
+        forwards=forwards,
+        **{f"{kind}_forwards": count for kind, count in counts.items()},
+        tokens_per_forward=tokens / forwards,
+        unique_experts=sum(every) / len(every),
+        unique_experts_denoising=sum(denoising) / len(denoising),
+        unique_experts_by_layer=every,
+        unique_experts_denoising_by_layer=denoising,
+        expert_bytes_per_step=sum(denoising) * bytes_per_expert,
+    )
 
 
-def sample(logits, temperature: float = 0.0, top_k=None, top_p=None, generator=None):
-    """A token for every row of logits [T, V], int64 [T], and its probability float32 [T] after the filters."""
-    if temperature > 0:
-        logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        beyond = F.pad(ordered.softmax(1).cumsum(1)[:, :-1], (1, 0)) > top_p  # what all that are more probable sum to
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
-    probability = logits.softmax(1)
-    if temperature > 0:
-        token = torch.multinomial(probability, 1, generator=generator)
-    else:
-        token = logits.argmax(1, keepdim=True)
-    return token[:, 0], probability.gather(1, token)[:, 0]
-
-
-def choose(confidence, active, threshold: float, share: int) -> torch.Tensor:
-    """Which tokens a step unmasks, bool [..., B]: the active ones above the threshold, or, in a block where those are
-    fewer, the `share` most confident ones."""
-    confidence = confidence.masked_fill(~active, -torch.inf)
-    sure = confidence > threshold
-    best = confidence.sort(descending=True, stable=True).indices[..., :share]
-    best = torch.zeros_like(active).scatter(-1, best, True) & active
-    return torch.where(sure.sum(-1, keepdim=True) >= share, sure, best)
-
-
-def _ended(x, new, eos_id: int, mask_id: int) -> torch.Tensor:
-    """bool [bsz]: whether an eos stands in the new tokens with no mask before it."""
-    eos, masks = new & (x == eos_id), new & (x == mask_id)
-    return eos.any(1) & (masks.cumsum(1).gather(1, eos.int().argmax(1, keepdim=True))[:, 0] == 0)
+def _raise_not_finite(model, begin: int) -> None:
+    broken = (name for name, value in model.state_dict().items() if not is_finite(value))
+    name = next(broken, None)
+    why = f"weight {name} is not" if name else f"all weights are, so {model.dtype} is too narrow for this model"
+    raise ValueError(f"logits of the block at position {begin} must be finite: {why}".replace("torch.", ""))
 
 
 def _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id):

@@ -16,7 +16,8 @@ from torch import nn
 
 from ..layer import BlockMoE
 from ..routing import SCORES, BlockRouting, int_rule, is_int, is_number, plain
-from . import checkpoint, decoding, hub, quantized
+from . import attention, checkpoint, decoding, hub, quantized
+from .attention import KVCache
 from .quantized import Matrix
 
 # What LLaDA2.0's generate() falls back to: its config.json names neither token.
@@ -293,12 +294,12 @@ class Attention(nn.Module):
         else:
             self.query_layernorm = self.key_layernorm = nn.Identity()
 
-    def forward(self, x, rotary, mask, extend):
+    def forward(self, x, rotary, attend):
+        """attend: from queries, keys and values, [n, heads, T, D], to what the queries see."""
         qkv = self.query_key_value(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         query = rotate(self.query_layernorm(query), *rotary)
-        key, value = extend(rotate(self.key_layernorm(key), *rotary), value)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.heads > self.kv_heads)
+        out = attend(query, rotate(self.key_layernorm(key), *rotary), value)
         return self.dense(out.transpose(1, 2).flatten(2))
 
 
@@ -331,9 +332,9 @@ class Layer(nn.Module):
                 dtype=dtype,
             )
 
-    def forward(self, x, rotary, mask, extend):
+    def forward(self, x, rotary, attend):
         """Returns the hidden states and, from a MoE layer, (router_logits, topk_ids)."""
-        x = x + self.attention(self.input_layernorm(x), rotary, mask, extend)
+        x = x + self.attention(self.input_layernorm(x), rotary, attend)
         out, routed = self.mlp(self.post_attention_layernorm(x)), None
         if isinstance(out, tuple):
             out, routed = out
@@ -418,16 +419,14 @@ class LLaDA2ForDiffusion(nn.Module):
         for moe in self.moe_layers:
             moe.routing = routing
 
-    def new_cache(self, capacity: int, batch: int = 1) -> decoding.KVCache:
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` tokens."""
         config, weight = self.config, self.model.word_embeddings.weight
         heads = self.model.layers[0].attention.kv_heads  # a rank may hold some of them
         sizes = config.num_hidden_layers, batch, heads, capacity, config.head_dim
-        return decoding.KVCache(*sizes, dtype=weight.dtype, device=weight.device)
+        return KVCache(*sizes, dtype=weight.dtype, device=weight.device)
 
-    def forward(
-        self, input_ids, *, kv_cache: decoding.KVCache | None = None, block_length: int | None = None
-    ) -> LLaDA2Output:
+    def forward(self, input_ids, *, kv_cache: KVCache | None = None, block_length: int | None = None) -> LLaDA2Output:
         """Logits of every token under block-causal attention: a token sees its own block and all earlier ones.
 
         input_ids: int64 [bsz, T], at the positions behind `kv_cache`'s committed tokens (from 0 without one); blocks of
@@ -461,11 +460,10 @@ class LLaDA2ForDiffusion(nn.Module):
         if kv_cache is not None:
             kv_cache.check(input_ids)
             past = kv_cache.length
-            if past % block_length:
+            if not isinstance(past, torch.Tensor) and past % block_length:
                 raise ValueError(f"kv_cache must end with a block of block_length={block_length}, got {past} tokens")
         if layout is None:
-            position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-            mask = block_causal_mask(past, input_ids.shape[1], block_length, input_ids.device)
+            position, mask = past + torch.arange(input_ids.shape[1], device=input_ids.device), None
         else:
             position, mask = layout
         x = self.model.word_embeddings(input_ids)
@@ -473,10 +471,14 @@ class LLaDA2ForDiffusion(nn.Module):
         routed = []
         for i, layer in enumerate(self.model.layers):
 
-            def extend(key, value, i=i):
-                return (key, value) if kv_cache is None else kv_cache.extend(i, key, value)
+            def attend(query, key, value, i=i):
+                if mask is not None:
+                    return attention.masked(query, key, value, mask)
+                if kv_cache is not None:
+                    key, value = kv_cache.extend(i, key, value)
+                return attention.attend(query, key, value, past, block_length)
 
-            x, chosen = layer(x, rotary, mask, extend)
+            x, chosen = layer(x, rotary, attend)
             if chosen is not None:
                 routed.append(chosen)
         return self.model.norm(x), tuple(routed)
@@ -659,12 +661,3 @@ def rotate(x, cos, sin) -> torch.Tensor:
     turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
-
-
-def block_causal_mask(past: int, tokens: int, block_length: int, device) -> torch.Tensor | None:
-    """bool [tokens, past + tokens], true where a query may look: at its own block and at earlier ones. None where that is
-    everywhere (a single block; `past` ends with a block)."""
-    if tokens <= block_length:
-        return None
-    block = torch.arange(past + tokens, device=device) // block_length
-    return block[past:, None] >= block[None, :]

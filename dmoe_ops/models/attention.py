@@ -1,0 +1,103 @@
+"""Keys and values of a decode, and attention of a few blocks to all that is before them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 32  # queries of a prefill that share their keys, where blocks are shorter
+
+
+class KVCache:
+    """Keys and values of the committed tokens, in buffers of full length: a forward writes behind them, and only `commit`
+    makes what it wrote part of the prefix. keys, values: [layers, bsz, kv_heads, capacity, head_dim].
+
+    length: committed tokens, an int; or int64 [1] on the device, so that one graph serves every prefix.
+    rows: int64 [n], the sequences that a forward is about; None: all, in order.
+    """
+
+    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, *, dtype=None, device=None):
+        shape = (layers, batch, heads, capacity, head_dim)
+        # Zeros: a masked key has weight 0, and 0 times whatever memory holds may be NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length: int | torch.Tensor = 0
+        self.rows: torch.Tensor | None = None
+
+    def select(self, rows=None, length=None) -> KVCache:
+        """The same buffers for some sequences, or with another length."""
+        part = copy.copy(self)
+        part.rows = rows
+        part.length = self.length if length is None else length
+        return part
+
+    def check(self, input_ids) -> None:
+        _, batch, _, capacity, _ = self.keys.shape
+        batch = batch if self.rows is None else len(self.rows)
+        if input_ids.shape[0] != batch:
+            raise ValueError(f"input_ids must have the batch size of kv_cache, {batch}, got {input_ids.shape[0]}")
+        if not isinstance(self.length, torch.Tensor) and self.length + input_ids.shape[1] > capacity:
+            raise ValueError(
+                f"kv_cache has room for {capacity} tokens, got {self.length} and {input_ids.shape[1]} more"
+            )
+
+    def extend(self, layer: int, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes keys and values [n, kv_heads, T, head_dim] behind the prefix; returns prefix and both, or the whole buffers
+        where the length is on the device. Raises ValueError where they have a gradient, which the buffers would keep from
+        then on."""
+        if keys.requires_grad:
+            raise ValueError("kv_cache must be used under torch.no_grad(), got keys with a gradient")
+        return self._extend(self.keys[layer], keys), self._extend(self.values[layer], values)
+
+    def _extend(self, buffer, new) -> torch.Tensor:
+        if isinstance(self.length, torch.Tensor):
+            return buffer.index_copy_(2, self.length + torch.arange(new.shape[2], device=new.device), new)
+        end = self.length + new.shape[2]
+        if self.rows is None:
+            buffer[:, :, self.length : end] = new
+            return buffer[:, :, :end]
+        buffer[:, :, self.length : end].index_copy_(0, self.rows, new)
+        return buffer[:, :, :end].index_select(0, self.rows)
+
+    def commit(self, tokens: int) -> None:
+        self.length += tokens
+
+
+def attend(query, keys, values, past: int | torch.Tensor, block_length: int) -> torch.Tensor:
+    """Block-causal attention, [n, heads, T, D]: a token sees its own block and all earlier ones.
+
+    query [n, heads, T, D] at the positions from `past` on, the end of a block; keys, values [n, kv_heads, L, D] at those
+    from 0 on, L = past + T. With `past` int64 [1] on the device, L is the capacity. No mask of T x T is made: a chunk of
+    queries has its own call, over what it sees.
+    """
+    tokens, length = query.shape[2], keys.shape[2]
+    if isinstance(past, torch.Tensor):
+        return masked(query, keys, values, sees(past, 0, tokens, length, block_length))
+    chunk = max(1, CHUNK // block_length) * block_length
+    parts = []
+    for begin in range(0, tokens, chunk):
+        end = min(begin + chunk, tokens)
+        seen = None if chunk == block_length else sees(past, begin, end, past + end, block_length, query.device)
+        parts.append(masked(query[:, :, begin:end], keys[:, :, : past + end], values[:, :, : past + end], seen))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, 2) if parts else query
+
+
+def sees(past, begin: int, end: int, length: int, block_length: int, device=None) -> torch.Tensor:
+    """bool [end - begin, length]: which keys the queries behind `past` may look at."""
+    device = past.device if isinstance(past, torch.Tensor) else device
+    block = (past + torch.arange(begin, end, device=device)) // block_length
+    return torch.arange(length, device=device) // block_length <= block[:, None]
+
+
+def masked(query, keys, values, mask=None) -> torch.Tensor:
+    """Attention under a mask bool [T, L]. The query heads that share keys become queries of one head: no copy of the keys,
+    and, without a mask, every fast form of attention serves."""
+    n, heads, tokens, size = query.shape
+    groups = heads // keys.shape[1]
+    query = query.reshape(n, keys.shape[1], groups * tokens, size)
+    mask = mask if mask is None or groups == 1 else mask.repeat(groups, 1)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).view(n, heads, tokens, size)
