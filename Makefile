@@ -18,7 +18,7 @@ endif
 export MODEL ?=
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-sglang test-vllm lint fuzz compat miniature miniature-train bench gpu-check clean given-python FORCE
+.PHONY: demo test test-sglang test-vllm test-hf lint fuzz compat miniature miniature-train bench gpu-check clean given-python FORCE
 .DEFAULT_GOAL := demo
 
 demo: $(SETUP)
@@ -46,9 +46,9 @@ compat:
 	$(MAKE) test PY=$(COMPAT_ENV)/bin/python SITE=$(COMPAT_ENV)/site
 
 # An engine whole, on the CPU, in an environment of its own with the versions of tests/engines/ENGINE.txt: 3 GB, elsewhere by
-# ENGINES=folder, and half an hour. ARGS="-k dmoe" for a part.
+# ENGINES=folder, and half an hour (hf, transformers 5: 1 GB and minutes). ARGS="-k dmoe" for a part.
 ENGINES ?= build/engines
-test-sglang test-vllm: test-%:
+test-sglang test-vllm test-hf: test-%:
 	test -x $(ENGINES)/$*/bin/python || python3 -m venv $(ENGINES)/$*
 	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/$*.txt
 	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \

@@ -29,6 +29,15 @@ def of_op(w13, w2, *rest) -> ExpertWeights:
     return ExpertWeights(w13, w2, **dict(zip(("w13_scale", "w2_scale", "quantize_activations", "expert_map"), rest)))
 
 
+def map_of_rank(experts: int, local: int, rank: int, device) -> torch.Tensor | None:
+    """int32 [experts]: where rank `rank` of those that hold `local` experts each has an expert, or -1. None where one rank
+    holds all."""
+    if local == experts:
+        return None
+    rows = torch.arange(experts, dtype=torch.int32, device=device) - rank * local
+    return rows.masked_fill((rows < 0) | (rows >= local), -1)
+
+
 def fake(x, w13, w2, topk_ids, topk_weights, *rest):
     _checks.experts(x, of_op(w13, w2, *rest), topk_ids, topk_weights)
     return x.new_empty(x.shape)

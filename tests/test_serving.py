@@ -10,6 +10,7 @@ import torch
 
 from dmoe_ops import BlockRouting, block_route, info
 from dmoe_ops.engines import serving, sglang, vllm
+from dmoe_ops.experts import map_of_rank
 
 
 def test_nothing_is_asked_for_without_a_policy():
@@ -44,8 +45,8 @@ def test_statistics_come_after_a_number_of_forwards(text):
 
 
 def test_the_experts_of_a_rank():
-    assert serving.expert_map(6, 6, 0, "cpu") is None
-    maps = [serving.expert_map(6, 3, rank, "cpu") for rank in (0, 1)]
+    assert map_of_rank(6, 6, 0, "cpu") is None
+    maps = [map_of_rank(6, 3, rank, "cpu") for rank in (0, 1)]
     assert [m.tolist() for m in maps] == [[0, 1, 2, -1, -1, -1], [-1, -1, -1, 0, 1, 2]]
     assert all(m.dtype == torch.int32 for m in maps)
 

@@ -48,15 +48,6 @@ def report_every(environ=os.environ) -> int:
     return int(text)
 
 
-def expert_map(experts: int, local: int, rank: int, device) -> torch.Tensor | None:
-    """int32 [experts]: where rank `rank` of those that hold `local` experts each has an expert, or -1. None where one rank
-    holds all."""
-    if local == experts:
-        return None
-    rows = torch.arange(experts, dtype=torch.int32, device=device) - rank * local
-    return rows.masked_fill((rows < 0) | (rows >= local), -1)
-
-
 class Counts:
     """Sums over the blocks that a layer routed, kept on its device; adding to them waits for nothing and can be captured.
 

@@ -14,6 +14,7 @@ import functools
 import logging
 import multiprocessing
 
+from ..experts import map_of_rank
 from ..layer import block_moe
 from ..models.llada2 import routing_for
 from . import serving
@@ -69,7 +70,7 @@ def llada2_block(asked: serving.Asked, counted: bool = False):
             # Whatever a runner of SGLang would make of the weights (packed, permuted), ours reads them as they are loaded.
             experts.quant_method.process_weights_after_loading = leave
             place = experts.num_local_experts, experts.moe_ep_rank, experts.w13_weight.device
-            self.register_buffer("expert_map", serving.expert_map(self.num_experts, *place), persistent=False)
+            self.register_buffer("expert_map", map_of_rank(self.num_experts, *place), persistent=False)
             self.counts = serving.Counts(experts.w13_weight.device) if counted else None
 
         def _forward_router_experts(self, hidden_states):

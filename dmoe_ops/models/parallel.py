@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from ..engines.serving import expert_map
+from ..experts import map_of_rank
 from ..layer import BlockMoE
 from . import checkpoint, hub
 from .llada2 import (
@@ -204,7 +204,7 @@ def _shard_experts(moe: BlockMoE, mesh: DeviceMesh, experts: str) -> None:
             keep(name, of_tensor)
     if experts == "expert":
         local = moe.routing.num_experts // ranks
-        moe.expert_map = expert_map(moe.routing.num_experts, local, rank, moe.w13.device)
+        moe.expert_map = map_of_rank(moe.routing.num_experts, local, rank, moe.w13.device)
     if moe.shared_w13_scale is None:
         keep("shared_w13", rows)
         keep("shared_w2", columns)

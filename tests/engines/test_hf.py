@@ -1,0 +1,185 @@
+"""Block routing inside transformers 5: what AutoModelForCausalLM loads after `register`, against our own model.
+`make test-hf`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+os.environ["HF_HUB_OFFLINE"], os.environ["HF_MODULES_CACHE"] = "1", tempfile.mkdtemp()
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers 5 is not installed: make test-hf sets up an environment with it", allow_module_level=True)
+
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
+from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS
+
+import dmoe_ops
+from dmoe_ops.engines import hf_loading
+from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
+
+CONFIG = LLaDA2Config(
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    moe_intermediate_size=32,
+    intermediate_size=128,
+    num_experts=32,
+    num_experts_per_tok=4,
+    first_k_dense_replace=1,
+    num_shared_experts=1,
+    n_group=8,
+    topk_group=4,
+    rope_theta=100.0,
+    rms_norm_eps=1e-6,
+    initializer_range=0.3,
+    eos_token_id=0,
+    mask_token_id=1,
+)
+HERE = Path(__file__).resolve().parent
+IDS = torch.randint(2, 96, (2, 75), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def ours() -> LLaDA2ForDiffusion:
+    model = LLaDA2ForDiffusion(CONFIG, dtype=torch.float32).init_weights(seed=3).eval()
+    for i, moe in enumerate(model.moe_layers):
+        moe.expert_bias.copy_(torch.randn(32, generator=torch.Generator().manual_seed(i)) * 0.05)
+    return model
+
+
+@pytest.fixture
+def own_code(ours, tmp_path) -> Path:
+    """A folder as save_pretrained writes it."""
+    ours.save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def released_code(ours, tmp_path) -> Path:
+    """The same with a model of the released one's classes; transformers keeps the code of a folder by its name."""
+    ours.save_pretrained(tmp_path / "released")
+    shutil.copyfile(HERE / "remote_llada2.py", tmp_path / "released" / "modeling_llada2_moe.py")
+    return tmp_path / "released"
+
+
+def load(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def check_equal(model, ours, policy: str, **overrides) -> None:
+    ours.set_routing(policy, **overrides)
+    with torch.no_grad():
+        difference = (model(IDS).logits - ours(IDS).logits).abs().max().item()
+    print(f"difference {difference}")
+    assert difference == 0.0
+
+
+def test_a_saved_folder_is_our_model(own_code, ours):
+    model = load(own_code)
+    assert isinstance(model, LLaDA2ForDiffusion)
+    check_equal(model, ours, "dmoe")
+
+
+@pytest.mark.parametrize("policy", ["own", "token", "top4", "des_seq", "des_vote", "capacity", "dmoe"])
+def test_remote_code_loads_into_stacked_weights(policy, released_code, ours):
+    overrides = dict(top4=dict(top_k=2), capacity=dict(capacity=6), dmoe=dict(min_experts=8)).get(policy, {})
+    hf_loading.register(policy, **overrides)
+    model = load(released_code, dtype=torch.float32)
+    for layer, own in zip(model.model.layers[1:], ours.moe_layers):
+        assert isinstance(layer.mlp, dmoe_ops.BlockMoE)
+        for name, value in own.state_dict().items():
+            assert torch.equal(layer.mlp.state_dict()[name], value), name
+    check_equal(model, ours, policy, **overrides)
+
+
+def test_what_is_loaded_is_saved_as_it_was(released_code, tmp_path):
+    hf_loading.register()
+    load(released_code, dtype=torch.float32).save_pretrained(tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (released_code, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_half_widths(released_code, ours, tmp_path):
+    """expert_bias keeps its digits."""
+    hf_loading.register("dmoe")
+    model = load(released_code, dtype=torch.bfloat16)
+    own = LLaDA2ForDiffusion.from_pretrained(released_code, dtype="bfloat16")
+    for layer, moe in zip(model.model.layers[1:], own.moe_layers):
+        assert layer.mlp.w13.dtype == torch.bfloat16
+        assert layer.mlp.expert_bias.dtype == torch.float32 and torch.equal(layer.mlp.expert_bias, moe.expert_bias)
+    check_equal(model, own, "dmoe")
+
+
+def test_rotary_embeddings_of_the_released_class(released_code):
+    """Without `register`: an error of transformers, or frequencies that `patch` refuses."""
+    from transformers.monkey_patching import clear_patch_mapping
+
+    clear_patch_mapping()
+    USER_REGISTERED_MAPPINGS.discard(hf_loading.MODEL_TYPE)
+    with pytest.raises(KeyError, match="default"):
+        load(released_code)
+    code = (released_code / "modeling_llada2_moe.py").read_text()
+    wanted = 'ROPE_INIT_FUNCTIONS["default"](config)'
+    assert wanted in code
+    size = CONFIG.rotary_dim // 2
+    (released_code / "modeling_llada2_moe.py").write_text(
+        code.replace(wanted, f"config.rope_theta ** -(torch.arange({size}) / {size}), 1")
+    )
+    renamed = released_code.rename(released_code.with_name("renamed"))
+    model = load(renamed)
+    model.model.rotary_emb.inv_freq.fill_(3.0)  # what was in the memory
+    with pytest.raises(ValueError, match="inv_freq must hold the frequencies of a rotary embedding"):
+        dmoe_ops.patch(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [Qwen3MoeConfig, DeepseekV3Config])
+def test_experts_of_transformers_own_models(family, dtype):
+    hf_loading.register()
+    small = dict(hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=96)
+    small |= dict(num_attention_heads=4, num_key_value_heads=4, num_experts_per_tok=4)
+    if family is DeepseekV3Config:
+        small |= dict(n_routed_experts=16, n_group=4, topk_group=2, q_lora_rank=16, kv_lora_rank=16, v_head_dim=16)
+        small |= dict(qk_rope_head_dim=8, qk_nope_head_dim=8, first_k_dense_replace=1)
+    else:
+        small |= dict(num_experts=16, head_dim=16)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family(**small), dtype=dtype, experts_implementation="eager").eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3 if weight.dim() > 1 else 1)
+        want = model(IDS).logits.float()
+        model.set_experts_implementation("dmoe")
+        got = model(IDS).logits.float()
+    assert model.config._experts_implementation == "dmoe"
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    print(f"relative error {error:.2g}")
+    assert 0 < error < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_experts_that_are_not_ours_are_refused():
+    hf_loading.register()
+    small = dict(hidden_size=64, moe_intermediate_size=32, num_hidden_layers=1, vocab_size=96, num_experts=8)
+    config = Qwen3MoeConfig(**small, num_attention_heads=4, num_key_value_heads=4, hidden_act="gelu_pytorch_tanh")
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="dmoe")
+    with pytest.raises(
+        ValueError, match="must not be 'dmoe' for Qwen3MoeExperts: it has hidden_act='gelu_pytorch_tanh'"
+    ):
+        model(IDS)
+
+
+def test_what_register_refuses():
+    with pytest.raises(ValueError, match=r"policy must be one of own, token, .*, got 'dMoE'"):
+        hf_loading.register("dMoE")
+    with pytest.raises(ValueError, match="overrides must be fields of BlockRouting, got top_q=1"):
+        hf_loading.register("dmoe", top_q=1)
