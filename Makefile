@@ -53,7 +53,7 @@ test-sglang test-vllm test-hf: test-%:
 	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/$*.txt
 	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 		--force-reinstall .
-	PYTHONSAFEPATH=1 $(ENGINES)/$*/bin/python -m pytest --confcutdir tests/engines tests/engines/test_$*.py $(ARGS)
+	PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 HF_HOME=$(abspath $(ENGINES))/home $(ENGINES)/$*/bin/python -m pytest --confcutdir tests/engines tests/engines/test_$*.py $(ARGS)
 
 # Ends with an error if anything differs or crashes. FUZZ="--count 5000 --seed 3" for fewer cases, or others.
 fuzz: $(SETUP)

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-os.environ["HF_HUB_OFFLINE"], os.environ["HF_MODULES_CACHE"] = "1", tempfile.mkdtemp()
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers 5 is not installed: make test-hf sets up an environment with it", allow_module_level=True)
 
