@@ -66,6 +66,17 @@ def test_counts_are_those_of_a_loop():
     assert counts.sums.tolist() == [blocks, unique, coreset] and blocks == 5
 
 
+def test_counts_of_blocks_cut_anywhere():
+    routing = BlockRouting(num_experts=12, top_k=3, block_size=4, n_group=3, topk_group=2, min_experts=2)
+    logits = torch.randn(9, 12, generator=torch.Generator().manual_seed(5)) * 3
+    offsets = torch.tensor([0, 1, 5, 7, 9], dtype=torch.int32)
+    routed, counts = block_route(logits, routing=routing, block_offsets=offsets), serving.Counts("cpu")
+    counts.add(routed, routing, offsets)
+    blocks = [routed.topk_ids[begin:end] for begin, end in zip(offsets.tolist(), offsets.tolist()[1:])]
+    unique = sum(len(set(block.flatten().tolist()) - {-1}) for block in blocks)
+    assert counts.sums.tolist() == [4, unique, int(routed.coreset_sizes.sum())]
+
+
 def test_counting_waits_for_nothing():
     """On fake tensors nothing can look at a value."""
     routing = BlockRouting(num_experts=12, top_k=3, block_size=4, n_group=3, topk_group=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from typing import NamedTuple
@@ -59,13 +60,37 @@ class Counts:
     def __init__(self, device):
         self.sums = torch.zeros(3, dtype=torch.int64, device=device)
 
-    def add(self, routed: RoutingResult, routing: BlockRouting) -> None:
-        """Of blocks cut every `block_size` tokens."""
+    def add(self, routed: RoutingResult, routing: BlockRouting, block_offsets=None) -> None:
+        """Of blocks cut every `block_size` tokens, or at `block_offsets`."""
         n_blocks, experts = routed.coreset_sizes.shape[0], routing.num_experts
-        block = torch.arange(routed.topk_ids.shape[0], device=self.sums.device) // routing.block_size
+        token = torch.arange(routed.topk_ids.shape[0], device=self.sums.device)
+        if block_offsets is None:
+            block = token // routing.block_size
+        else:
+            block = torch.searchsorted(block_offsets, token, right=True) - 1
         taken = routed.topk_ids.long() % (experts + 1) + (experts + 1) * block[:, None]  # -1 becomes the last column
         seen = torch.zeros(n_blocks * (experts + 1), dtype=torch.int64, device=self.sums.device)
         unique = seen.index_fill_(0, taken.flatten(), 1).view(n_blocks, experts + 1)[:, :experts].sum()
         self.sums[0] += n_blocks
         self.sums[1] += unique
         self.sums[2] += routed.coreset_sizes.sum()
+
+
+def tell_counts(logger, counts: list[Counts], in_metrics: bool) -> None:
+    """Of the layers' counts: a line with the means per block and, where an engine collects the metrics of its processes, the
+    sums as gauges. Waits for the device."""
+    sums = sum(one.sums for one in counts).tolist()
+    blocks, unique, coreset = sums
+    means = unique / max(blocks, 1), coreset / max(blocks, 1)
+    logger.info("dmoe: %d blocks routed, %.2f unique experts and %.2f in the coreset of each", blocks, *means)
+    if in_metrics:
+        for name, value in zip(Counts.NAMES, sums):
+            gauge(name).set(value)
+
+
+@functools.cache
+def gauge(name: str):
+    """In the files that an engine's /metrics collects."""
+    import prometheus_client
+
+    return prometheus_client.Gauge(f"dmoe:{name}", f"{name} since the start", multiprocess_mode="mostrecent")

@@ -157,24 +157,6 @@ def count(every: int, _, runner, *args, **kwargs) -> None:
 
     if runner.forward_pass_id % every or get_parallel().tp_rank != 0:
         return
-    counted = [block.counts.sums for block in blocks_of(runner.model) if block.left_alone is None]
-    if not counted:
-        return
-    sums = sum(counted).tolist()
-    blocks = max(sums[0], 1)
-    logger.info(
-        "dmoe: %d blocks routed, %.2f unique experts and %.2f in the coreset of each",
-        sums[0],
-        *(n / blocks for n in sums[1:]),
-    )
-    if runner.server_args.enable_metrics:
-        for name, value in zip(serving.Counts.NAMES, sums):
-            gauge(name).set(value)
-
-
-@functools.cache
-def gauge(name: str):
-    """In the files that the engine's /metrics collects."""
-    import prometheus_client
-
-    return prometheus_client.Gauge(f"dmoe:{name}", f"{name} since the start", multiprocess_mode="mostrecent")
+    counted = [block.counts for block in blocks_of(runner.model) if block.left_alone is None]
+    if counted:
+        serving.tell_counts(logger, counted, runner.server_args.enable_metrics)

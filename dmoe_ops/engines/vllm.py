@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
+import os
 
 import torch
 
@@ -25,7 +26,7 @@ logger = logging.getLogger("vllm.dmoe")  # vLLM shows what loggers below its own
 @functools.cache  # vLLM may call it several times in a process
 def plugin() -> None:
     try:
-        asked = serving.asked()
+        asked, report_every = serving.asked(), serving.report_every()
     except ValueError as error:
         if multiprocessing.parent_process() is None:  # every process of the engine comes here: one line is enough
             logger.error("dmoe: %s; routing stays vLLM's own", error)
@@ -33,13 +34,16 @@ def plugin() -> None:
     if asked is not None:
         from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-        MoERunner.register_oot(runner(asked))
+        MoERunner.register_oot(runner(asked, report_every))
 
 
-def runner(asked: serving.Asked):
-    """A subclass of vLLM's runner that routes as is asked for, or stays as it is and has the reason in `left_alone`."""
+def runner(asked: serving.Asked, report_every: int = 0):
+    """A subclass of vLLM's runner that routes as is asked for, or stays as it is and has the reason in `left_alone`.
+    report_every: after how many forwards what was routed is told; 0: never."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
+
+    statistics = Statistics(report_every) if report_every else None
 
     class BlockRoutedRunner(MoERunner):
         def __init__(self, *args, **kwargs):
@@ -62,13 +66,12 @@ def runner(asked: serving.Asked):
                     hidden_states, router_logits, shared_experts_input, input_ids, shared_experts_overlapping
                 )
             self._maybe_apply_shared_experts(shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
-            layer = self.routed_experts
+            layer, offsets = self.routed_experts, offsets_here(router_logits, self.routing.block_size)
             routed = router.block_route(
-                router_logits.float(),
-                layer.e_score_correction_bias,
-                routing=self.routing,
-                block_offsets=offsets_here(router_logits, self.routing.block_size),
+                router_logits.float(), layer.e_score_correction_bias, routing=self.routing, block_offsets=offsets
             )
+            if statistics is not None and offsets is not None:  # a warm-up has none
+                statistics.add(self, routed, offsets)
             y = experts.moe_experts(
                 hidden_states, layer.w13_weight, layer.w2_weight, *routed[:2], expert_map=layer._expert_map
             )
@@ -77,6 +80,21 @@ def runner(asked: serving.Asked):
             return None if self._shared_experts is None else self._shared_experts.output, y
 
     return BlockRoutedRunner
+
+
+class Statistics:
+    """What the layers of a model have routed; told when the first of them begins the next round of forwards."""
+
+    def __init__(self, every: int):
+        self.every, self.forwards, self.counts = every, 0, {}
+
+    def add(self, runner, routed, offsets) -> None:
+        counts = self.counts.setdefault(runner, serving.Counts(routed.topk_ids.device))
+        if runner is next(iter(self.counts)):
+            if self.forwards and self.forwards % self.every == 0 and is_first_rank(runner):
+                serving.tell_counts(logger, list(self.counts.values()), "PROMETHEUS_MULTIPROC_DIR" in os.environ)
+            self.forwards += 1
+        counts.add(routed, runner.routing, offsets)
 
 
 def leave(layer) -> None:
@@ -129,12 +147,16 @@ def told(said: str) -> bool:
     return True
 
 
+def is_first_rank(runner) -> bool:
+    return runner.moe_config.tp_rank == 0 and runner.moe_config.ep_rank == 0
+
+
 def tell(runner) -> None:
     """One line for a model: what is replaced, or why nothing is."""
     from vllm.config import get_current_vllm_config
 
     model = get_current_vllm_config().model_config.architectures[0]
-    if runner.moe_config.tp_rank != 0 or runner.moe_config.ep_rank != 0:
+    if not is_first_rank(runner):
         return
     if runner.left_alone is None:
         said = f"dmoe: routing and experts of the MoE layers of {model} are replaced: {runner.routing}"

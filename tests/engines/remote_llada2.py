@@ -8,7 +8,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dmoe_ops import reference
-from dmoe_ops.models.llada2 import MLP, Attention, RMSNorm, block_causal_mask, routing_for
+from dmoe_ops.models import attention
+from dmoe_ops.models.llada2 import MLP, Attention, RMSNorm, routing_for
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
 
@@ -66,8 +67,8 @@ class LLaDA2MoeDecoderLayer(nn.Module):
         dense = layer < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size, None) if dense else LLaDA2MoeSparseMoeBlock(config)
 
-    def forward(self, x, rotary, mask):
-        x = x + self.attention(self.input_layernorm(x), rotary, mask, lambda key, value: (key, value))
+    def forward(self, x, rotary):
+        x = x + self.attention(self.input_layernorm(x), rotary, lambda *qkv: attention.attend(*qkv, 0, 32))
         out = self.mlp(self.post_attention_layernorm(x))
         return x + (out[0] if isinstance(out, tuple) else out)
 
@@ -93,9 +94,8 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
     def forward(self, input_ids):
         x = self.word_embeddings(input_ids)
         rotary = [part[0] for part in self.rotary_emb(x, torch.arange(x.shape[1])[None])]
-        mask = block_causal_mask(0, x.shape[1], 32, x.device)
         for layer in self.layers:
-            x = layer(x, rotary, mask)
+            x = layer(x, rotary)
         return self.norm(x)
 
 

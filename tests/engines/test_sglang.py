@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is not installed: make test-sglang sets up an environment with it", allow_module_level=True)
 
+import psutil
+
 from dmoe_ops import reference
 from dmoe_ops.demo import SHIPPED_PROMPTS
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, TextCodec
@@ -235,11 +237,46 @@ def server(folder: Path, out: Path, env: dict, *arguments: str):
         yield url
 
 
-def post(url: str, ids: list[int], timeout: float = 400) -> list[int]:
-    body = dict(input_ids=ids, sampling_params=dict(temperature=0, max_new_tokens=NEW_TOKENS))
-    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
+def post(url: str, ids: list[int], timeout: float = 400, new_tokens: int = NEW_TOKENS, **more) -> list[int]:
+    body = dict(input_ids=ids, sampling_params=dict(temperature=0, max_new_tokens=new_tokens), **more)
+    return json.loads(fetch(f"{url}/generate", body, timeout))["output_ids"]
+
+
+def fetch(url: str, body: dict, timeout: float = 60) -> bytes:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=timeout) as answer:
-        return json.loads(answer.read())["output_ids"]
+        return answer.read()
+
+
+# ---- what goes wrong ----
+
+
+def test_an_aborted_request_and_a_killed_rank(checkpoints, tmp_path):
+    """The others' answers stay what they are, and the server takes new requests; without one of its ranks it says so and
+    ends, as it does without the plugin."""
+    folder, want = checkpoints["grouped"], expected(checkpoints["grouped"], "dmoe")
+    with server(folder, tmp_path, environment("dmoe"), "--tp-size", "2") as url:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            gone = pool.submit(post, url, prompts("grouped")[7], rid="gone", new_tokens=700)
+            others = [pool.submit(post, url, ids) for ids in prompts("grouped")[:7]]
+            time.sleep(1)
+            fetch(f"{url}/abort_request", dict(rid="gone"))
+            assert len(gone.result()) < 700
+            check_equal([other.result() for other in others], want[:7])
+        check_equal([post(url, prompts("grouped")[7])], want[7:])
+        ranks = [
+            p for p in psutil.Process().children(recursive=True) if "scheduler_TP1" in p.name() + " ".join(p.cmdline())
+        ]
+        (rank,) = ranks
+        rank.kill()
+        for _ in range(60):  # until nobody listens any more
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0:
+                    break
+            time.sleep(1)
+        else:
+            raise AssertionError("the server still listens")
+    assert "SIGQUIT received" in (tmp_path / "log.txt").read_text()
 
 
 # ---- the block ----

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def answers(checkpoint, tmp_path_factory):
     """answers(policy, place): of all prompts as one batch, and of three of them alone, as (tokens, log-probability)."""
 
     @functools.cache
-    def run(policy: str | None, place: str):
+    def run(policy: str | None, place: str, **more: str):
         out = tmp_path_factory.mktemp("vllm")
         engine = ENGINE | dict(model=str(checkpoint)) | PLACES[place]
         batches = [prompts(), *([prompts()[i]] for i in (1, 4, 7))]
@@ -99,6 +100,7 @@ def answers(checkpoint, tmp_path_factory):
             env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
         if policy:
             env["DMOE_POLICY"] = policy
+        env |= more
         log = run_process([sys.executable, str(HERE / "vllm_on_cpu.py"), str(out / "job.json")], env, out / "log.txt")
         assert (out / "answers.json").exists(), log[-4000:]
         return json.loads((out / "answers.json").read_text()), [line for line in log.splitlines() if "dmoe:" in line]
@@ -161,3 +163,25 @@ def test_a_policy_that_does_not_exist_changes_nothing(answers):
     (unknown, said), (stock, _) = answers("dMoE", "TP1"), answers(None, "TP1")
     assert unknown == stock
     assert len(said) == 1 and "DMOE_POLICY must be one of" in said[0] and "routing stays vLLM's own" in said[0]
+
+
+def test_statistics(answers, tmp_path):
+    """Means per block in the log, and sums where the metrics of the engine's processes are collected."""
+    more = dict(DMOE_STATISTICS="4", PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    counted, said = answers("dmoe", "TP1", **more)
+    assert counted == answers("dmoe", "TP1")[0]
+    found = [
+        re.search(r"dmoe: (\d+) blocks routed, ([\d.]+) unique experts and ([\d.]+) in the coreset", line)
+        for line in said
+    ]
+    found = [[float(value) for value in line.groups()] for line in found if line]
+    # Four batches of 12 forwards.
+    layers = CONFIG["num_hidden_layers"] - CONFIG["first_k_dense_replace"]
+    assert len(found) == (4 * NEW_TOKENS - 1) // 4
+    assert all(blocks % layers == 0 and 8 <= unique <= coreset <= 64 for blocks, unique, coreset in found)
+    first = sum(-(-len(ids) // 32) for ids in prompts()) + 3 * len(
+        prompts()
+    )  # the prompts, and three tokens more of each
+    assert found[0][0] == layers * first
+    assert [blocks for blocks, _, _ in found] == sorted(blocks for blocks, _, _ in found)
+    assert any(b"dmoe:unique_experts" in file.read_bytes() for file in tmp_path.glob("gauge_*.db"))
