@@ -3,7 +3,7 @@
 // Persistent thread blocks draw tiles, up tiles before down tiles. Eight warps fill a ring of stages in shared memory by bulk
 // copies, four or eight multiply. The down phase's k is cut into parts, and a tile of it needs the up tiles of its part's
 // experts only: parts of early experts are drawn while late ones are still in the up phase. Its weights don't need even
-// those, so the ring holds them by then. Tiles are drawn, not given out by block index: whoever waits for a tile waits for a
+// those, so the ring holds them by then. Last come sums of the parts, in pieces that keep all thread blocks busy. Tiles are drawn, not given out by block index: whoever waits for a tile waits for a
 // thread block that already runs, however many fit on the chip. Who computes a tile does not change its bits.
 #pragma once
 
@@ -17,7 +17,7 @@ struct Plan {
   int64_t tokens, hidden, inner, shared_inner;
   Form form;
   int members, up_chunks, chunks_of_member, chunks_of_shared;
-  int up_tiles, up_tiles_of_member, up_tiles_of_shared, down_rows, tiles;
+  int up_tiles, up_tiles_of_member, up_tiles_of_shared, down_rows, down_end, tiles;
 
   DMOE_DEVICE Plan(const Experts& a, const Form& form_)
       : tokens(a.tokens),
@@ -33,9 +33,11 @@ struct Plan {
         up_tiles_of_member(static_cast<int>(inner / (form.rows / 2))),
         up_tiles_of_shared(static_cast<int>(shared_inner / (form.rows / 2))),
         down_rows(static_cast<int>(hidden / form.rows)),
+        down_end(0),
         tiles(0) {
     up_tiles = up_tiles_of_shared + members * up_tiles_of_member;
-    tiles = up_tiles + down_rows * form.splits;
+    down_end = up_tiles + down_rows * form.splits;
+    tiles = down_end + (form.splits > 1 ? down_rows * form.splits : 0);
   }
 
   // The down phase's k: the shared expert's chunks, then the members'. Chunks before a split, and before a member (-1: shared).
@@ -43,9 +45,6 @@ struct Plan {
     return (chunks_of_shared + members * chunks_of_member) * split / form.splits;
   }
   DMOE_DEVICE int member_begin(int member) const { return member < 0 ? 0 : chunks_of_shared + member * chunks_of_member; }
-  DMOE_DEVICE bool reads(int split, int member) const {
-    return split_begin(split) < member_begin(member + 1) && member_begin(member) < split_begin(split + 1);
-  }
   // Up tiles of the experts that a split reads.
   DMOE_DEVICE int awaited(int split) const {
     const int begin = split_begin(split), end = split_begin(split + 1);
@@ -58,16 +57,27 @@ struct Plan {
   }
 };
 
-// Tile i of the plan: the shared expert's up tiles, the members' up tiles, then the down tiles.
+// Tile i of the plan: the shared expert's up tiles, the members' up tiles, the down tiles, then sums of their parts.
 struct Tile {
-  bool down;
+  bool up, down;      // or neither: a sum
   int member;         // up: position in the schedule, -1 for the shared expert
-  int row;            // up: first row of gate; down: first column of y
-  int split;          // down
+  int row;            // up: first row of gate; else first column of y
+  int split;          // down; sum: which of as many pieces of the columns' y
   int first, chunks;  // chunks along k
 
-  DMOE_DEVICE Tile(const Plan& p, int i) : down(i >= p.up_tiles), member(-1), row(0), split(0), first(0), chunks(p.up_chunks) {
-    if (down) {
+  DMOE_DEVICE Tile(const Plan& p, int i)
+      : up(i < p.up_tiles),
+        down(!up && i < p.down_end),
+        member(-1),
+        row(0),
+        split(0),
+        first(0),
+        chunks(p.up_chunks) {
+    if (!up && !down) {
+      split = (i - p.down_end) / p.down_rows;
+      row = (i - p.down_end) % p.down_rows * p.form.rows;
+      chunks = 0;
+    } else if (down) {
       split = (i - p.up_tiles) / p.down_rows;
       row = (i - p.up_tiles) % p.down_rows * p.form.rows;
       first = p.split_begin(split);
@@ -100,7 +110,7 @@ struct Chunk {
 DMOE_DEVICE Chunk chunk(const Experts& a, const Plan& p, const ExpertsWorkspace& w, const Tile& tile, int i) {
   const char* work = static_cast<const char*>(a.workspace);
   Chunk c{};
-  if (!tile.down) {
+  if (tile.up) {
     const int64_t k0 = static_cast<int64_t>(i) * kChunk;
     const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;
     const char* base = tile.member < 0
@@ -134,7 +144,6 @@ struct Ring {
   dev::Barrier full[kMaxStages], empty[kMaxStages];
   int tile[kMaxStages], steps[kMaxStages];  // tile -1: no more; steps: k / 16
   int drawn[2];          // by the producers, in turn
-  int last;
   float weight[kMaxTokens];
 };
 static_assert(sizeof(Ring) <= kExpertsHeader);
@@ -217,7 +226,7 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
       open(at, i, part.k);
       if (weights || copies_tokens) copy(at, tile, part);
     }
-    if (tile.chunks == 0) {  // a part of no expert at all: zeros
+    if (tile.chunks == 0) {  // a sum; or a part of no expert at all: zeros
       open(at, i, 0);
       at.next(n_stages);
     }
@@ -234,37 +243,27 @@ DMOE_DEVICE uint16_t round16(float value) {
   return kHalf ? dev::float_to_half(value) : dev::float_to_bf16(value);
 }
 
-// Twice four columns of a token at a time, all loads before the first addition: at T = 32 memory's latency is paid twice.
+// One piece of a row's y from the parts, in their order: four columns of a token at a time, all loads before the first addition.
 template <bool kHalf>
 DMOE_DEVICE void add_parts(const Plan& p, const Tile& tile, const float* parts, uint16_t* y, int thread) {
-  constexpr int kTogether = 2;
-  const int fours = p.form.rows / 4, n = static_cast<int>(p.tokens) * fours, threads = p.form.consumers();
-  const auto at = [&](int j) { return j / fours * p.hidden + tile.row + j % fours * 4; };
-  for (int first = thread; first < n; first += kTogether * threads) {
-    dev::Four part[kTogether][kMaxSplits];
+  const int fours = p.form.rows / 4, all = static_cast<int>(p.tokens) * fours, pieces = p.form.splits;
+  const int end = all * (tile.split + 1) / pieces;
+  for (int j = all * tile.split / pieces + thread; j < end; j += p.form.consumers()) {
+    const int64_t at = j / fours * p.hidden + tile.row + j % fours * 4;
+    dev::Four part[kMaxSplits];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int j = first + i * threads;
-#pragma unroll
-      for (int s = 0; s < kMaxSplits; ++s) {
-        const bool there = j < n && s < p.form.splits;
-        part[i][s] = there ? dev::load_fresh(&parts[s * p.tokens * p.hidden + at(j)]) : dev::Four{};
-      }
+    for (int s = 0; s < kMaxSplits; ++s) {
+      part[s] = s < p.form.splits ? dev::load_fresh(&parts[s * p.tokens * p.hidden + at]) : dev::Four{};
     }
+    Quad out;
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int j = first + i * threads;
-      if (j >= n) break;
-      Quad out;
+    for (int c = 0; c < 4; ++c) {
+      float total = 0;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float total = 0;
-#pragma unroll
-        for (int s = 0; s < kMaxSplits; ++s) total += part[i][s].v[c];
-        out.value[c] = round16<kHalf>(total);
-      }
-      *reinterpret_cast<Quad*>(y + at(j)) = out;
+      for (int s = 0; s < kMaxSplits; ++s) total += part[s].v[c];
+      out.value[c] = round16<kHalf>(total);
     }
+    *reinterpret_cast<Quad*>(y + at) = out;
   }
 }
 
@@ -288,6 +287,8 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
   // What each lane names in a load of matrices: rows 0-7, 8-15 and k 0-7, 8-15 in the order of the MMA's registers.
   const int own_weights = (warp * 16 + (lane & 15)) * kPitch + (lane >> 4) * 16;
   const int own_tokens = (p.form.rows + (lane >> 4) * 8 + (lane & 7)) * kPitch + (lane >> 3 & 1) * 16;
+  // Known early, as its divisions would stand between h and those who wait for it.
+  const int split_begin = p.split_begin(thread), split_end = p.split_begin(thread + 1);
   Place at;
 
   for (;;) {
@@ -295,7 +296,7 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
     const int i = ring.tile[at.stage];
     if (i < 0) return;
     const Tile tile(p, i);
-    if (!tile.down && thread < tokens) {
+    if (tile.up && thread < tokens) {
       float weight = tile.member < 0 ? 1.0f : 0.0f;
       if (tile.member >= 0) {
         const int expert = static_cast<int>(a.schedule[kUsed + tile.member]);
@@ -335,8 +336,19 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
     }
 
     char* work = static_cast<char*>(a.workspace);
+    float* parts = reinterpret_cast<float*>(work + w.parts);
+    uint16_t* y = static_cast<uint16_t*>(a.y);
+    if (!tile.up && !tile.down) {
+      const uint32_t* arrived = &counters[kColumns + tile.row / p.form.rows];
+      if (thread == 0) {
+        while (dev::load_acquire(arrived) < static_cast<uint32_t>(p.form.splits)) dev::pause(kPollPause);
+      }
+      dev::sync_some(1, threads);
+      add_parts<kHalf>(p, tile, parts, y, thread);
+      continue;
+    }
     const int low = lane >> 2;  // this thread's rows of the product: low and low + 8
-    if (!tile.down) {
+    if (tile.up) {
       dev::sync_some(1, threads);  // the weights of the tokens are there
       const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;
       uint16_t* h = reinterpret_cast<uint16_t*>(work + (tile.member < 0 ? w.shared_h : w.h + 2 * tile.member * p.tokens * inner));
@@ -348,19 +360,18 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
           if (token < tokens) {
             const float weight = ring.weight[token], gate = sum[n][j], up = sum[n][2 + j];
             // Weight 0: the token did not choose this expert, and an overflow there must not reach it.
-            const float value = weight == 0 ? 0.0f : gate / (1.0f + expf(-gate)) * up * weight;
+            const float value = weight == 0 ? 0.0f : dev::silu(gate) * up * weight;
             h[token * inner + tile.row + warp * 8 + low] = round16<kHalf>(value);
           }
         }
       }
       dev::fence_copies();  // h is read by bulk copies
       dev::sync_some(1, threads);
-      if (thread < p.form.splits && p.reads(thread, tile.member)) dev::atomic_add_ordered(&counters[kUpDone + thread], 1);
+      const bool read = split_begin < p.member_begin(tile.member + 1) && p.member_begin(tile.member) < split_end;
+      if (thread < p.form.splits && read) dev::atomic_add_ordered(&counters[kUpDone + thread], 1);
       continue;
     }
 
-    float* parts = reinterpret_cast<float*>(work + w.parts);
-    uint16_t* y = static_cast<uint16_t*>(a.y);
 #pragma unroll
     for (int n = 0; n < 2 * kSixteens; ++n) {
 #pragma unroll
@@ -376,14 +387,8 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
       }
     }
     if (p.form.splits == 1) continue;
-    // The last of a row's parts to arrive adds them up, in their order: which one it is does not change the sum.
     dev::sync_some(1, threads);
-    if (thread == 0) {
-      const uint32_t before = dev::atomic_add_ordered(&counters[kColumns + tile.row / p.form.rows], 1);
-      ring.last = before + 1 == static_cast<uint32_t>(p.form.splits);
-    }
-    dev::sync_some(1, threads);
-    if (ring.last) add_parts<kHalf>(p, tile, parts, y, thread);
+    if (thread == 0) dev::atomic_add_ordered(&counters[kColumns + tile.row / p.form.rows], 1);
   }
 }
 

@@ -12,12 +12,12 @@ __global__ void __launch_bounds__(kRouterThreads, 1) gate_entry(const __grid_con
   gate_kernel(args, shared);
 }
 
-// N experts per lane: 8 for E <= 256, 16 above.
-template <int N>
+// N experts per lane: 8 for E <= 256, 16 above. kUsual: see `is_usual`.
+template <int N, bool kUsual = false>
 __global__ void __launch_bounds__(kRouterThreads, 1)
     route_entry(const __grid_constant__ Router args, const __grid_constant__ Routing routing) {
   extern __shared__ __align__(128) char shared[];
-  route_kernel<N>(args, routing, shared);
+  route_kernel<N, kUsual>(args, routing, shared);
 }
 
 __global__ void __launch_bounds__(kRouterThreads, 1)
@@ -68,7 +68,7 @@ const char* block_route(const Router& args, const Routing& routing, void* stream
     if (error != cudaSuccess) return text(error);
     route.x = nullptr;
   }
-  const auto kernel = args.experts <= 256 ? route_entry<8> : route_entry<16>;
+  const auto kernel = is_usual(route, routing) ? route_entry<8, true> : args.experts <= 256 ? route_entry<8> : route_entry<16>;
   int size = 1;
   if (clusters) {
     error = largest_cluster(kernel, cluster_size(args.n_blocks, multiprocessors), &size);

@@ -560,8 +560,30 @@ DMOE_DEVICE void experts_of_tokens(const Router& a, const Routing& routing, cons
   });
 }
 
-template <int N>
-DMOE_DEVICE void route_kernel(const Router& a, const Routing& routing, char* shared) {
+// The settings of LLaDA2.0: where they are known to the compiler, what others need is neither fetched nor jumped over.
+DMOE_BOTH void set_usual(Router& a, Routing& routing) {
+  a.experts = 256;
+  a.x_dtype = a.gate_dtype = Dtype::bf16;
+  routing.top_k = routing.n_group = 8;
+  routing.topk_group = 4;
+  routing.score = Score::sigmoid;
+  routing.aggregate = Aggregate::topk_sum;
+  routing.select = Select::top_p;
+  routing.norm_topk_prob = true;
+}
+inline bool is_usual(const Router& a, const Routing& r) {
+  Router b = a;
+  Routing s = r;
+  set_usual(b, s);
+  const bool dtypes = a.x_dtype == b.x_dtype && a.gate_dtype == b.gate_dtype;
+  return a.experts == b.experts && (dtypes || !a.x) && r.top_k == s.top_k && r.n_group == s.n_group &&
+         r.topk_group == s.topk_group && r.score == s.score && r.aggregate == s.aggregate && r.select == s.select &&
+         r.norm_topk_prob == s.norm_topk_prob;
+}
+
+template <int N, bool kUsual = false>
+DMOE_DEVICE void route_kernel(Router a, Routing routing, char* shared) {
+  if constexpr (kUsual) set_usual(a, routing);
   Part p(a, routing, shared);
   const int block = dev::cluster_index();
   dev::launch_dependents();

@@ -144,6 +144,7 @@ inline float from_bits(uint32_t value) {
   std::memcpy(&result, &value, 4);
   return result;
 }
+inline float silu(float gate) { return gate / (1.0f + std::exp(-gate)); }
 inline float half_to_float(uint16_t value) {
   _Float16 half;
   std::memcpy(&half, &value, 2);

@@ -26,7 +26,9 @@ inline Launches route_launches(Router a, const Routing& routing, int cluster, bo
       router_shared(static_cast<int>(a.experts), static_cast<int>(routing.block_size), cluster, a.x != nullptr);
   all.push_back({static_cast<int>(a.n_blocks) * cluster, kRouterThreads, cluster, at.bytes, !two_launches,
                  [a, routing](char* shared) {
-                   if (a.experts <= 256) {
+                   if (is_usual(a, routing)) {
+                     route_kernel<8, true>(a, routing, shared);
+                   } else if (a.experts <= 256) {
                      route_kernel<8>(a, routing, shared);
                    } else {
                      route_kernel<16>(a, routing, shared);

@@ -46,8 +46,8 @@ def router(case: Case, machine: Machine, store: Store) -> Estimate:
 
 
 def experts(case: Case, machine: Machine, store: Store) -> Estimate:
-    """Persistent thread blocks whose ring of copies never drains: the whole launch is one wave. At its end the last parts
-    are written, counted and added up."""
+    """Persistent thread blocks whose ring of copies never drains: the whole launch is one wave. h and then the parts of y
+    are handed over; at the end each thread block adds up a piece of y."""
     facts = store.cuda("experts", 32 * -(-case.tokens // 32), 8)
     rows, stages = WIDE if case.tokens <= 48 else NARROW
     weights = case.unique * case.expert_bytes + case.shared_bytes
@@ -67,12 +67,11 @@ def experts(case: Case, machine: Machine, store: Store) -> Estimate:
     limits["HBM"] = (weights - case.shared_bytes) / machine.hbm / 1e6
     limits["L2"] = moved / machine.l2 / 1e6
     limits["flight"] = moved / machine.sms / (stages * (rows + case.tokens) * CHUNK * 2) * machine.dram_us
-    rounds = math.ceil(case.tokens * rows / 4 / (2 * 2 * rows))
     parts = dict(
         start=machine.early,
         fill=machine.dram_us,
         waves=mean(limits.values()),
-        extra=(loops[tile].latency / 2 + rounds * loops[adding].latency) / machine.clock,
+        extra=2 * machine.handover + (loops[tile].latency / 2 + loops[adding].latency) / machine.clock,
         fetch=facts.instructions / machine.fetch,
     )
     return Estimate("experts", sum(parts.values()), parts, limits)

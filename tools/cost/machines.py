@@ -29,6 +29,9 @@ class Machine:
     early: float  # the same with programmatic dependent launch
     sources: str
     fetch: float = 500.0  # instructions that did not run lately; fitted to H100 and H200 (bench/NOTES.md), else assumed
+    handover: float = (
+        2.4  # from a thread block's last product until others go on with it; H200 (bench/NOTES.md), else assumed
+    )
 
 
 KIB = 1 << 10
