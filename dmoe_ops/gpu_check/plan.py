@@ -83,7 +83,7 @@ def tests_step(name: str, backend: str, chosen: list[str], seconds: float, env: 
 
 
 def small_step(name: str, file: str, chosen: str) -> Step:
-    spread = ["-n", "4"] if importlib.util.find_spec("xdist") else []  # most of the time is compilation
+    spread = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # most of the time is compilation
     return tests_step(f"triton tests: {name}", "triton", [file, *(["-k", chosen] if chosen else []), *spread], 150.0)
 
 
