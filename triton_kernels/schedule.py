@@ -56,10 +56,14 @@ def local_only(chosen, expert, real, map_ptr, HAS_MAP: tl.constexpr):
 
 @triton.jit
 def store_used(used, expert, block, used_ptr, counts_ptr, WIDTH: tl.constexpr):
-    """`used` [EP] as the ascending list of its experts."""
+    """`used` [EP] as the ascending list of its experts, and zeros: kernels load from behind it before they know its length."""
     place = tl.cumsum(used.to(tl.int32), 0) - 1
-    tl.store(used_ptr + block.to(tl.int64) * WIDTH + place, expert, mask=used)
-    tl.store(counts_ptr + block, tl.sum(used.to(tl.int32), 0))
+    count = tl.sum(used.to(tl.int32), 0)
+    row = used_ptr + block.to(tl.int64) * WIDTH
+    tl.store(row + place, expert, mask=used)
+    behind = count + tl.arange(0, triton.next_power_of_2(WIDTH))
+    tl.store(row + behind, tl.zeros(behind.shape, tl.int32), mask=behind < WIDTH)
+    tl.store(counts_ptr + block, count)
 
 
 @triton.jit
