@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/decoder.h"
 #include "cpu/experts.h"
 #include "cpu/isa.h"
 #include "cpu/matrix.h"
@@ -224,9 +225,81 @@ void moe_experts_out(const Tensor x, const Tensor w13, const Tensor w2, const st
   dmoe::cpu::experts_forward(args, parallel_for);
 }
 
+void add_rms_norm_out(const Tensor x, const Tensor delta, const Tensor weight, double eps, Tensor normed, Tensor sum) {
+  check(x, "x", {-1, -1});
+  const int64_t rows = x.size(0), size = x.size(1);
+  check(delta, "delta", {rows, size}, x.scalar_type());
+  check(weight, "weight", {size}, x.scalar_type());
+  check(normed, "normed", {rows, size}, x.scalar_type());
+  check(sum, "sum", {rows, size}, x.scalar_type());
+  dmoe::cpu::add_rms_norm({rows, size, dtype_of(x), x.const_data_ptr(), delta.const_data_ptr(), weight.const_data_ptr(),
+                           static_cast<float>(eps), normed.mutable_data_ptr(), sum.mutable_data_ptr()},
+                          parallel_for);
+}
+
+void qk_norm_rope_out(const Tensor qkv, const std::optional<Tensor> q_weight, const std::optional<Tensor> k_weight,
+                      double eps, const Tensor cos, const Tensor sin, const std::optional<Tensor> rows,
+                      const Tensor past, Tensor keys, Tensor values, Tensor query) {
+  const ScalarType dtype = qkv.scalar_type();
+  check(query, "query", {-1, -1, -1, -1}, dtype);
+  check(keys, "keys", {-1, -1, -1, query.size(3)}, dtype);
+  check(values, "values", {keys.size(0), keys.size(1), keys.size(2), query.size(3)}, dtype);
+  dmoe::cpu::QkNormRope args{};
+  args.sequences = query.size(0);
+  args.heads = query.size(1);
+  args.tokens = query.size(2);
+  args.size = query.size(3);
+  args.kv_heads = keys.size(1);
+  args.capacity = keys.size(2);
+  args.dtype = dtype_of(qkv);
+  check(qkv, "qkv", {args.sequences, args.tokens, (args.heads + 2 * args.kv_heads) * args.size});
+  check(cos, "cos", {args.tokens, -1}, dtype);
+  args.rotary = cos.size(1);
+  check(sin, "sin", {args.tokens, args.rotary}, dtype);
+  check(past, "past", {1}, ScalarType::Long);
+  args.past = *static_cast<const int64_t*>(past.const_data_ptr());
+  STD_TORCH_CHECK(args.rotary % 2 == 0 && args.rotary <= args.size, "dmoe: cos must have an even number of columns, at most head_dim");
+  STD_TORCH_CHECK(args.past >= 0 && args.past + args.tokens <= args.capacity, "dmoe: keys have no room for these tokens");
+  STD_TORCH_CHECK(q_weight.has_value() == k_weight.has_value(), "dmoe: q_weight and k_weight go together");
+  if (q_weight) {
+    check(*q_weight, "q_weight", {args.size}, dtype);
+    check(*k_weight, "k_weight", {args.size}, dtype);
+    args.q_weight = q_weight->const_data_ptr();
+    args.k_weight = k_weight->const_data_ptr();
+  }
+  if (rows) {
+    check(*rows, "rows", {args.sequences}, ScalarType::Long);
+    args.rows = static_cast<const int64_t*>(rows->const_data_ptr());
+  }
+  for (int64_t i = 0; i < args.sequences; ++i) {
+    const int64_t row = args.rows ? args.rows[i] : i;
+    STD_TORCH_CHECK(row >= 0 && row < keys.size(0), "dmoe: rows must be sequences of the cache");
+  }
+  args.qkv = qkv.const_data_ptr();
+  args.eps = static_cast<float>(eps);
+  args.cos = cos.const_data_ptr();
+  args.sin = sin.const_data_ptr();
+  args.query = query.mutable_data_ptr();
+  args.keys = keys.mutable_data_ptr();
+  args.values = values.mutable_data_ptr();
+  dmoe::cpu::qk_norm_rope(args, parallel_for);
+}
+
+void greedy_out(const Tensor logits, Tensor token, Tensor probability) {
+  check(logits, "logits", {-1, -1});
+  check(token, "token", {logits.size(0)}, ScalarType::Long);
+  check(probability, "probability", {logits.size(0)}, ScalarType::Float);
+  dmoe::cpu::greedy({logits.size(0), logits.size(1), dtype_of(logits), logits.const_data_ptr(),
+                     static_cast<int64_t*>(token.mutable_data_ptr()), static_cast<float*>(probability.mutable_data_ptr())},
+                    parallel_for);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {
+  m.impl("_add_rms_norm_out", TORCH_BOX(&add_rms_norm_out));
+  m.impl("_qk_norm_rope_out", TORCH_BOX(&qk_norm_rope_out));
+  m.impl("_greedy_out", TORCH_BOX(&greedy_out));
   m.impl("_block_route_out", TORCH_BOX(&block_route_out));
   m.impl("_gate_out", TORCH_BOX(&gate_out));
   m.impl("_moe_experts_out", TORCH_BOX(&moe_experts_out));

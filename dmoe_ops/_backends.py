@@ -46,6 +46,20 @@ class Reference:
         Reference.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
         Reference.moe_experts(x, weights, out.topk_ids, out.topk_weights, y)
 
+    @staticmethod
+    def add_rms_norm(x, delta, weight, eps, normed, total) -> None:
+        for written, value in zip((normed, total), reference.add_rms_norm(x, delta, weight, eps)):
+            written.copy_(value)
+
+    @staticmethod
+    def qk_norm_rope(*args) -> None:
+        args[-1].copy_(reference.qk_norm_rope(*args[:-1]))
+
+    @staticmethod
+    def greedy(logits, token, probability) -> None:
+        for written, value in zip((token, probability), reference.greedy(logits)):
+            written.copy_(value)
+
 
 class Cpp:
     """csrc/cpu, on the CPU"""
@@ -73,6 +87,18 @@ class Cpp:
         torch.ops.dmoe._gate_out(x, gate_weight, router_logits)
         Cpp.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
         Cpp.moe_experts(x, weights, out.topk_ids, out.topk_weights, y)
+
+    @staticmethod
+    def add_rms_norm(*args) -> None:
+        torch.ops.dmoe._add_rms_norm_out(*args)
+
+    @staticmethod
+    def qk_norm_rope(*args) -> None:
+        torch.ops.dmoe._qk_norm_rope_out(*args)
+
+    @staticmethod
+    def greedy(*args) -> None:
+        torch.ops.dmoe._greedy_out(*args)
 
 
 class Triton:
@@ -116,6 +142,18 @@ class Triton:
     @staticmethod
     def _takes(weights: ExpertWeights) -> bool:
         return not weights.quantize_activations
+
+    @staticmethod
+    def add_rms_norm(*args) -> None:
+        _triton_backend().add_rms_norm(*args)
+
+    @staticmethod
+    def qk_norm_rope(*args) -> None:
+        _triton_backend().qk_norm_rope(*args)
+
+    @staticmethod
+    def greedy(*args) -> None:
+        _triton_backend().greedy(*args)
 
 
 @functools.cache
@@ -198,6 +236,18 @@ class Cuda:
         size = _C.cuda_workspace_bytes(*x.shape, w2.shape[2], shared, w13.shape[0], topk_ids.shape[1])
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         torch.ops.dmoe._block_dense_out(x, *weights[:4], topk_ids, topk_weights, schedule, workspace, scheduled, y)
+
+    @staticmethod
+    def add_rms_norm(*args) -> None:
+        _without_cuda().add_rms_norm(*args)
+
+    @staticmethod
+    def qk_norm_rope(*args) -> None:
+        _without_cuda().qk_norm_rope(*args)
+
+    @staticmethod
+    def greedy(*args) -> None:
+        _without_cuda().greedy(*args)
 
 
 def _cuda_experts_refuse(x, weights: ExpertWeights, top_k: int) -> str | None:

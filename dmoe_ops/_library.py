@@ -76,6 +76,15 @@ lib.define(
     "Tensor? w2_scale, Tensor? shared_w13_scale, Tensor? shared_w2_scale, bool quantize_activations, Tensor topk_ids, "
     "Tensor topk_weights, Tensor(a!) y) -> ()"
 )
+# What a decoder layer does beside its products (decoder.py).
+lib.define(
+    "_add_rms_norm_out(Tensor x, Tensor delta, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!) sum) -> ()"
+)
+lib.define(
+    "_qk_norm_rope_out(Tensor qkv, Tensor? q_weight, Tensor? k_weight, float eps, Tensor cos, Tensor sin, Tensor? rows, "
+    "Tensor past, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) query) -> ()"
+)
+lib.define("_greedy_out(Tensor logits, Tensor(a!) token, Tensor(b!) probability) -> ()")
 # CUDA only: the router from x on, and the experts of few tokens. `schedule` int32 and `workspace` uint8 are scratch;
 # `scheduled` says that `schedule` comes from the router.
 lib.define(

@@ -363,3 +363,48 @@ def best(value, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def round_sum(value) -> torch.Tensor:
     """The sum of each row of value [n, m], [n, 1], rounded once from float64."""
     return value.double().sum(1, keepdim=True).to(value.dtype)
+
+
+def rms_norm(x, weight, eps: float) -> torch.Tensor:
+    """x [..., N] divided by its root mean square in fp32, then times weight [N]."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + delta), x + delta), all [..., N] of one dtype."""
+    total = x + delta
+    return rms_norm(total, weight, eps), total
+
+
+def rotate(x, cos, sin) -> torch.Tensor:
+    """Rotary embedding of the first dimensions of x [..., T, D], as many as cos and sin [T, R] have; the rest passes."""
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+
+
+def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values) -> torch.Tensor:
+    """Splits qkv [n, T, (heads + 2 kv_heads) D], normalises queries and keys by q_weight and k_weight [D] (None: not at
+    all), turns them by cos and sin [T, R], and writes keys and values behind the prefix of `past` int64 [1] tokens, into
+    keys and values [bsz, kv_heads, capacity, D] of the sequences `rows` int64 [n] (None: all). Returns the queries
+    [n, heads, T, D]."""
+    heads, size = keys.shape[1], keys.shape[3]
+    parts = qkv.unflatten(-1, (-1, size)).transpose(1, 2)
+    query, key, value = parts.split([parts.shape[1] - 2 * heads, heads, heads], dim=1)
+    if q_weight is not None:
+        query, key = rms_norm(query, q_weight, eps), rms_norm(key, k_weight, eps)
+    position = past + torch.arange(qkv.shape[1], device=qkv.device)
+    rows = torch.arange(len(qkv), device=qkv.device) if rows is None else rows
+    for buffer, new in ((keys, rotate(key, cos, sin)), (values, value)):
+        buffer.transpose(1, 2).index_put_((rows[:, None], position), new.transpose(1, 2))
+    return rotate(query, cos, sin).contiguous()
+
+
+def greedy(logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable token of every row of logits [T, V], int64 [T], the lowest of equal ones, and its probability,
+    float32 [T]: NaN where a logit is NaN or +inf, or all are -inf."""
+    probability = logits.float().softmax(1)
+    token = logits.argmax(1, keepdim=True)
+    return token[:, 0], probability.gather(1, token)[:, 0]

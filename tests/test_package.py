@@ -27,7 +27,7 @@ LAYERS = [
     {"engines"},
     {"models"},
     {"layer"},
-    {"router", "experts"},
+    {"router", "experts", "decoder"},
     {"_backends"},
     {"triton_kernels", "reference"},
     {"_library"},

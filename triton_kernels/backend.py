@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ..formats import ExpertWeights
-from . import experts, gradient, launch, router, schedule, tiles
+from . import decoder, experts, gradient, launch, router, schedule, tiles
 from .weights import stored
 
 DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
@@ -148,3 +148,21 @@ class Triton:
             else:
                 h, rows = experts.gathered_buffers(x, weights, routing.top_k)
                 experts.gathered(x, weights, out.topk_ids, out.topk_weights, plan, h, rows, y, table, pdl)
+
+    @staticmethod
+    @launch.repeated
+    def add_rms_norm(x, *args) -> None:
+        with launch.on(x.device):
+            decoder.add_rms_norm(x, *args)
+
+    @staticmethod
+    @launch.repeated
+    def qk_norm_rope(qkv, *args) -> None:
+        with launch.on(qkv.device):
+            decoder.qk_norm_rope(qkv, *args)
+
+    @staticmethod
+    @launch.repeated
+    def greedy(logits, *args) -> None:
+        with launch.on(logits.device):
+            decoder.greedy(logits, *args)

@@ -10,6 +10,15 @@
 #include "work.h"
 
 namespace dmoe::cpu {
+
+const WidenKernels& widen_kernels() {
+#ifdef __x86_64__
+  if (isa() >= Isa::avx512) return kWidenAvx512;
+  if (isa() >= Isa::avx2) return kWidenAvx2;
+#endif
+  return kWidenPlain;
+}
+
 namespace {
 
 // What one task takes, tuned on 2 cores of AMD Zen 3; `dmoe bench layer --device cpu --tokens 32` repeats it.
@@ -17,13 +26,7 @@ constexpr int64_t kChunk = 96;       // tokens at most: over kBlockDepth their a
 constexpr int64_t kUpRows = 64;      // rows of gate, and as many of up
 constexpr int64_t kLinearRows = 16;  // rows of linear_f32: a router has few
 
-const WidenKernels& kernels() {
-#ifdef __x86_64__
-  if (isa() >= Isa::avx512) return kWidenAvx512;
-  if (isa() >= Isa::avx2) return kWidenAvx2;
-#endif
-  return kWidenPlain;
-}
+const WidenKernels& kernels() { return widen_kernels(); }
 
 int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
 

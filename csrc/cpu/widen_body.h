@@ -337,5 +337,24 @@ void narrow(const float* from, int64_t n, Dtype dtype, void* to) {
   }
 }
 
+float max_of(const float* x, int64_t n) {
+  Eight best = Eight{} - __builtin_inff();
+  for (int64_t i = 0; i < n; i += kPad) {
+    const Eight each = load<Eight>(x + i);
+    best = each > best ? each : best;
+  }
+  float most = best[0];
+  for (int i = 1; i < kPad; ++i) most = best[i] > most ? best[i] : most;
+  return most;
+}
+
+float sum_exp(const float* x, int64_t n, float max) {
+  Eight sum{};
+  for (int64_t i = 0; i < n; i += kPad) sum += exp(load<Eight>(x + i) - max);
+  float total = 0;
+  for (int i = 0; i < kPad; ++i) total += sum[i];
+  return total;
+}
+
 }  // namespace
 }  // namespace dmoe::cpu

@@ -1,4 +1,4 @@
-// What widen.cpp asks of an instruction set. widen_{plain,avx2,avx512}.cpp each compile widen_body.h into one table.
+// What widen.cpp and decoder.cpp ask of an instruction set. widen_{plain,avx2,avx512}.cpp each compile widen_body.h into one table.
 #pragma once
 
 #include "experts.h"
@@ -40,8 +40,13 @@ struct WidenKernels {
   void (*silu_mul)(const float* gate, const float* up, int64_t n, Dtype weight, float* h);
   void (*widen)(const void* from, Dtype dtype, int64_t n, Dtype weight, float* to);  // to activations, padding included
   void (*narrow)(const float* from, int64_t n, Dtype dtype, void* to);               // rounds to nearest even
+  // Over n numbers, a multiple of kPad: the largest that is not NaN, and the sum of exp(x - max), NaN where an x is.
+  float (*max_of)(const float* x, int64_t n);
+  float (*sum_exp)(const float* x, int64_t n, float max);
 };
 
 extern const WidenKernels kWidenPlain, kWidenAvx2, kWidenAvx512;
+
+const WidenKernels& widen_kernels();  // those of `isa()`
 
 }  // namespace dmoe::cpu

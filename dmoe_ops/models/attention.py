@@ -7,6 +7,8 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from .. import decoder
+
 CHUNK = 32  # queries of a prefill that share their keys, where blocks are shorter
 
 
@@ -43,23 +45,22 @@ class KVCache:
                 f"kv_cache has room for {capacity} tokens, got {self.length} and {input_ids.shape[1]} more"
             )
 
-    def extend(self, layer: int, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values [n, kv_heads, T, head_dim] behind the prefix; returns prefix and both, or the whole buffers
+    def extend(self, layer: int, qkv, query_weight, key_weight, eps: float, cos, sin, at) -> tuple:
+        """Normalises and turns the heads of qkv [n, T, ...] (`reference.qk_norm_rope`) and writes keys and values behind the
+        prefix of `at` int64 [1] tokens. Returns the queries, and keys and values of prefix and both, or the whole buffers
         where the length is on the device. Raises ValueError where they have a gradient, which the buffers would keep from
         then on."""
-        if keys.requires_grad:
+        if qkv.requires_grad:
             raise ValueError("kv_cache must be used under torch.no_grad(), got keys with a gradient")
-        return self._extend(self.keys[layer], keys), self._extend(self.values[layer], values)
+        buffers = self.keys[layer], self.values[layer]
+        query = decoder.qk_norm_rope(qkv, query_weight, key_weight, eps, cos, sin, self.rows, at, *buffers)
+        return query, *(self._upto(buffer, qkv.shape[1]) for buffer in buffers)
 
-    def _extend(self, buffer, new) -> torch.Tensor:
+    def _upto(self, buffer, tokens: int) -> torch.Tensor:
         if isinstance(self.length, torch.Tensor):
-            return buffer.index_copy_(2, self.length + torch.arange(new.shape[2], device=new.device), new)
-        end = self.length + new.shape[2]
-        if self.rows is None:
-            buffer[:, :, self.length : end] = new
-            return buffer[:, :, :end]
-        buffer[:, :, self.length : end].index_copy_(0, self.rows, new)
-        return buffer[:, :, :end].index_select(0, self.rows)
+            return buffer
+        buffer = buffer[:, :, : self.length + tokens]
+        return buffer if self.rows is None else buffer.index_select(0, self.rows)
 
     def commit(self, tokens: int) -> None:
         self.length += tokens

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..routing import is_int, is_number
+from . import graphs
 from .checkpoint import is_finite
 from .step import KINDS, Batch, Counter, Rule, count_committed, denoise
 
@@ -69,6 +70,7 @@ def generate(
     eos_early_stop: bool = True,
     progress: bool = False,
     generator: torch.Generator | None = None,
+    use_graphs: bool | None = None,
 ) -> Decoded:
     """Decodes up to `gen_length` new tokens by block diffusion.
 
@@ -85,6 +87,7 @@ def generate(
     eos_id: ends the text (None: nothing does); by default config.eos_token_id. mask_id: by default config.mask_token_id.
     eos_early_stop: stop as soon as no mask is left before an eos, not only at the end of its block.
     progress: show a progress bar.
+    use_graphs: replay the steps as CUDA graphs; by default where that is possible. True where it isn't is an error.
 
     Returns `Decoded`. Raises ValueError that names the argument and its value, or says that the logits are not finite.
     Source: generate() of the released LLaDA2 code, its greedy form taking the most probable token.
@@ -97,7 +100,7 @@ def generate(
     lengths = _lengths(input_ids, prompt_lengths)
     _check_prompts(config, input_ids, lengths, gen_length, mask_id)
     rule = Rule(block_length, mask_id, eos_id, eos_early_stop, threshold, temperature, top_k, top_p, generator)
-    decode = Decode(self, rule, input_ids, lengths, gen_length, steps)
+    decode = Decode(self, rule, input_ids, lengths, gen_length, steps, use_graphs)
     with tqdm(total=len(input_ids) * gen_length, unit="token", disable=not progress) as bar:
         for _ in decode.steps():
             if progress:
@@ -109,33 +112,23 @@ class Decode:
     """A decode under way. The host knows where blocks begin and end; whatever depends on tokens lies on the device
     (`Batch`), but for one small tensor a step, which says how many masks each sequence has left."""
 
-    def __init__(self, model, rule: Rule, input_ids, lengths, gen_length: int, steps: int):
-        size, last = rule.block_length, int(lengths.max())
-        device = model.device
+    def __init__(self, model, rule: Rule, input_ids, lengths, gen_length: int, steps: int, use_graphs: bool | None):
+        size = rule.block_length
         self.model, self.rule = model, rule
         self.lengths = lengths.tolist()
         self.stops = [length + gen_length for length in self.lengths]
-        position = torch.arange(-(-(last + gen_length) // size) * size, device=device)
-        input_ids, lengths = input_ids.to(device), lengths.to(device)
-        x = input_ids.new_full((len(input_ids), len(position)), rule.mask_id)
-        x[:, :last] = torch.where(position[:last] < lengths[:, None], input_ids[:, :last], rule.mask_id)
-        self.batch = Batch(
-            x=x,
-            new=(position >= lengths[:, None]) & (position < lengths[:, None] + gen_length),
-            length=lengths,
-            steps=torch.full_like(lengths, min(steps, gen_length)),
-            active=torch.zeros(len(x), dtype=torch.bool, device=device),
-            begin=lengths.new_zeros(1),
-            step=lengths.new_zeros(1),
-            cache=model.new_cache(x.shape[1], len(x)),
-            counter=Counter(model.config.num_experts, size, len(model.moe_layers), device),
-        )
+        capacity = -(-max(self.stops) // size) * size
+        model.use_block_length(size)
+        self.graphs = graphs.of(model, rule, len(lengths), capacity, use_graphs)
+        self.batch = self.graphs.batch if self.graphs else Batch.empty(model, size, len(lengths), capacity)
+        gen_lengths = torch.full_like(lengths, gen_length)
+        self.batch.fill(input_ids, lengths, gen_lengths, gen_lengths.clamp(max=steps), rule.mask_id)
 
     def steps(self):
         """Yields after every step."""
         size, batch = self.rule.block_length, self.batch
         going = list(range(len(self.lengths)))  # the sequences whose texts have not ended
-        for begin in range(min(self.lengths) // size * size, batch.x.shape[1], size):
+        for begin in range(min(self.lengths) // size * size, max(self.stops), size):
             end = begin + size
             active = [row for row in going if self.lengths[row] < end]
             pending = begin - batch.cache.length
@@ -146,7 +139,9 @@ class Decode:
             over = dict.fromkeys(going, False)
             batch.begin.fill_(begin)
             batch.step.zero_()
-            batch.active[:] = batch.length < end
+            batch.active[: len(self.lengths)] = torch.tensor(
+                [row in active for row in range(len(self.lengths))], device=batch.x.device
+            )
             while active:
                 flags = self.step(active, sum(left), rides)
                 if rides:
@@ -164,19 +159,21 @@ class Decode:
 
     def step(self, active: list[int], masks: int, rides: bool) -> list[list[int]]:
         """`denoise` for some sequences, and what it returns, read."""
+        if self.graphs:
+            flags = self.graphs.step(rides).tolist()
+            return [flags[row] for row in active]
         x, rule = self.batch.x, self.rule
         rows = torch.tensor(active, device=x.device)
-        cache = self.batch.cache.select(None if len(active) == len(x) else rows)
         if x.device.type != "cpu" or rule.temperature > 0:  # what is drawn for a row depends on all rows before it
             masks = len(active) * rule.block_length
-        return denoise(self.model, self.batch, rule, cache, rows, masks, rides).tolist()
+        return denoise(self.model, self.batch, rule, rows, masks, rides).tolist()
 
     def prefill(self, going: list[int], end: int) -> None:
         """Commits everything before `end`: the prompts' full blocks at first, then the block that has just been finished,
         in a longer prompt or new. A chunk at a time, so that memory is bounded."""
         batch, first = self.batch, True
         rows = torch.tensor(going, device=batch.x.device)
-        cache = batch.cache if len(going) == len(batch.x) else batch.cache.select(rows)
+        cache = batch.cache.select(None if len(going) == len(batch.x) else rows)
         prompt = batch.length[rows] >= end
         size = self.rule.block_length
         chunk = max(1, PREFILL_TOKENS // (len(going) * size)) * size

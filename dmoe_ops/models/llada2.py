@@ -6,6 +6,7 @@ Facts from the released code and checkpoints (LLaDA2.0-mini, LLaDA2.0-flash, dMo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import decoder, reference
 from ..layer import BlockMoE
 from ..routing import SCORES, BlockRouting, int_rule, is_int, is_number, plain
 from . import attention, checkpoint, decoding, hub, quantized
@@ -271,10 +273,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
         self.eps = eps
 
-    def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+    def forward(self, x, delta=None):
+        """(the norm of x + delta, x + delta)."""
+        if delta is None:
+            return reference.rms_norm(x, self.weight, self.eps), x
+        fused = reference if torch.is_grad_enabled() else decoder
+        return fused.add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -294,13 +298,23 @@ class Attention(nn.Module):
         else:
             self.query_layernorm = self.key_layernorm = nn.Identity()
 
-    def forward(self, x, rotary, attend):
-        """attend: from queries, keys and values, [n, heads, T, D], to what the queries see."""
-        qkv = self.query_key_value(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        query = rotate(self.query_layernorm(query), *rotary)
-        out = attend(query, rotate(self.key_layernorm(key), *rotary), value)
-        return self.dense(out.transpose(1, 2).flatten(2))
+    def forward(self, x, attend):
+        """attend: from this layer and [n, T, queries, keys and values] to what the queries see, [n, heads, T, D]."""
+        return self.dense(attend(self, self.query_key_value(x)).transpose(1, 2).flatten(2))
+
+    def norms(self) -> tuple:
+        """Weights of the norms of queries and keys, or None, and their eps."""
+        query, key = self.query_layernorm, self.key_layernorm
+        return (query.weight, key.weight, query.eps) if isinstance(query, RMSNorm) else (None, None, 0.0)
+
+    def split(self, qkv, cos, sin) -> list[torch.Tensor]:
+        """Queries, keys and values, [n, heads, T, D], normalised and turned."""
+        parts = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, key, value = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query_weight, key_weight, eps = self.norms()
+        if query_weight is not None:
+            query, key = reference.rms_norm(query, query_weight, eps), reference.rms_norm(key, key_weight, eps)
+        return [reference.rotate(query, cos, sin), reference.rotate(key, cos, sin), value]
 
 
 class MLP(nn.Module):
@@ -332,13 +346,15 @@ class Layer(nn.Module):
                 dtype=dtype,
             )
 
-    def forward(self, x, rotary, attend):
-        """Returns the hidden states and, from a MoE layer, (router_logits, topk_ids)."""
-        x = x + self.attention(self.input_layernorm(x), rotary, attend)
-        out, routed = self.mlp(self.post_attention_layernorm(x)), None
+    def forward(self, x, delta, attend):
+        """x, and what the layer before adds to it (None: nothing). Returns both for the next one and, from a MoE layer,
+        (router_logits, topk_ids)."""
+        normed, x = self.input_layernorm(x, delta)
+        normed, x = self.post_attention_layernorm(x, self.attention(normed, attend))
+        out, routed = self.mlp(normed), None
         if isinstance(out, tuple):
             out, routed = out
-        return x + out, routed
+        return x, out, routed
 
 
 class Decoder(nn.Module):
@@ -419,6 +435,11 @@ class LLaDA2ForDiffusion(nn.Module):
         for moe in self.moe_layers:
             moe.routing = routing
 
+    def use_block_length(self, block_length: int) -> None:
+        """Cuts the routing's blocks like those of a decode, where they follow it (`set_routing`)."""
+        if self.block_size_follows and self.routing.block_size != block_length:
+            self._use(dataclasses.replace(self.routing, block_size=block_length))
+
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` tokens."""
         config, weight = self.config, self.model.word_embeddings.weight
@@ -449,8 +470,7 @@ class LLaDA2ForDiffusion(nn.Module):
         block_length = self.config.block_length if block_length is None else block_length
         if not is_int(block_length) or block_length < 1:
             raise ValueError(f"block_length must be an integer of at least 1, got {block_length!r}")
-        if self.block_size_follows and self.routing.block_size != block_length:
-            self._use(dataclasses.replace(self.routing, block_size=block_length))
+        self.use_block_length(block_length)
         if block_length % self.routing.block_size:
             raise ValueError(
                 f"block_length must be a multiple of the routing's block_size={self.routing.block_size}, "
@@ -466,30 +486,40 @@ class LLaDA2ForDiffusion(nn.Module):
             position, mask = past + torch.arange(input_ids.shape[1], device=input_ids.device), None
         else:
             position, mask = layout
-        x = self.model.word_embeddings(input_ids)
-        rotary = self._rotary(position, x)
-        routed = []
+        x, delta, routed = self.model.word_embeddings(input_ids), None, []
+        cos, sin = self._rotary(position, x)
+        at = past if isinstance(past, torch.Tensor) else torch.full((1,), past, device=x.device)
+
+        def attend(layer: int, own: Attention, qkv):
+            if kv_cache is not None:
+                query, *prefix = kv_cache.extend(layer, qkv, *own.norms(), cos, sin, at)
+            elif torch.is_grad_enabled():
+                query, *prefix = own.split(qkv, cos, sin)
+            else:
+                shape = len(qkv), own.kv_heads, qkv.shape[1], own.head_dim
+                prefix = qkv.new_empty(shape), qkv.new_empty(shape)
+                query = decoder.qk_norm_rope(qkv, *own.norms(), cos, sin, None, at, *prefix)
+            if mask is not None:
+                return attention.masked(query, *prefix, mask)
+            return attention.attend(query, *prefix, past, block_length)
+
         for i, layer in enumerate(self.model.layers):
-
-            def attend(query, key, value, i=i):
-                if mask is not None:
-                    return attention.masked(query, key, value, mask)
-                if kv_cache is not None:
-                    key, value = kv_cache.extend(i, key, value)
-                return attention.attend(query, key, value, past, block_length)
-
-            x, chosen = layer(x, rotary, attend)
+            x, delta, chosen = layer(x, delta, functools.partial(attend, i))
             if chosen is not None:
                 routed.append(chosen)
-        return self.model.norm(x), tuple(routed)
+        return self.model.norm(x, delta)[0], tuple(routed)
 
     def logits(self, hidden) -> torch.Tensor:
         """float32 logits of hidden states [..., H]."""
+        return self.head(hidden).float()
+
+    def head(self, hidden) -> torch.Tensor:
+        """Logits in the dtype of the hidden states."""
         head = self.model.word_embeddings if self.config.tie_word_embeddings else self.lm_head
         weight = head.weight
         if self.config.norm_head:  # the columns of the head at length 1, as its base family (Bailing) has it
             weight = (weight.float() / (weight.float().norm(dim=0, keepdim=True) + 1e-7)).to(weight.dtype)
-        return F.linear(hidden, weight).float()
+        return F.linear(hidden, weight)
 
     def _rotary(self, position, like) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, rotary_dim] of position int64 [T]; the angles are fp32 whatever the dtype."""
@@ -654,10 +684,3 @@ def _projections(prefix: str, stacked: str, weight, scale=None) -> dict[str, tor
     if scale is not None:
         weights = map(Matrix, weights, scale.chunk(len(names)))
     return {f"{prefix}.{name}.weight": part for name, part in zip(names, weights)}
-
-
-def rotate(x, cos, sin) -> torch.Tensor:
-    """Rotary embedding of the first dimensions of x [..., T, D], as many as cos and sin [T, R] have; the rest passes."""
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)

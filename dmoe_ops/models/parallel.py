@@ -57,9 +57,9 @@ class ParallelLLaDA2(LLaDA2ForDiffusion):
         with named_loss(self.mesh):
             return super().forward(*args, **options)
 
-    def logits(self, hidden) -> torch.Tensor:
+    def head(self, hidden) -> torch.Tensor:
         hidden = DTensor.from_local(hidden, self.mesh, [Replicate()], run_check=False)
-        return super().logits(hidden).full_tensor()
+        return super().head(hidden).full_tensor()
 
     def checkpoint_tensors(self):
         raise ValueError(f"model must be whole for this, got a part of {self.mesh.size()}")

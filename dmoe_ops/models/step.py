@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from .. import decoder
 from .attention import KVCache
 from .sampling import choose, ended, sample
 
@@ -18,8 +19,7 @@ KINDS = ("prefill", "commit", "denoising")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How tokens are unmasked; `generate` says what each means. every_row: the head and the sampling of all positions, not
-    only of those that are masked."""
+    """How tokens are unmasked; `generate` says what each means."""
 
     block_length: int
     mask_id: int
@@ -30,6 +30,16 @@ class Rule:
     top_k: int | None = None
     top_p: float | None = None
     generator: torch.Generator | None = None
+
+    def sample(self, logits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens int64 [T] and their probabilities float32 [T], for logits [T, V]; and whether all that counts among the
+        logits is finite, bool []: without, a softmax has no most probable token."""
+        if self.temperature == 0 and self.top_k is None and self.top_p is None:
+            tokens, probability = decoder.greedy(logits)
+            return tokens, probability, probability.isfinite().all()
+        logits = logits.float()
+        finite = logits.amax(-1).isfinite().all()  # the largest of a row is NaN where the row holds one
+        return *sample(logits, self.temperature, self.top_k, self.top_p, self.generator), finite
 
 
 class Counter:
@@ -58,6 +68,10 @@ class Counter:
         if forwards:
             self.forwards[at] += sequences
 
+    def clear(self) -> None:
+        for counts in (self.forwards, self.blocks, self.unique):
+            counts.zero_()
+
     def mean(self, *kinds: str) -> tuple[float, ...]:
         """Unique experts per block, layer by layer."""
         at = [KINDS.index(kind) for kind in kinds]
@@ -83,15 +97,53 @@ class Batch:
     cache: KVCache
     counter: Counter
 
+    @classmethod
+    def empty(cls, model, block_length: int, sequences: int, capacity: int) -> Batch:
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=model.device)
 
-def denoise(model, batch: Batch, rule: Rule, cache: KVCache, rows, masks: int, rides: bool) -> torch.Tensor:
+        return cls(
+            x=zeros(sequences, capacity),
+            new=zeros(sequences, capacity, dtype=torch.bool),
+            length=zeros(sequences),
+            steps=zeros(sequences) + 1,
+            active=zeros(sequences, dtype=torch.bool),
+            begin=zeros(1),
+            step=zeros(1),
+            cache=model.new_cache(capacity, sequences),
+            counter=Counter(model.config.num_experts, block_length, len(model.moe_layers), model.device),
+        )
+
+    def fill(self, input_ids, lengths, gen_lengths, steps, mask_id: int) -> None:
+        """Begins a decode: prompts input_ids [n, T] of int64 [n] tokens, gen_lengths int64 [n] new ones at most, steps
+        int64 [n] per block. Sequences behind the first n stay without anything to do."""
+        n, tokens = input_ids.shape
+        tokens = min(tokens, self.x.shape[1])
+        input_ids, lengths, gen_lengths, steps = (t.to(self.x.device) for t in (input_ids, lengths, gen_lengths, steps))
+        position = torch.arange(self.x.shape[1], device=self.x.device)
+        self.x.fill_(mask_id)
+        prompt = position[:tokens] < lengths[:, None]
+        self.x[:n, :tokens] = torch.where(prompt, input_ids[:, :tokens], mask_id)
+        self.new.zero_()
+        self.new[:n] = (position >= lengths[:, None]) & (position < (lengths + gen_lengths)[:, None])
+        self.length[:n], self.steps[:n] = lengths, steps
+        self.cache.length = 0
+        self.counter.clear()
+
+
+def denoise(model, batch: Batch, rule: Rule, rows, masks: int, rides: bool, fixed: bool = False) -> torch.Tensor:
     """One step for the sequences `rows`, int64 [n]; returns int64 [n, 3]: the masks that are left in the block (0 where the
     text has ended), whether an eos stands in the answer, and whether all numbers were finite.
 
-    cache: where it goes on, for these rows. rides: the block before this one, finished, comes along to be committed, and
-    `cache` begins in front of it. masks: at most so many positions are masked; the head is applied to no more.
+    masks: at most so many positions are masked; the head is applied to no more. rides: the block before this one, finished,
+    comes along to be committed; the cache ends in front of it. fixed: the length of the cache is read on the device too, and
+    `rows` are all; so the step serves any block.
     """
     size = rule.block_length
+    if fixed:
+        cache = batch.cache.select(length=batch.begin - size * rides)
+    else:
+        cache = batch.cache.select(None if len(rows) == len(batch.x) else rows)
     x = batch.x.index_select(0, rows)
     new, active = batch.new.index_select(0, rows), batch.active.index_select(0, rows)
     position = batch.begin + torch.arange(size, device=x.device)
@@ -105,12 +157,12 @@ def denoise(model, batch: Batch, rule: Rule, cache: KVCache, rows, masks: int, r
     batch.counter.add("denoising", topk_ids[:, :, -size:], active)
 
     masked = (block == rule.mask_id) & active[:, None]
-    logits, at = hidden[:, -size:].flatten(0, 1), None
+    hidden, at = hidden[:, -size:].flatten(0, 1), None
     if masks < masked.numel():
         at = masked.flatten().sort(descending=True, stable=True).indices[:masks]
-        logits = logits.index_select(0, at)
-    logits = model.logits(logits)
-    tokens, confidence = sample(logits, rule.temperature, rule.top_k, rule.top_p, rule.generator)
+        hidden = hidden.index_select(0, at)
+    tokens, confidence, fine = rule.sample(model.head(hidden))
+    fine = fine & ~torch.stack([router for router, _ in routed]).isnan().any()
     if at is not None:
         tokens = block.flatten().index_copy(0, at, tokens)
         confidence = confidence.new_zeros(masked.numel()).index_copy(0, at, confidence)
@@ -130,16 +182,10 @@ def denoise(model, batch: Batch, rule: Rule, cache: KVCache, rows, masks: int, r
             left = left.masked_fill(ended(x, new, rule.eos_id, rule.mask_id), 0)
     left = (left * active).masked_fill(batch.step >= steps[:, 0], 0)  # a mask may be what the model predicts
     batch.active.index_copy_(0, rows, left > 0)
-    return torch.stack([left, over.long(), finite(logits, routed).long().expand_as(left)], 1)
+    return torch.stack([left, over.long(), fine.long().expand_as(left)], 1)
 
 
 def count_committed(counter: Counter, topk_ids, prompt, rows, forwards=True) -> None:
     """Blocks that become part of the prefix: of a prompt, or finished ones."""
     counter.add("prefill", topk_ids, rows & prompt, forwards)
     counter.add("commit", topk_ids, rows & ~prompt, forwards)
-
-
-def finite(logits, routed) -> torch.Tensor:
-    """bool []: a softmax of other logits has no most probable token, and an expert with a score of NaN is never chosen."""
-    # The largest of a row is NaN where the row holds one.
-    return logits.amax(-1).isfinite().all() & ~torch.stack([router for router, _ in routed]).isnan().any()

@@ -1,0 +1,92 @@
+"""What a decoder layer does beside its products, fused: dmoe::add_rms_norm, dmoe::qk_norm_rope and dmoe::greedy.
+
+The torch forms, with shapes and dtypes, are in reference.py. None of the ops has a gradient: with one to keep, a layer uses
+the torch forms.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _backends, _library, reference
+
+
+def add_rms_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    if _library.nobody_listens(x, delta, weight):
+        return add_rms_norm_impl(x, delta, weight, eps)
+    return torch.ops.dmoe.add_rms_norm(x, delta, weight, eps)
+
+
+def add_rms_norm_fake(x, delta, weight, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def add_rms_norm_impl(x, delta, weight, eps):
+    normed, total = add_rms_norm_fake(x, delta, weight, eps)
+    if x.numel():
+        x, delta = _library.contiguous(x, delta)
+        flat = (tensor.view(-1, x.shape[-1]) for tensor in (x, delta))
+        outs = (tensor.view(-1, x.shape[-1]) for tensor in (normed, total))
+        _backends.backend(x).add_rms_norm(*flat, weight, eps, *outs)
+    return normed, total
+
+
+def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values) -> torch.Tensor:
+    args = (qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, values)
+    if _library.nobody_listens(qkv, q_weight, k_weight, cos, sin, rows, past, keys, values):
+        return qk_norm_rope_impl(*args)
+    return torch.ops.dmoe.qk_norm_rope(*args)
+
+
+def qk_norm_rope_fake(qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, values):
+    n, tokens, width = qkv.shape
+    return qkv.new_empty(n, width // keys.shape[3] - 2 * keys.shape[1], tokens, keys.shape[3])
+
+
+def qk_norm_rope_impl(qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, values):
+    query = qk_norm_rope_fake(qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, values)
+    if query.numel():
+        qkv, cos, sin, rows = _library.contiguous(qkv, cos, sin, rows)
+        backend = _backends.backend(qkv)
+        backend.qk_norm_rope(qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, values, query)
+    return query
+
+
+def greedy(logits) -> tuple[torch.Tensor, torch.Tensor]:
+    if _library.nobody_listens(logits):
+        return greedy_impl(logits)
+    return torch.ops.dmoe.greedy(logits)
+
+
+def greedy_fake(logits):
+    return logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+def greedy_impl(logits):
+    token, probability = greedy_fake(logits)
+    if logits.numel():
+        logits = logits.contiguous()
+        _backends.backend(logits).greedy(logits, token, probability)
+    return token, probability
+
+
+add_rms_norm.__doc__ = reference.add_rms_norm.__doc__
+qk_norm_rope.__doc__ = reference.qk_norm_rope.__doc__
+greedy.__doc__ = reference.greedy.__doc__
+
+for schema, impl, fake in (
+    (
+        "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor normed, Tensor total)",
+        add_rms_norm_impl,
+        add_rms_norm_fake,
+    ),
+    (
+        "qk_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, float eps, Tensor cos, Tensor sin, Tensor? rows, "
+        "Tensor past, Tensor(a!) keys, Tensor(b!) values) -> Tensor query",
+        qk_norm_rope_impl,
+        qk_norm_rope_fake,
+    ),
+    ("greedy(Tensor logits) -> (Tensor token, Tensor probability)", greedy_impl, greedy_fake),
+):
+    _library.lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.implement("dmoe::" + schema[: schema.index("(")], impl, fake)

@@ -1,0 +1,121 @@
+"""The fused ops of a decoder layer against their torch forms: C++, and Triton under its interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from dmoe_ops import _backends, decoder, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("fused", "poisoned")
+# A rounding or two apart; Triton's interpreter cuts off what bfloat16 has no room for.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def fused(request, monkeypatch):
+    """Runs a test with either set of kernels."""
+    if request.param == "cpp" and (why := _backends.missing().get("cpp")):
+        pytest.skip(f"backend cpp: {why}")
+    if request.param == "triton" and not importlib.util.find_spec("triton"):
+        pytest.skip("the package triton is not installed")
+    monkeypatch.setenv("DMOE_BACKEND", request.param)
+    device = DEVICE if request.param == "triton" else "cpu"
+    if request.param == "triton":
+        monkeypatch.setenv("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")
+    return device
+
+
+def drawn(*shape, dtype=torch.float32, seed=0, device="cpu"):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def close(got, want, dtype):
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.float(), want.float(), atol=tolerance, rtol=tolerance)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 100), (5, 7), (0, 8)])
+def test_add_rms_norm(dtype, shape, fused):
+    x, delta = (drawn(*shape, dtype=dtype, seed=seed, device=fused) for seed in (0, 1))
+    weight = drawn(shape[-1], dtype=dtype, seed=2, device=fused)
+    got, want = (form.add_rms_norm(x, delta, weight, 1e-6) for form in (decoder, reference))
+    assert got[0].shape == got[1].shape == x.shape
+    for ours, theirs in zip(got, want):
+        close(ours, theirs, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("rotary", [4, 12])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("rows", [None, [2, 0]])
+def test_qk_norm_rope(dtype, rotary, norm, rows, fused):
+    """The queries, and keys and values in their places; the rest of the cache stays as it was."""
+    heads, kv_heads, size, tokens, capacity = 4, 2, 12, 3, 9
+    qkv = drawn(3 if rows is None else 2, tokens, (heads + 2 * kv_heads) * size, dtype=dtype, device=fused)
+    weights = [drawn(size, dtype=dtype, seed=seed, device=fused) if norm else None for seed in (1, 2)]
+    cos, sin = (drawn(tokens, rotary, dtype=dtype, seed=seed, device=fused) for seed in (3, 4))
+    rows = rows if rows is None else torch.tensor(rows, device=fused)
+    past = torch.tensor([5], device=fused)
+    results = []
+    for form in (decoder, reference):
+        keys, values = (drawn(3, kv_heads, capacity, size, dtype=dtype, seed=seed, device=fused) for seed in (5, 6))
+        results.append((form.qk_norm_rope(qkv, *weights, 1e-6, cos, sin, rows, past, keys, values), keys, values))
+    for got, want in zip(*results):
+        assert got.shape == want.shape and got.is_contiguous()
+        close(got, want, dtype)
+    before = drawn(3, kv_heads, capacity, size, dtype=dtype, seed=5, device=fused)
+    changed = (results[0][1] != before).any(-1).any(1)
+    assert changed.any(1).nonzero().flatten().tolist() == sorted([0, 1, 2] if rows is None else rows.tolist())
+    assert changed.any(0).nonzero().flatten().tolist() == [5, 6, 7]
+
+
+@dtypes
+@pytest.mark.parametrize("vocab", [1, 5, 2048, 5001])
+def test_greedy(dtype, vocab, fused):
+    logits = drawn(4, vocab, dtype=dtype, device=fused) * 5
+    token, probability = decoder.greedy(logits)
+    want = logits.float().softmax(1).max(1).values
+    first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(token, first) and probability.dtype == torch.float32
+    torch.testing.assert_close(probability, want, atol=1e-6, rtol=1e-5)
+
+
+inf, nan = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("size", [4, 2500])
+def test_greedy_of_odd_logits(size, fused):
+    """Of equal ones the first; -inf counts as nothing; NaN where there is no most probable one."""
+
+    def probability(*values, at=0):
+        logits = torch.full((1, size), -inf)
+        logits[0, at : at + len(values)] = torch.tensor(values)
+        token, probability = decoder.greedy(logits.to(fused))
+        return token.item() - at, probability.item()
+
+    for at in (0, size - 4):
+        assert probability(1.0, 3.0, 3.0, at=at)[0] == 1
+        assert probability(2.0, at=at) == (0, 1.0)
+        assert probability(0.0, 0.0, at=at)[1] == pytest.approx(0.5)
+        for values in ((nan, 1.0), (1.0, nan), (inf, 1.0), (inf, inf), (), (nan,)):
+            assert probability(*values, at=at)[1] != probability(*values, at=at)[1], values
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "qk_norm_rope", "greedy"])
+def test_schema_and_fake_of_each_op(name, fused):
+    x = drawn(2, 3, 48, device=fused)
+    cache = [drawn(2, 1, 8, 8, seed=seed, device=fused) for seed in (1, 2)]
+    turn = [drawn(3, 4, seed=seed, device=fused) for seed in (1, 2)]
+    arguments = dict(
+        add_rms_norm=(x, x + 1, x[0, 0].clone(), 1e-6),
+        qk_norm_rope=(x, None, None, 1e-6, *turn, None, torch.tensor([2], device=fused), *cache),
+        greedy=(x[0],),
+    )[name]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.dmoe, name), arguments, test_utils=checks)

@@ -1,0 +1,330 @@
+"""The denoising step: what it asks of the host, that it can be captured, and that a replay decodes what a decode does."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, decoding, graphs
+from dmoe_ops.models.step import Batch, Rule, denoise
+
+MASK, EOS = 62, 63
+CONFIG = LLaDA2Config(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=16,
+    num_experts_per_tok=2,
+    num_shared_experts=1,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=512,
+    initializer_range=0.3,
+    mask_token_id=MASK,
+    eos_token_id=EOS,
+)
+DATA_DEPENDENT = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "equal")
+RULE = Rule(16, MASK, EOS, True, 0.9)
+
+
+def build(config=CONFIG) -> LLaDA2ForDiffusion:
+    model = LLaDA2ForDiffusion(config, dtype=torch.float32).init_weights(0).eval()
+    model.set_routing("dmoe", min_experts=4)
+    return model
+
+
+def prompt(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, MASK, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Count(TorchDispatchMode):
+    """Ops by name; `views` apart, as they launch nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.views = collections.Counter(), 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name().split("::")[1].split(".")[0]
+        if op.is_view or name in ("_unsafe_view", "detach", "alias"):
+            self.views += 1
+        else:
+            places = args[1] if name in ("index", "index_put_", "_unsafe_index") else ()
+            bools = [place for place in places if place is not None and place.dtype == torch.bool]
+            self.ops["boolean indexing" if bools else name] += 1
+        return op(*args, **(kwargs or {}))
+
+    def reads(self) -> int:
+        return sum(self.ops[name] for name in (*DATA_DEPENDENT, "boolean indexing"))
+
+
+# Counted ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eos_id", [None, EOS])
+def test_no_step_reads_a_value_back(eos_id, monkeypatch):
+    """A decode of 256 tokens: none inside a step, at most one per block outside."""
+    model, ids, inside = build(), prompt(40), []
+
+    def counted(*args, **options):
+        with Count() as count:
+            out = denoise(*args, **options)
+        inside.append(count)
+        return out
+
+    monkeypatch.setattr(decoding, "denoise", counted)
+    with Count() as outside:
+        decoded = model.generate(ids, gen_length=256, eos_id=eos_id, threshold=0.5)
+    assert decoded.tokens.shape[1] == 256 or eos_id
+    assert len(inside) == decoded.stats.denoising_forwards > 20
+    assert [count.reads() for count in inside] == [0] * len(inside)
+    blocks = -(-(40 + 256) // 32) - 1
+    assert outside.reads() - decode_free_reads(outside) <= blocks, outside.ops
+
+
+def decode_free_reads(count) -> int:
+    """Those of the arguments' checks, in front of the first block."""
+    model = build()
+    with Count() as checks, contextlib.suppress(ValueError):
+        model.generate(prompt(40), gen_length=256, use_graphs=True)  # refused behind the checks
+    return checks.reads()
+
+
+def test_ops_of_a_forward():
+    """20 layers: what launches something."""
+    model = build(dataclasses.replace(CONFIG, num_hidden_layers=20))
+    with torch.no_grad():
+        cache = model.new_cache(64)
+        with Count() as forward:
+            model.hidden_states(prompt(32), kv_cache=cache, block_length=32)
+        batch = Batch.empty(model, 32, 1, 64)
+        with Count() as whole:
+            denoise(model, batch, dataclasses.replace(RULE, block_length=32), torch.tensor([0]), 32, False)
+    print(f"\nforward {sum(forward.ops.values())} ops, step {sum(whole.ops.values())}: {whole.ops}")
+    assert sum(forward.ops.values()) <= 250
+    assert sum(whole.ops.values()) <= 320
+    assert forward.ops["add_rms_norm"] == 40 and forward.ops["qk_norm_rope"] == 20 and whole.ops["greedy"] == 1
+
+
+# Captured --------------------------------------------------------------------------------------------------------------
+
+
+def filled(model, lengths, capacity=128, rule=RULE, gen_length=30) -> Batch:
+    """A batch in front of the block where the shortest prompt ends, with everything before it committed."""
+    batch = Batch.empty(model, rule.block_length, len(lengths), capacity)
+    ids = torch.cat([prompt(max(lengths), seed) for seed in range(len(lengths))])
+    lengths = torch.tensor(lengths)
+    batch.fill(ids, lengths, torch.full_like(lengths, gen_length), torch.full_like(lengths, 16), rule.mask_id)
+    begin = int(lengths.min()) // rule.block_length * rule.block_length
+    if begin:
+        model.hidden_states(batch.x[:, :begin], kv_cache=batch.cache, block_length=rule.block_length)
+        batch.cache.commit(begin)
+    batch.begin.fill_(begin)
+    batch.active[:] = batch.length < begin + rule.block_length
+    return batch
+
+
+def same_state(one: Batch, other: Batch) -> None:
+    for name in ("x", "active", "step"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.equal(one.counter.unique, other.counter.unique)
+    assert torch.equal(one.counter.forwards, other.counter.forwards)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[40], [3, 37, 20]])
+def test_the_step_of_fixed_shapes_is_the_step(lengths):
+    """Over the whole cache, its length on the device."""
+    model, rows = build(), torch.arange(len(lengths))
+    cut, fixed = filled(model, lengths), filled(model, lengths)
+    for _ in range(3):
+        flags = denoise(model, cut, RULE, rows, len(lengths) * 16, False)
+        assert torch.equal(flags, denoise(model, fixed, RULE, rows, len(lengths) * 16, False, fixed=True))
+        same_state(cut, fixed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rides", [False, True])
+def test_the_step_compiles_whole_and_once_for_all_lengths(rides):
+    model, rows = build(), torch.arange(2)
+    model.use_block_length(16)
+    torch.compiler.reset()
+    graphs_made = []
+
+    def backend(graph, inputs):
+        graphs_made.append(graph)
+        return graph.forward
+
+    run = torch.compile(denoise, fullgraph=True, backend=backend, dynamic=False)
+    for lengths in ([40, 33], [70, 66], [20, 17]):
+        want, got = filled(model, lengths), filled(model, lengths)
+        flags = denoise(model, want, RULE, rows, 32, rides, fixed=True)
+        assert torch.equal(run(model, got, RULE, rows, 32, rides, fixed=True), flags)
+        same_state(want, got)
+        assert len(graphs_made) == 1
+
+
+@torch.no_grad()
+def test_the_step_compiles_through_aot_autograd():
+    """Which writes without mutation what the step writes in place."""
+    model, rows = build(), torch.arange(1)
+    model.use_block_length(16)
+    torch.compiler.reset()
+    run = torch.compile(denoise, fullgraph=True, backend="aot_eager", dynamic=False)
+    want, got = filled(model, [40]), filled(model, [40])
+    for _ in range(2):
+        flags = denoise(model, want, RULE, rows, 16, False, fixed=True)
+        assert torch.equal(run(model, got, RULE, rows, 16, False, fixed=True), flags)
+        same_state(want, got)
+
+
+@torch.no_grad()
+def test_the_step_runs_on_fake_tensors():
+    """No value is looked at: there is none."""
+    model = build()
+    model.use_block_length(16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = Batch.empty(model, 16, 2, 128)
+        flags = denoise(model, batch, RULE, torch.arange(2), 32, True, fixed=True)
+    assert flags.shape == (2, 3)
+
+
+class Tape(TorchDispatchMode):
+    """What stands for a CUDA graph: ops recorded with their tensors, which a replay runs again in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for op, args, kwargs, out in self.calls:
+            if op.is_view:
+                continue
+            new = op(*args, **kwargs)
+            if not op._schema.is_mutable or len(op._schema.returns) > 0:
+                outs, news = ([t] if isinstance(t, torch.Tensor) else list(t or []) for t in (out, new))
+                for old, value in zip(outs, news):
+                    if old.data_ptr() != value.data_ptr():
+                        old.copy_(value)
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Graphs on the CPU; returns what was captured."""
+    captured = []
+
+    def capture(run, pool):
+        run()
+        tape = Tape()
+        with tape:
+            out = run()
+        captured.append(tape)
+        return tape, out
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "why_not", lambda model, rule: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return captured
+
+
+def test_replayed_steps_decode_the_same(taped):
+    """Batches, other prefixes, early ends, prompts of several blocks; the graphs of a bucket serve them all."""
+    model = build()
+    for lengths, gen_length, eos_id in (
+        ([40], 60, EOS),
+        ([5], 100, None),
+        ([40, 3, 17], 45, 7),
+        ([9, 64, 1, 33], 40, 11),
+    ):
+        ids = torch.cat([prompt(max(lengths), seed) for seed in range(len(lengths))])
+        options = dict(prompt_lengths=torch.tensor(lengths), gen_length=gen_length, eos_id=eos_id, threshold=0.5)
+        want = model.generate(ids, use_graphs=False, **options)
+        for _ in range(2):
+            got = model.generate(ids, use_graphs=True, **options)
+            assert torch.equal(got.tokens, want.tokens)
+            assert got.stats == want.stats
+    assert len(taped) == 2 * 4  # a bucket of 1 under two rules, one of 4 under two; with and without a block to commit
+
+
+def test_graphs_are_made_again_where_the_model_changes(taped):
+    model, ids = build(), prompt(20)
+    for change in (lambda: None, lambda: model.set_routing("token"), lambda: model.float().set_routing("dmoe")):
+        change()
+        want = model.generate(ids, gen_length=20, use_graphs=False)
+        assert torch.equal(model.generate(ids, gen_length=20).tokens, want.tokens)
+    made = len(taped)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).clone())
+    want = model.generate(ids, gen_length=20, use_graphs=False)
+    assert torch.equal(model.generate(ids, gen_length=20).tokens, want.tokens)
+    assert len(taped) == made + 2
+    assert len(model._step_graphs) <= graphs.KEPT
+
+
+def test_a_capture_is_warmed_up_in_a_stream_of_its_own(monkeypatch):
+    """What `capture` asks of torch.cuda, in order."""
+    said = []
+    stream = types.SimpleNamespace(wait_stream=lambda other: said.append("wait"))
+    graph = types.SimpleNamespace(replay=lambda: said.append("replay"))
+
+    @contextlib.contextmanager
+    def within(name):
+        said.append(f"{name} begins")
+        yield
+        said.append(f"{name} ends")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: within("stream"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda given, pool: within(f"graph in {pool}"))
+    made, out = graphs.capture(lambda: said.append("run") or 7, "pool")
+    assert made is graph and out == 7
+    runs = ["stream begins", "run", "run", "stream ends"]
+    assert said == ["wait", *runs, "wait", "graph in pool begins", "run", "graph in pool ends"]
+
+
+def test_why_there_are_no_graphs(monkeypatch):
+    model = build()
+    with pytest.raises(ValueError, match="use_graphs must not be True here: the model is on cpu"):
+        model.generate(prompt(4), gen_length=4, use_graphs=True)
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    assert "random numbers" in graphs.why_not(on_gpu, dataclasses.replace(RULE, temperature=1.0))
+    monkeypatch.setattr(graphs._backends, "name_for", lambda device: "reference")
+    assert "reference backend" in graphs.why_not(on_gpu, RULE)
+    on_gpu.mesh = None
+    assert "several ranks" in graphs.why_not(on_gpu, RULE)
+
+
+def test_a_capture_that_fails_is_told_and_the_decode_goes_on(monkeypatch):
+    model, ids = build(), prompt(20)
+
+    def fails(run, pool):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", fails)
+    monkeypatch.setattr(graphs, "why_not", lambda model, rule: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    want = model.generate(ids, gen_length=20, use_graphs=False)
+    with pytest.warns(UserWarning, match="the capture failed: operation not permitted when stream is capturing"):
+        assert torch.equal(model.generate(ids, gen_length=20).tokens, want.tokens)
+    with pytest.raises(ValueError, match="the capture failed"):
+        model.generate(ids, gen_length=20, use_graphs=True)
