@@ -26,6 +26,7 @@ SMALL = {
     "small routing": ("tests/test_triton_router.py", "golden or named or hard or ends or scarce or nan"),
     "small experts": ("tests/test_triton_experts.py", ""),
     "small quantised": ("tests/test_triton_quantized.py", ""),
+    "small decoder": ("tests/test_decoder_ops.py", "triton"),
 }
 BENCHES = {
     "cuda": {

@@ -1,0 +1,45 @@
+"""Decoding on a GPU: steps that a CUDA graph replays give the tokens and the counts of steps that are launched one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_step import EOS, build, prompt
+
+from dmoe_ops import _backends
+
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU; there is none here")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def model(request, monkeypatch):
+    if why := _backends.BACKENDS[request.param].why_not(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip(why)
+    monkeypatch.setenv("DMOE_BACKEND", request.param)
+    return build().to("cuda")
+
+
+@pytest.mark.parametrize("policy", ["dmoe", "token"])
+def test_replayed_steps_decode_the_same(model, policy):
+    """A CPU's tokens too, but for what rounding decides."""
+    model.set_routing(policy)
+    same, all_ = 0, 0
+    for lengths, gen_length, eos_id in (
+        ([40], 60, EOS),
+        ([5], 100, None),
+        ([40, 3, 17], 45, 7),
+        ([9, 64, 1, 33], 40, 11),
+    ):
+        ids = torch.cat([prompt(max(lengths), seed) for seed in range(len(lengths))])
+        options = dict(prompt_lengths=torch.tensor(lengths), gen_length=gen_length, eos_id=eos_id, threshold=0.5)
+        want = model.generate(ids.cuda(), use_graphs=False, **options)
+        for _ in range(2):
+            got = model.generate(ids.cuda(), use_graphs=True, **options)
+            assert torch.equal(got.tokens, want.tokens) and got.stats == want.stats
+        on_cpu = build()
+        on_cpu.set_routing(policy)
+        tokens = on_cpu.generate(ids, **options).tokens
+        n = min(tokens.shape[1], want.tokens.shape[1])
+        same, all_ = same + int((tokens[:, :n] == want.tokens.cpu()[:, :n]).sum()), all_ + tokens[:, :n].numel()
+    assert same >= 0.95 * all_, f"{same} of {all_} tokens"
