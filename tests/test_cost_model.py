@@ -192,8 +192,8 @@ def test_more_bytes_take_longer(rows):
 
 
 def test_independent_estimates(rows):
-    """For T = 32 with 14.6 experts. Triton's up by hand, from the same machine code: 26 us. CUDA's experts by what stamps in the
-    kernel say on an H200 (bench/NOTES.md), with 10.4 us more for an H100's memory: 49 us, of which no rule explains 5."""
+    """For T = 32 with 14.6 experts. Triton's up by hand, from the same machine code: 26 us. CUDA's experts by stamps in the
+    kernel on an H200 (bench/NOTES.md), with 10.4 us more for an H100's memory: 49 us, of which no rule explains 5."""
     for backend, name, us in (("triton", "up", 26), ("cuda", "experts", 44)):
         launches = rows["H100", "bf16", 32, 14.6, backend]["launches"]
         assert next(one["us"] for one in launches if one["name"] == name) == pytest.approx(us, rel=0.1)

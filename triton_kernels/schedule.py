@@ -56,7 +56,7 @@ def local_only(chosen, expert, real, map_ptr, HAS_MAP: tl.constexpr):
 
 @triton.jit
 def store_used(used, expert, block, used_ptr, counts_ptr, WIDTH: tl.constexpr):
-    """`used` [EP] as the ascending list of its experts, and zeros: kernels load from behind it before they know its length."""
+    """`used` [EP] as the ascending list of its experts, then zeros: kernels load from there before they know its length."""
     place = tl.cumsum(used.to(tl.int32), 0) - 1
     count = tl.sum(used.to(tl.int32), 0)
     row = used_ptr + block.to(tl.int64) * WIDTH

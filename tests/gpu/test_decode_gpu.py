@@ -1,4 +1,4 @@
-"""Decoding on a GPU: steps that a CUDA graph replays give the tokens and the counts of steps that are launched one by one."""
+"""Decoding on a GPU: steps that a CUDA graph replays give the tokens and the counts of steps that are launched singly."""
 
 from __future__ import annotations
 
