@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmoe_ops import BlockRouting, decoder
-from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, checkpoint
+from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, attention, checkpoint
 from dmoe_ops.models.attention import KVCache
 from dmoe_ops.models.decoding import _decoded, _stats
 from dmoe_ops.models.sampling import choose, ended, sample
@@ -538,6 +538,19 @@ def test_attention_is_block_causal():
     differs = ((model(changed).logits - before).abs().amax(-1)[0] > 1e-5).tolist()
     assert not any(differs[:32])  # the past does not see it
     assert all(differs[32:])  # its own block and the partial one behind it do
+
+
+@torch.no_grad()
+def test_attention_takes_its_result_in_either_layout(monkeypatch):
+    """GPUs leave it as [n, T, heads, D] in memory."""
+    model, ids, plain = build(), prompt(80), attention.F.scaled_dot_product_attention
+    want = model(ids).logits
+
+    def as_on_a_gpu(*args, **options):
+        return plain(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", as_on_a_gpu)
+    assert torch.equal(model(ids).logits, want)
 
 
 @torch.no_grad()

@@ -101,4 +101,4 @@ def masked(query, keys, values, mask=None) -> torch.Tensor:
     groups = heads // keys.shape[1]
     query = query.reshape(n, keys.shape[1], groups * tokens, size)
     mask = mask if mask is None or groups == 1 else mask.repeat(groups, 1)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).view(n, heads, tokens, size)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).reshape(n, heads, tokens, size)
