@@ -2,6 +2,8 @@
 
     python sglang_on_cpu.py engine JOB.json     sgl.Engine(**job["engine"]); every batch of job["batches"] is one generate
                                                 call; the token ids go to job["out"] as JSON
+    python sglang_on_cpu.py rounds JOB.json     the same engine; whenever a line comes in, job["batch"] is one generate
+                                                call, whose seconds and tokens go to job["out"], a line of JSON
     python sglang_on_cpu.py serve ARGS...       python -m sglang.launch_server ARGS
 
 The processes of the engine import this file too (multiprocessing's spawn), before anything of SGLang: so the stand-ins below
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -116,15 +119,31 @@ def engine(job: dict) -> None:
 
     model = sglang.Engine(**job["engine"])
     try:
-        answers = []
-        for batch in job["batches"]:
-            settings = [dict(temperature=0, max_new_tokens=n) for n in batch["new_tokens"]]
-            answers.append(
-                [one["output_ids"] for one in model.generate(input_ids=batch["input_ids"], sampling_params=settings)]
-            )
-        Path(job["out"]).write_text(json.dumps(answers))
+        Path(job["out"]).write_text(json.dumps([answer(model, batch) for batch in job["batches"]]))
     finally:
         model.shutdown()
+
+
+def rounds(job: dict) -> None:
+    import sglang
+
+    model = sglang.Engine(**job["engine"])
+    try:
+        with open(job["out"], "w", buffering=1) as out:
+            out.write("ready\n")
+            for _ in sys.stdin:
+                begin = time.perf_counter()
+                ids = answer(model, job["batch"])
+                out.write(json.dumps(dict(seconds=time.perf_counter() - begin, tokens=ids)) + "\n")
+    finally:
+        model.shutdown()
+
+
+def answer(model, batch: dict) -> list[list[int]]:
+    settings = [
+        dict(temperature=0, max_new_tokens=n, ignore_eos=batch.get("ignore_eos", False)) for n in batch["new_tokens"]
+    ]
+    return [one["output_ids"] for one in model.generate(input_ids=batch["input_ids"], sampling_params=settings)]
 
 
 stand_in()
@@ -135,8 +154,8 @@ if os.environ.get("DMOE_RECORD"):
     watch(Path(os.environ["DMOE_RECORD"]))
 
 if __name__ == "__main__":
-    if sys.argv[1] == "engine":
-        engine(json.loads(Path(sys.argv[2]).read_text()))
+    if sys.argv[1] in ("engine", "rounds"):
+        dict(engine=engine, rounds=rounds)[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))
     else:
         from sglang.srt.plugins import load_plugins
 
