@@ -68,8 +68,11 @@ class LLaDA2MoeDecoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, None) if dense else LLaDA2MoeSparseMoeBlock(config)
 
     def forward(self, x, rotary):
-        x = x + self.attention(self.input_layernorm(x), rotary, lambda *qkv: attention.attend(*qkv, 0, 32))
-        out = self.mlp(self.post_attention_layernorm(x))
+        def attend(own, qkv):
+            return attention.attend(*own.split(qkv, *rotary), 0, 32)
+
+        x = x + self.attention(self.input_layernorm(x)[0], attend)
+        out = self.mlp(self.post_attention_layernorm(x)[0])
         return x + (out[0] if isinstance(out, tuple) else out)
 
 
@@ -96,7 +99,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         rotary = [part[0] for part in self.rotary_emb(x, torch.arange(x.shape[1])[None])]
         for layer in self.layers:
             x = layer(x, rotary)
-        return self.norm(x)
+        return self.norm(x)[0]
 
 
 class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):

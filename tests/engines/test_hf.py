@@ -73,9 +73,9 @@ def load(folder: Path, **options):
 
 
 def check_equal(model, ours, policy: str, **overrides) -> None:
+    """With gradients, under which ours runs no fused op outside its MoE layers."""
     ours.set_routing(policy, **overrides)
-    with torch.no_grad():
-        difference = (model(IDS).logits - ours(IDS).logits).abs().max().item()
+    difference = (model(IDS).logits - ours(IDS).logits).abs().max().item()
     print(f"difference {difference}")
     assert difference == 0.0
 
