@@ -20,7 +20,8 @@ from cost import facts, machine_code, machines, model  # noqa: E402
 
 H100 = machines.MACHINES["H100"]
 TOOL = [sys.executable, str(TOOLS / "cost_model.py")]
-ENV = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # under it nothing is compiled
+# Under the one nothing is compiled; the other, which make PY=python3 sets, would hide the modules beside the script.
+ENV = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTHONSAFEPATH")}
 
 
 # --- machine code
