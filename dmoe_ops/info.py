@@ -38,12 +38,17 @@ def report() -> str:
             f"CUDA kernels {cuda}"
         )
     lines += ["engines:", *(f"  {name:12} {_engine(name, group)}" for name, group in PLUGINS.items())]
-    lines.append(f"  transformers {_version('transformers')}; block routing by dmoe_ops.patch")
+    lines.append(
+        f"  transformers {_version('transformers')}; block routing by dmoe_ops.patch or, as it loads, "
+        "dmoe_ops.engines.hf_loading.register"
+    )
     return "\n".join(lines)
 
 
 def _engine(name: str, group: str) -> str:
     version = _version(name)
+    if version == "not installed":
+        version = _version(f"{name}-cpu")  # a build of vLLM for CPUs has a name of its own
     if version == "not installed":
         return version
     points = importlib.metadata.entry_points(group=group)

