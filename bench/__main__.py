@@ -11,7 +11,7 @@ import torch
 
 from ..models.llada2 import LLaDA2ForDiffusion
 from ..routing import POLICIES
-from . import cases, compare, decode, measure, peers, report, results, roofline, sweep
+from . import cases, compare, decode, measure, peers, released, report, results, roofline, sweep
 
 # Interrupted by Ctrl-C, as a shell reports it.
 INTERRUPTED = 130
@@ -75,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--gen-length", type=_positive, default=32, metavar="TOKENS", help="tokens to decode")
     one.add_argument("--steps", type=_positive, default=8, help="denoising steps per block of 32")
     one.add_argument("--rounds", type=_positive, default=5, help="decodes of each policy")
+    one.add_argument("--vocab", type=_positive, metavar="TOKENS", help="tokens of the head (on a CPU 8192, else all)")
+    one.add_argument(
+        "--released",
+        metavar="FOLDER",
+        help="the authors' code, whose generate() decodes the same weights (transformers 4.57)",
+    )
     text = "Draws results: one HTML page that needs nothing else, and PNGs beside it. Needs matplotlib."
     one = command("report", run_report, text, "dmoe bench report layer.json sweep.json --html report.html")
     one.add_argument("files", nargs="+", metavar="FILE", help="results written by --json")
@@ -246,9 +252,17 @@ def run_decode(args) -> int:
 
         if not args.checkpoint:
             target = decode.TARGET_UNIQUE * model.config.num_experts / 256
-            touched = decode.calibrate(model, run, target, args.seed)
-            out["settings"]["model"] += f"; router biases set so that token routing touches {touched:.0f} experts"
-        decode.run(out, model, args.policies, run, args.rounds)
+            model.set_routing("token")
+            with torch.no_grad():
+                touched = decode.calibrate(model, run, target, args.seed)
+            out["settings"]["model"] += f"; routers set so that token routing touches {touched:.0f} experts"
+        ceilings = roofline.measure_ceilings(args.device, dtype)
+        out["ceilings"] = ceilings._asdict()
+        out["settings"]["counts"] = decode.counted(model, prompt, args.steps)
+        peer = released.decoder(args.released, model, prompt, args.gen_length, args.steps) if args.released else None
+        decode.run(out, model, args.policies, run, args.rounds, peer)
+        for row in out["rows"]:
+            row.update(decode.floors(model, row["unique"], ceilings.read, ceilings.gemm))
 
     return finish(args, out, work, decode.print_rows)
 
@@ -260,7 +274,7 @@ def decode_model(args, dtype) -> tuple:
         return model, f"checkpoint {args.checkpoint}"
     config = decode.CONFIGS[args.model]
     # A CPU spends seconds on the full vocabulary's head, which block routing does not touch.
-    vocab = config.vocab_size if args.device == "cuda" else min(config.vocab_size, 8192)
+    vocab = min(config.vocab_size, args.vocab or (config.vocab_size if args.device == "cuda" else 8192))
     layers = args.layers or config.num_hidden_layers
     while layers > 2 and decode.weight_bytes(config, layers, dtype) > cases.memory_budget(args.device):
         layers -= 1

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import types
+from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layer import BlockMoE
 from ..models.llada2 import Attention, LLaDA2Config, LLaDA2ForDiffusion
+from ..models.step import Batch, Rule, denoise
 from . import results, timing
 from .cases import fill, random_tile
 
@@ -53,6 +57,8 @@ CONFIGS = {
         eos_token_id=510,
     ),
 }
+PARTS = ("total", "moe", "attention", "head", "sampling", "rest")
+PAPER = "the paper has 1.14–1.66, end to end"
 TARGET_UNIQUE = 69.5  # experts of 256 that a block of LLaDA2.0-mini touches under token routing
 
 
@@ -86,33 +92,70 @@ def random_model(config: LLaDA2Config, dtype, device: str, seed: int) -> LLaDA2F
 
 
 def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int) -> float:
-    """Scales random router biases until token routing touches `target` experts per block and returns what it then
-    touches: the wider the biases, the more the tokens agree. Bisection; unbiased routers touch the most."""
+    """Gives random routers the statistics of a real one and returns how many experts token routing then touches per block.
+
+    Logits are -1 + 1.2 n(expert) + s n(token, expert), as on the calibrated workload (`cases.calibrated_logits`): what all
+    inputs of a layer share carries the first part, what they differ by the second. s, 1 there, is found by bisection: the
+    tokens of a block, most of them masks, differ less than independent ones. Routers have no bias.
+    """
     generator = torch.Generator().manual_seed(seed)
-    shapes = [torch.randn(moe.expert_bias.shape, generator=generator) for moe in model.moe_layers]
+    config = model.config
+    shared = [-1 + 1.2 * torch.randn(config.num_experts, generator=generator) for _ in model.moe_layers]
+    own = [torch.randn(config.num_experts, config.hidden_size, generator=generator) for _ in model.moe_layers]
+    ids = torch.randint(config.mask_token_id - 1, (1, 8 * config.block_length), generator=generator)
+    masked = torch.rand(ids.shape, generator=generator) < 0.5
+    ids = ids.masked_fill(masked, config.mask_token_id).to(model.device)
+
+    def fit(moe, inputs, of_all, of_each, scale: float) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        mean = x.mean(0)
+        spread = (x - mean).square().sum(1).mean().sqrt()  # of n(0, 1) rows: the standard deviation of own @ (x - mean)
+        of_each = of_each.to(x.device)
+        of_each = of_each - torch.outer(of_each @ mean, mean) / mean.square().sum()
+        gate = torch.outer(of_all.to(x.device), mean) / mean.square().sum() + scale / spread * of_each
+        moe.gate_weight.copy_(gate)
 
     def touched(scale: float) -> float:
-        for moe, shape in zip(model.moe_layers, shapes):
-            moe.expert_bias.copy_(scale * shape)
+        hooks = [
+            moe.register_forward_pre_hook(lambda moe, inputs, parts=parts: fit(moe, inputs, *parts, scale))
+            for moe, parts in zip(model.moe_layers, zip(shared, own))
+        ]
+        model.hidden_states(ids)  # layer after layer: each is fitted to what the ones before it give
+        for hook in hooks:
+            hook.remove()
         return decode().stats.unique_experts_denoising
 
-    low, high = 0.0, 1.0
-    for _ in results.progress(range(6), "router biases", "decode"):
-        middle = (low + high) / 2
-        low, high = (middle, high) if touched(middle) > target else (low, middle)
+    for moe in model.moe_layers:
+        moe.expert_bias.zero_()
+    low, high = 1 / 4, 8.0
+    for _ in results.progress(range(6), "routers", "decode"):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if touched(middle) < target else (low, middle)
     return touched(high)
 
 
 class Stopwatch:
-    """Time inside modules of some classes, by hooks. On a GPU events, read after the run."""
+    """Time inside modules of some classes, by hooks, and inside the head and the choice of tokens. On a GPU events, read
+    after the run."""
 
     def __init__(self, model, classes: dict[str, type], device: str):
-        self.device, self.marks, self.handles = device, {name: [] for name in classes}, []
+        self.device, self.marks, self.handles = device, {name: [] for name in (*classes, "head", "sampling")}, []
         for module in model.modules():
             for name, kind in classes.items():
                 if isinstance(module, kind):
                     self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._mark(name)))
                     self.handles.append(module.register_forward_hook(lambda *_, name=name: self._mark(name)))
+        self.patches = [mock.patch.object(model, "head", self._around("head", model.head))]
+        self.patches += [mock.patch.object(Rule, "sample", self._around("sampling", Rule.sample))]
+
+    def _around(self, name: str, function):
+        def run(*args):
+            self._mark(name)
+            out = function(*args)
+            self._mark(name)
+            return out
+
+        return run
 
     def _mark(self, name: str) -> None:
         if self.device == "cuda":
@@ -123,9 +166,13 @@ class Stopwatch:
             self.marks[name].append(time.perf_counter())
 
     def __enter__(self) -> Stopwatch:
+        for patch in self.patches:
+            patch.start()
         return self
 
     def __exit__(self, *exc) -> None:
+        for patch in self.patches:
+            patch.stop()
         for handle in self.handles:
             handle.remove()
 
@@ -140,12 +187,74 @@ class Stopwatch:
         return {name: sum(b - a for a, b in zip(m[::2], m[1::2])) for name, m in self.marks.items()}
 
 
-def run(out: dict, model: LLaDA2ForDiffusion, policies: list[str], decode, rounds: int) -> None:
-    """Every policy decodes once a round, after one that is not counted. Adds a row per policy to `out`."""
+class Reads(TorchDispatchMode):
+    """Ops of a decode that launch something, and those that read a value back."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = self.reads = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops += not op.is_view and op.name() != "aten::_unsafe_view"
+        self.reads += op.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        return op(*args, **(kwargs or {}))
+
+
+def counted(model: LLaDA2ForDiffusion, prompt, steps: int) -> dict:
+    """Ops of a forward of one block, and of a step; values that a step reads back."""
+    size = model.config.block_length
+    cache = model.new_cache(size)
+    with torch.no_grad(), Reads() as forward:
+        model.hidden_states(prompt[:, :size], kv_cache=cache)
+    batch = Batch.empty(model, size, 1, size)
+    rule = Rule(size, model.config.mask_token_id, None, True, 0.95)
+    with torch.no_grad(), Reads() as step:
+        denoise(model, batch, rule, torch.zeros(1, dtype=torch.int64, device=model.device), size, False)
+    return dict(ops_per_forward=forward.ops, ops_per_step=step.ops, reads_per_step=step.reads)
+
+
+def floors(model: LLaDA2ForDiffusion, unique: float, bandwidth: float, gemm: float) -> dict[str, float]:
+    """ms per forward of one block that reading the weights once, and multiplying, take at least."""
+    config, size = model.config, model.config.block_length
+    width = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    attention = config.num_hidden_layers * config.hidden_size * (width + config.num_attention_heads * config.head_dim)
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    shared, layers = config.num_shared_experts or 0, len(model.moe_layers)
+    head = config.vocab_size * config.hidden_size
+    parts = dict(  # weights read, weights that a token is multiplied with
+        moe=(layers * expert * (unique + shared), layers * expert * (config.num_experts_per_tok + shared)),
+        attention=(attention, attention),
+        head=(head, head),
+    )
+    wide = model.dtype.itemsize
+    return {
+        f"{part}_floor_ms": 1e3 * max(read * wide / bandwidth, 2 * size * used / gemm)
+        for part, (read, used) in parts.items()
+    }
+
+
+def run(out: dict, model: LLaDA2ForDiffusion, policies: list[str], decode, rounds: int, released=None) -> None:
+    """Every policy decodes once a round, after one that is not counted, and so does `released`, a function that returns the
+    number of its tokens. Adds a row per contender to `out`."""
     device = out["machine"]["device"]
     samples: dict[str, list[dict]] = {policy: [] for policy in policies}
+    if released is not None:
+        samples["released"] = []
 
     def once(policy: str) -> dict:
+        begin = time.perf_counter()
+        if policy == "released":
+            tokens, unique = released()
+            total = time.perf_counter() - begin
+            forwards = latest[policies[0]].forwards  # of a decode of the same steps
+            stats = types.SimpleNamespace(
+                tokens=tokens,
+                forwards=forwards,
+                tokens_per_forward=tokens / forwards,
+                unique_experts_denoising=unique,
+                expert_bytes_per_step=unique * len(model.moe_layers) * model.bytes_per_expert,
+            )
+            return dict(total=total, moe=0, attention=0, head=0, sampling=0, rest=total, stats=stats)
         model.set_routing(policy)
         with Stopwatch(model, dict(moe=BlockMoE, attention=Attention), device) as watch:
             begin = time.perf_counter()
@@ -154,16 +263,18 @@ def run(out: dict, model: LLaDA2ForDiffusion, policies: list[str], decode, round
                 torch.cuda.synchronize()
             total = time.perf_counter() - begin
             split = watch.seconds()
+        latest[policy] = decoded.stats
         return dict(total=total, rest=total - sum(split.values()), stats=decoded.stats, **split)
 
+    latest = {}
     try:
         for turn in results.progress(range(rounds + 1), "decoding", "round"):
-            for sample in [(policy, once(policy)) for policy in policies]:
+            for sample in [(policy, once(policy)) for policy in samples]:
                 if turn:
                     samples[sample[0]].append(sample[1])
     finally:
         if all(len(found) > 1 for found in samples.values()):
-            out["rows"] += [row(policy, samples) for policy in policies]
+            out["rows"] += [row(policy, samples) for policy in samples]
 
 
 def row(policy: str, samples: dict[str, list[dict]]) -> dict:
@@ -188,8 +299,7 @@ def row(policy: str, samples: dict[str, list[dict]]) -> dict:
         p90_us=1e6 * timing.spread(per_token[policy])["p90"],
         samples=len(mine),
         **{
-            f"{part}_ms": 1e3 * timing.spread([s[part] / s["stats"].forwards for s in mine])["median"]
-            for part in ("total", "moe", "attention", "rest")
+            f"{part}_ms": 1e3 * timing.spread([s[part] / s["stats"].forwards for s in mine])["median"] for part in PARTS
         },
         ratios={other: timing.ratio(per_token[policy], per_token[other]) for other in samples if other != policy},
     )
@@ -198,7 +308,7 @@ def row(policy: str, samples: dict[str, list[dict]]) -> dict:
 def print_rows(out: dict) -> None:
     results.print_header(out)
     print(f"model      {out['settings']['model']}")
-    parts = ["ms/forward", "MoE", "attention", "rest"]
+    parts = ["ms/forward", "MoE", "attention", "head", "sampling", "rest"]
     header = ["policy", "tokens/s", "p10–p90", "forwards", *parts, "unique", "MB/step", "faster than token"]
     lines = []
     for row in out["rows"]:
@@ -210,7 +320,7 @@ def print_rows(out: dict) -> None:
                 results.number(rate["median"]),
                 f"{results.number(rate['p10'])}–{results.number(rate['p90'])}",
                 str(row["forwards"]),
-                *(results.number(row[f"{part}_ms"]) for part in ("total", "moe", "attention", "rest")),
+                *(results.number(row[f"{part}_ms"]) for part in PARTS),
                 f"{row['unique']:.1f}",
                 results.number(row["bytes"] / 1e6),
                 results.ratio(token) if token else "",
@@ -218,7 +328,22 @@ def print_rows(out: dict) -> None:
         )
     print("\n" + results.table(header, lines))
     print(
-        "\nms per forward: prefill, denoising and commit forwards alike; rest: embedding, norms, the dense first layer, "
-        "the head, sampling.\nunique: experts per block over denoising forwards. MB/step: their weights, all layers."
-        "\nfaster than token: tokens/s over those of token routing, with p10–p90 of the rounds."
+        "\nms per forward: prefill, denoising and commit forwards alike; rest: norms, the dense layer, counts."
+        "\nunique: experts per block over denoising forwards. MB/step: their weights, all layers."
+        f"\nfaster than token: tokens/s over those of token routing, with p10–p90 of the rounds; {PAPER}."
     )
+    counts = out["settings"].get("counts")
+    if counts:
+        print(
+            "{ops_per_forward} ops per forward, {ops_per_step} per step, which reads {reads_per_step} values back".format(
+                **counts
+            )
+        )
+    for row in out["rows"]:
+        floor = {part: row.get(f"{part}_floor_ms") for part in ("moe", "attention", "head")}
+        if all(floor.values()):
+            said = ", ".join(f"{part} {results.number(value)}" for part, value in floor.items())
+            print(f"floor of a full forward under {row['key']}, ms: {said}")
+    released = next((row["ratios"] for row in out["rows"] if row["key"] == "released"), {})
+    for policy, ratio in released.items():
+        print(f"{policy} over the released generate: {results.ratio(ratio)}")
