@@ -20,10 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="which backends are there, and why others are not")
     commands.add_parser("bench", help="the microbenchmark: dmoe bench --help", add_help=False)
     demo_parser = commands.add_parser("demo", help="decode a prompt with token routing and with dMoE, side by side")
-    from . import convert, decode, demo, tune
+    from . import chat, convert, decode, demo, tune
 
     demo.add_arguments(demo_parser)
     decode.add_arguments(commands.add_parser("decode", help="decode prompts, on several ranks under torchrun"))
+    chat.add_arguments(commands.add_parser("chat", help="talk to a model in the terminal"))
     tune.add_arguments(commands.add_parser("tune", help="measure the Triton tile choices on this machine's GPU"))
     convert.add_arguments(
         commands.add_parser("quantize", help="write a checkpoint with its experts in fp8, int8 or int4")
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(report())
         return 0
-    return dict(demo=demo, decode=decode, tune=tune, quantize=convert)[args.command].run(args)
+    return dict(chat=chat, demo=demo, decode=decode, tune=tune, quantize=convert)[args.command].run(args)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from .bench import timing
 from .layer import BlockMoE
 from .models import Decoded, LLaDA2Config, LLaDA2ForDiffusion, TextCodec, hub
 from .models.llada2 import usable
-from .models.text import padded
+from .models.text import StopStrings, before, padded
 from .reference import dequantize
 from .routing import POLICIES
 
@@ -64,6 +64,7 @@ def prompts_of(args: argparse.Namespace, folder: Path) -> tuple[TextCodec, list[
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompts(parser)
+    parser.add_argument("--stop", metavar="TEXT", nargs="+", default=[], help="texts that end an answer")
     parser.add_argument("--block-length", metavar="N", type=int, default=32)
     parser.add_argument("--threshold", metavar="P", type=float, default=0.95, help="confidence that unmasks a token")
     parser.add_argument("--policy", choices=POLICIES, default="dmoe", help="block routing to show (default: dmoe)")
@@ -111,6 +112,9 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
     input_ids, lengths = padded(ids)
     options = dict(block_length=args.block_length, gen_length=args.gen_length, threshold=args.threshold)
     decode = functools.partial(model.generate, input_ids.to(device), prompt_lengths=lengths, **options)
+    if args.stop:
+        stops = StopStrings(codec, args.stop, lengths.tolist(), model.config.eos_token_id)
+        decode = functools.partial(decode, stream=stops)
     ways = ways_of(model, args.policy, settings, decode)
     for way in ways:
         print(f"decoding up to {args.gen_length} tokens: {way.what}", flush=True)
@@ -120,7 +124,7 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
     if rounds >= MIN_ROUNDS:
         print(f"timing {rounds} rounds of all three in turn, about {rounds * seconds:.0f} s", flush=True)
         timing.take_turns(ways, rounds, "timing")
-    runs = [figures(way, ways[0], codec, model.config.eos_token_id) for way in ways]
+    runs = [figures(way, ways[0], codec, model.config.eos_token_id, args.stop) for way in ways]
     about_run = dict(model=str(folder), device=str(device), dtype=str(model.model.word_embeddings.weight.dtype))
     return dict(**about_run, prompts=questions, prompt_ids=ids, seconds_of_a_round=seconds, runs=runs)
 
@@ -192,10 +196,15 @@ def ways_of(model, policy: str, settings: dict, generate) -> list[Way]:
     ]
 
 
-def figures(way: Way, stock: Way, codec: TextCodec, eos: int | None) -> dict:
+def figures(way: Way, stock: Way, codec: TextCodec, eos: int | None, stops: list[str]) -> dict:
     """The times are null where there were too few rounds; spreads are over the rounds, a speed-up is taken within each."""
     answers, stats = answers_of(way, eos), way.first.decoded.stats
-    entry = dict(name=way.name, policy=way.policy, tokens=answers, texts=[codec.decode(answer) for answer in answers])
+    entry = dict(
+        name=way.name,
+        policy=way.policy,
+        tokens=answers,
+        texts=[before(codec.decode(answer), stops)[0] for answer in answers],
+    )
     entry.update(rounds=len(way.samples), seconds=None, tokens_per_second=None, moe_seconds=None, speedup=None)
     if way.samples:
         # By tokens, as the ways need not give the same number of them.

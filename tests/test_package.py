@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"__main__"},
     {"decode"},
-    {"gpu_check", "tune", "demo", "convert"},
+    {"gpu_check", "tune", "demo", "convert", "chat"},
     {"bench", "info"},
     {"__init__"},
     {"engines"},

@@ -328,3 +328,74 @@ def test_a_capture_that_fails_is_told_and_the_decode_goes_on(monkeypatch):
         assert torch.equal(model.generate(ids, gen_length=20).tokens, want.tokens)
     with pytest.raises(ValueError, match="the capture failed"):
         model.generate(ids, gen_length=20, use_graphs=True)
+
+
+# Streams ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_hands_out_what_generate_returns():
+    model, ids = build(), torch.cat([prompt(40), prompt(40, 1)])
+    options = dict(gen_length=50, prompt_lengths=torch.tensor([40, 20]), eos_id=None, threshold=0.5)
+    want, blocks, steps = model.generate(ids, **options), [], []
+    got = model.generate(ids, stream=blocks.append, **options)
+    assert torch.equal(got.tokens, want.tokens) and got.stats == want.stats
+    assert [block.begin for block in blocks] == [0, 32, 64] and all(block.done for block in blocks)
+    texts = torch.cat([block.tokens for block in blocks], 1)
+    for row, length in enumerate((40, 20)):
+        assert torch.equal(texts[row, length : length + 50], want.tokens[row])
+    model.generate(ids, stream=steps.append, every_step=True, **options)
+    assert [block.begin for block in steps if block.done] == [0, 32, 64] and len(steps) > len(blocks)
+    masks = [(block.tokens == MASK).sum().item() for block in steps]
+    assert all(a > b for a, b, block in zip(masks, masks[1:], steps) if not block.done)
+
+    stream = model.stream(ids, **options)
+    iterated = []
+    while True:
+        try:
+            iterated.append(next(stream))
+        except StopIteration as end:
+            assert torch.equal(end.value.tokens, want.tokens) and end.value.stats == want.stats
+            break
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(iterated, blocks, strict=True))
+
+
+def test_a_decode_is_cancelled_between_steps():
+    model, ids = build(), prompt(40)
+    want = model.generate(ids, gen_length=90, eos_id=None, threshold=0.5).tokens[0].tolist()
+    seen = []
+
+    def two_blocks(block):
+        seen.append(block)
+        return len(seen) == 2
+
+    got = model.generate(ids, gen_length=90, eos_id=None, threshold=0.5, stream=two_blocks)
+    assert got.tokens[0].tolist() == want[: 96 - 40] and got.stats.tokens == 56
+    first = model.generate(ids, gen_length=90, eos_id=None, stream=lambda block: True, every_step=True)
+    assert first.tokens.shape[1] < 24 and first.stats.denoising_forwards == 1
+    stream = model.stream(ids, gen_length=90)
+    next(stream)
+    stream.close()
+    with pytest.raises(ValueError, match="gen_length must be"):
+        model.stream(ids, gen_length=0)
+    with pytest.raises(TypeError, match="gen_len"):
+        model.stream(ids, gen_len=3)
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_every_row_has_a_length_of_its_own(replay, request):
+    if replay:
+        request.getfixturevalue("taped")
+    model, lengths, gens = build(), [40, 3, 17], [5, 70, 33]
+    ids = torch.cat([prompt(40, seed) for seed in range(3)])
+    options = dict(eos_id=None, threshold=0.5, steps=12)
+    got = model.generate(ids, prompt_lengths=torch.tensor(lengths), gen_length=torch.tensor(gens), **options)
+    for row, (length, gen) in enumerate(zip(lengths, gens)):
+        alone = model.generate(ids[row : row + 1, :length], gen_length=gen, use_graphs=False, **options)
+        assert torch.equal(got.tokens[row, :gen], alone.tokens[0])
+    assert got.stats.tokens == sum(gens)
+
+
+@pytest.mark.parametrize("gen_length", [torch.tensor([3]), torch.tensor([3.0, 3.0]), torch.tensor([0, 3])])
+def test_lengths_that_are_none(gen_length):
+    with pytest.raises(ValueError, match=r"gen_length must be an int64 tensor \[bsz=2\] of at least 1 each"):
+        build().generate(torch.cat([prompt(4), prompt(4)]), gen_length=gen_length)

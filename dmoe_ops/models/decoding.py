@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def generate(
     self,
     input_ids,
     *,
-    gen_length: int,
+    gen_length,
     prompt_lengths=None,
     block_length: int | None = None,
     steps: int = 32,
@@ -71,14 +72,16 @@ def generate(
     progress: bool = False,
     generator: torch.Generator | None = None,
     use_graphs: bool | None = None,
+    stream=None,
+    every_step: bool = False,
 ) -> Decoded:
     """Decodes up to `gen_length` new tokens by block diffusion.
 
     input_ids: int64 [bsz, T], the prompts; they may end inside a block, and may be empty.
     prompt_lengths: int64 [bsz], where they differ: of each row of input_ids the first so many tokens, the rest is padding.
     Every sequence comes out as if it were alone: it is its own blocks, and leaves the batch when it is done.
-    gen_length: new tokens at most. block_length: tokens that are unmasked in parallel, by default config.block_length;
-    blocks start at position 0.
+    gen_length: new tokens at most, an integer or int64 [bsz].
+    block_length: tokens that are unmasked in parallel, by default config.block_length; blocks start at position 0.
     steps: denoising steps per block (at most gen_length of them). Each unmasks every token whose confidence is
     above `threshold`, or, where those are fewer than the step's share of the block, that many of the most confident.
     temperature: 0 takes the most probable token, else the token is drawn (`generator`). top_k, top_p: restrict the choice
@@ -87,45 +90,84 @@ def generate(
     eos_id: ends the text (None: nothing does); by default config.eos_token_id. mask_id: by default config.mask_token_id.
     eos_early_stop: stop as soon as no mask is left before an eos, not only at the end of its block.
     progress: show a progress bar.
+    stream: a function that is given a `Block` as soon as it is finished, and, with every_step, after every step; where it
+    returns True, the decode ends there, with the tokens in front of the first mask. `LLaDA2ForDiffusion.stream` iterates.
     use_graphs: replay the steps as CUDA graphs; by default where that is possible. True where it isn't is an error.
 
     Returns `Decoded`. Raises ValueError that names the argument and its value, or says that the logits are not finite.
     Source: generate() of the released LLaDA2 code, its greedy form taking the most probable token.
     """
+    decode = start(**locals())
+    total = sum(decode.stops) - sum(decode.lengths)
+    with tqdm(total=total, unit="token", disable=not progress) as bar:
+        for begin, done in decode.steps():
+            if progress:
+                bar.update(decode.unmasked() - bar.n)
+            if stream is not None and (done or every_step) and stream(decode.block(begin, done)):
+                decode.cut_short = True
+                break
+    return decode.result()
+
+
+def stream(self, input_ids, *, every_step: bool = False, **options):
+    """Iterates over what `generate` decodes: a `Block` as soon as it is finished, and, with every_step, after every step.
+    The options and errors are generate's. To stop iterating is to cancel. The generator returns `Decoded`."""
+    options = inspect.signature(generate).bind(self, input_ids, **options)
+    options.apply_defaults()
+
+    @torch.no_grad()
+    def blocks(decode):
+        for begin, done in decode.steps():
+            if done or every_step:
+                yield decode.block(begin, done)
+        return decode.result()
+
+    return blocks(start(**options.arguments))
+
+
+def start(
+    self, input_ids, *, gen_length, prompt_lengths, block_length, steps, threshold, temperature, top_k, top_p, eos_id,
+    mask_id, eos_early_stop, generator, use_graphs, **_,
+) -> Decode:  # fmt: skip
+    """The decode that arguments of `generate` ask for, checked, with nothing computed yet."""
     config = self.config
     eos_id = config.eos_token_id if eos_id is FROM_CONFIG else eos_id
     mask_id = config.mask_token_id if mask_id is None else mask_id
     block_length = config.block_length if block_length is None else block_length
-    _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id)
-    lengths = _lengths(input_ids, prompt_lengths)
-    _check_prompts(config, input_ids, lengths, gen_length, mask_id)
+    _check(config, input_ids, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id)
+    lengths, gen_lengths = _lengths(input_ids, prompt_lengths), _gen_lengths(gen_length, len(input_ids))
+    _check_prompts(config, input_ids, lengths, gen_lengths, mask_id)
     rule = Rule(block_length, mask_id, eos_id, eos_early_stop, threshold, temperature, top_k, top_p, generator)
-    decode = Decode(self, rule, input_ids, lengths, gen_length, steps, use_graphs)
-    with tqdm(total=len(input_ids) * gen_length, unit="token", disable=not progress) as bar:
-        for _ in decode.steps():
-            if progress:
-                bar.update(decode.unmasked() - bar.n)
-    return decode.result()
+    return Decode(self, rule, input_ids, lengths, gen_lengths, steps, use_graphs)
+
+
+class Block(NamedTuple):
+    """A block under way. tokens: int64 [bsz, block_length], from position `begin` on; where there is none yet, mask_id. A
+    text that has ended keeps its masks. done: whether this is the block's last step."""
+
+    begin: int
+    tokens: torch.Tensor
+    done: bool
 
 
 class Decode:
     """A decode under way. The host knows where blocks begin and end; whatever depends on tokens lies on the device
     (`Batch`), but for one small tensor a step, which says how many masks each sequence has left."""
 
-    def __init__(self, model, rule: Rule, input_ids, lengths, gen_length: int, steps: int, use_graphs: bool | None):
+    def __init__(self, model, rule: Rule, input_ids, lengths, gen_lengths, steps: int, use_graphs: bool | None):
         size = rule.block_length
         self.model, self.rule = model, rule
         self.lengths = lengths.tolist()
-        self.stops = [length + gen_length for length in self.lengths]
+        self.stops = (lengths + gen_lengths).tolist()
+        self.cut_short = False
         capacity = -(-max(self.stops) // size) * size
         model.use_block_length(size)
         self.graphs = graphs.of(model, rule, len(lengths), capacity, use_graphs)
         self.batch = self.graphs.batch if self.graphs else Batch.empty(model, size, len(lengths), capacity)
-        gen_lengths = torch.full_like(lengths, gen_length)
         self.batch.fill(input_ids, lengths, gen_lengths, gen_lengths.clamp(max=steps), rule.mask_id)
 
     def steps(self):
-        """Yields after every step."""
+        """Yields (where the block begins, whether it is done) after every step."""
         size, batch = self.rule.block_length, self.batch
         going = list(range(len(self.lengths)))  # the sequences whose texts have not ended
         for begin in range(min(self.lengths) // size * size, max(self.stops), size):
@@ -152,7 +194,7 @@ class Decode:
                 over.update((row, bool(eos)) for row, (_, eos, _) in zip(active, flags))
                 active = [row for row, (masks, _, _) in zip(active, flags) if masks]
                 left = [masks for masks, _, _ in flags if masks]
-                yield
+                yield begin, not active
             going = [row for row in going if end < self.stops[row] and not over[row]]
             if not going:
                 break
@@ -185,13 +227,20 @@ class Decode:
             first = False
         batch.cache.length = end
 
+    def block(self, begin: int, done: bool) -> Block:
+        return Block(begin, self.batch.x[: len(self.lengths), begin : begin + self.rule.block_length].clone(), done)
+
     def unmasked(self) -> int:
         return int((self.batch.new & (self.batch.x != self.rule.mask_id)).sum())
 
     def result(self) -> Decoded:
-        return _decoded(
-            self.batch.x, self.lengths, self.stops, self.rule.eos_id, self.batch.counter, self.model.bytes_per_expert
-        )
+        x, rule = self.batch.x, self.rule
+        stops = self.stops
+        if self.cut_short:  # in front of the first mask
+            masks = (self.batch.new & (x == rule.mask_id)).long()
+            first = torch.where(masks.any(1), masks.argmax(1), x.shape[1]).tolist()
+            stops = [min(stop, mask) for stop, mask in zip(stops, first)]
+        return _decoded(x, self.lengths, stops, rule.eos_id, self.batch.counter, self.model.bytes_per_expert)
 
 
 def _decoded(x, lengths, stops, eos_id: int | None, counter: Counter, bytes_per_expert: int) -> Decoded:
@@ -226,8 +275,8 @@ def _raise_not_finite(model, begin: int) -> None:
     raise ValueError(f"logits of the block at position {begin} must be finite: {why}".replace("torch.", ""))
 
 
-def _check(config, input_ids, gen_length, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id):
-    for name, value in (("gen_length", gen_length), ("block_length", block_length), ("steps", steps)):
+def _check(config, input_ids, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id):
+    for name, value in (("block_length", block_length), ("steps", steps)):
         if not is_int(value) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if not is_number(threshold) or not 0 <= threshold <= 1:
@@ -251,7 +300,7 @@ def _check(config, input_ids, gen_length, block_length, steps, threshold, temper
 def _lengths(input_ids, prompt_lengths) -> torch.Tensor:
     bsz, tokens = input_ids.shape
     if prompt_lengths is None:
-        return torch.full((bsz,), tokens)
+        return torch.full((bsz,), tokens, device="cpu")
     if (
         not isinstance(prompt_lengths, torch.Tensor)
         or prompt_lengths.shape != (bsz,)
@@ -260,10 +309,21 @@ def _lengths(input_ids, prompt_lengths) -> torch.Tensor:
         raise ValueError(f"prompt_lengths must be an int64 tensor [bsz={bsz}], got {prompt_lengths!r}")
     if bsz and not 0 <= int(prompt_lengths.min()) <= int(prompt_lengths.max()) <= tokens:
         raise ValueError(f"prompt_lengths must be in [0, T={tokens}], got {prompt_lengths.tolist()}")
-    return prompt_lengths.long()
+    return prompt_lengths.long().cpu()
 
 
-def _check_prompts(config, input_ids, lengths, gen_length: int, mask_id: int) -> None:
+def _gen_lengths(gen_length, bsz: int) -> torch.Tensor:
+    if isinstance(gen_length, torch.Tensor):
+        fits = gen_length.shape == (bsz,) and gen_length.dtype in (torch.int32, torch.int64) and (gen_length >= 1).all()
+        if not fits:
+            raise ValueError(f"gen_length must be an int64 tensor [bsz={bsz}] of at least 1 each, got {gen_length!r}")
+        return gen_length.long().cpu()
+    if not is_int(gen_length) or gen_length < 1:
+        raise ValueError(f"gen_length must be an integer of at least 1, got {gen_length!r}")
+    return torch.full((bsz,), int(gen_length), device="cpu")
+
+
+def _check_prompts(config, input_ids, lengths, gen_lengths, mask_id: int) -> None:
     if input_ids.shape[0] == 0:
         raise ValueError(f"input_ids must hold a prompt, [bsz, T], got {list(input_ids.shape)}")
     padding = torch.arange(input_ids.shape[1], device=input_ids.device) >= lengths.to(input_ids.device)[:, None]
@@ -271,11 +331,12 @@ def _check_prompts(config, input_ids, lengths, gen_length: int, mask_id: int) ->
     check_ids(prompts, config.vocab_size)
     if ((prompts == mask_id) & ~padding).any():
         raise ValueError(f"input_ids must not hold mask_id={mask_id}")
-    length = int(lengths.max()) + gen_length
-    if length > config.max_position_embeddings:
+    longest = int((lengths + gen_lengths).argmax())
+    length, more = int(lengths[longest]), int(gen_lengths[longest])
+    if length + more > config.max_position_embeddings:
         raise ValueError(
             f"gen_length must leave prompt and answer within max_position_embeddings="
-            f"{config.max_position_embeddings} tokens, got {int(lengths.max())} + {gen_length}"
+            f"{config.max_position_embeddings} tokens, got {length} + {more}"
         )
 
 

@@ -388,6 +388,7 @@ class LLaDA2ForDiffusion(nn.Module):
         self.set_routing(routing)
 
     generate = decoding.generate
+    stream = decoding.stream
 
     @property
     def device(self) -> torch.device:

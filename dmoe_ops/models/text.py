@@ -41,12 +41,13 @@ class TextCodec:
         except Exception as error:  # a bare Exception is what tokenizers raises
             raise ValueError(f"{path} is corrupt: {' '.join(str(error).split())}") from None
 
-    def encode(self, prompt: str) -> list[int]:
-        """The tokens of a prompt, as the user's turn of a chat where there is a template."""
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """The tokens of a prompt, as the user's turn of a chat where there is a template; or of a chat's messages, each with
+        a role (user, assistant) and content, of which only the last counts without a template."""
         if self.tokenizer is None:
             raise ValueError(f"prompts must be token ids: {self.why_no_text}")
         if self.template is None:
-            return self.tokenizer.encode(prompt).ids
+            return self.tokenizer.encode(prompt if isinstance(prompt, str) else prompt[-1]["content"]).ids
         return self.tokenizer.encode(self.chat_of(prompt), add_special_tokens=False).ids
 
     def batch(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,8 +57,8 @@ class TextCodec:
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
 
-    def chat_of(self, prompt: str) -> str:
-        """What the template makes of one message of the user, up to where the answer begins."""
+    def chat_of(self, prompt: str | list[dict[str, str]]) -> str:
+        """What the template makes of one message of the user, or of a chat's, up to where the answer begins."""
         try:
             import jinja2
             import jinja2.ext
@@ -76,13 +77,36 @@ class TextCodec:
         environment.globals.update(
             raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form)
         )
-        messages = [dict(role="user", content=prompt)]
+        messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
         try:
             template = environment.from_string(self.template)
             return template.render(messages=messages, add_generation_prompt=True, **self._special)
         except Exception as error:  # the template is a program: it may raise whatever it likes
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"the chat template fails: {why[:400]}") from None
+
+
+def before(text: str, stops: list[str]) -> tuple[str, bool]:
+    """What stands in front of the first stop string, and whether there was one."""
+    places = [at for at in (text.find(stop) for stop in stops if stop) if at >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+class StopStrings:
+    """For `generate(stream=…)`: ends a decode once every text has one of the stop strings, or has ended by itself.
+    lengths: tokens of the prompts."""
+
+    def __init__(self, codec: TextCodec, stops: list[str], lengths: list[int], eos_id: int | None):
+        self.codec, self.stops, self.lengths, self.eos_id = codec, stops, lengths, eos_id
+        self.rows, self.begin = [], -1
+
+    def __call__(self, block) -> bool:
+        if block.begin <= self.begin or not self.rows:  # the first of another decode
+            self.rows = [[] for _ in self.lengths]
+        self.begin = block.begin
+        for row, ids, length in zip(self.rows, block.tokens.tolist(), self.lengths):
+            row += ids[max(0, length - block.begin) :]
+        return all(self.eos_id in row or before(self.codec.decode(row), self.stops)[1] for row in self.rows)
 
 
 def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
