@@ -247,14 +247,14 @@ def run_decode(args) -> int:
         generator = torch.Generator().manual_seed(args.seed)
         prompt = torch.randint(model.config.mask_token_id - 1, (1, args.prompt), generator=generator)
 
-        def run() -> object:
-            return model.generate(prompt, gen_length=args.gen_length, steps=args.steps, eos_id=None)
+        def run(gen_length: int = args.gen_length) -> object:
+            return model.generate(prompt, gen_length=gen_length, steps=args.steps, eos_id=None)
 
         if not args.checkpoint:
             target = decode.TARGET_UNIQUE * model.config.num_experts / 256
             model.set_routing("token")
             with torch.no_grad():
-                touched = decode.calibrate(model, run, target, args.seed)
+                touched = decode.calibrate(model, lambda: run(model.config.block_length), target, args.seed)
             out["settings"]["model"] += f"; routers set so that token routing touches {touched:.0f} experts"
         ceilings = roofline.measure_ceilings(args.device, dtype)
         out["ceilings"] = ceilings._asdict()

@@ -128,7 +128,7 @@ def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int) -> fl
     for moe in model.moe_layers:
         moe.expert_bias.zero_()
     low, high = 1 / 4, 8.0
-    for _ in results.progress(range(6), "routers", "decode"):
+    for _ in results.progress(range(5), "routers", "decode"):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if touched(middle) < target else (low, middle)
     return touched(high)

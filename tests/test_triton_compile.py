@@ -96,3 +96,12 @@ def test_other_routings(resources):
     check(resources("--target", "sm_90", "--model", "llada_moe", "gemma", "--tokens", 256))
     check(resources("--target", "sm_90", "--model", "wide", "--tokens", 128))
     check(resources("--target", "sm_90", "--dtype", "float32", "--tokens", 32))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_decoder_ops(resources, chip):
+    """A launch for each norm, for each layer's heads, and for the choice of tokens."""
+    rows = resources("--target", chip, "--decoder", "--tokens", 32)
+    names = [row["kernel"] for row in rows]
+    assert names == ["add_rms_norm_kernel", "qk_norm_rope_kernel", "qk_norm_rope_kernel", "greedy_kernel"]
+    check(rows)

@@ -101,9 +101,10 @@ def launches(
     dtype=torch.bfloat16,
     ops: bool = False,
     stored: str | None = None,
+    decoder: bool = False,
 ) -> list[Call]:
-    """What `block_moe` launches for that many tokens; with `ops`, `block_route`, `moe_experts` and its gradient. stored: a
-    format of quantised weights."""
+    """What `block_moe` launches for that many tokens; with `ops`, `block_route`, `moe_experts` and its gradient; with
+    `decoder`, the ops beside the products, of LLaDA2.0-mini's heads and vocabulary. stored: a format of quantised weights."""
     hidden, intermediate, shared, routing = MODELS[model]
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, n_experts = empty(n_tokens, hidden), routing.num_experts
@@ -123,7 +124,9 @@ def launches(
         if form:
             stack.enter_context(mock.patch.object(backend, "form_of", lambda *_: form))
         serve = backend.Triton
-        if not ops:
+        if decoder:
+            _decoder_ops(serve, empty, n_tokens, hidden)
+        elif not ops:
             serve.block_moe(x, empty(n_experts, hidden), bias, weights, None, n_tokens, routing, x, out, logits)
         else:
             serve.block_route(logits, bias, None, n_tokens, routing, out)
@@ -132,6 +135,16 @@ def launches(
             grads = (x, *(weights[:2] if stored is None else (None, None)), out.topk_weights)
             serve.moe_experts_backward(x, x, experts, out.topk_ids, out.topk_weights, grads)
     return calls
+
+
+def _decoder_ops(serve, empty, n_tokens: int, hidden: int) -> None:
+    x, past, size = empty(n_tokens, hidden), empty(1, dtype=torch.int64), 128
+    serve.add_rms_norm(x, x, empty(hidden), 1e-6, x, x)
+    cache, turn, norm = empty(2, 4, 4096, size), empty(n_tokens, size // 2), empty(size)
+    for rows in (None, past):
+        qkv, query = empty(1, n_tokens, 24 * size), empty(1, 16, n_tokens, size)
+        serve.qk_norm_rope(qkv, norm, norm, 1e-6, turn, turn, rows, past, cache, cache, query)
+    serve.greedy(empty(n_tokens, 157184), empty(n_tokens, dtype=torch.int64), empty(n_tokens, dtype=torch.float32))
 
 
 def _mlp(stored: str | None, dtype, hidden: int, intermediate: int, *lead: int) -> dict[str, torch.Tensor]:
@@ -166,6 +179,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
@@ -232,10 +246,11 @@ def report(
     asm: str | None = None,
     stored: str | None = None,
     kernels: list[str] | None = None,
+    decoder: bool = False,
 ):
     """One row (a dict) per distinct kernel."""
     chip, seen = CHIPS[chip_name], set()
-    for call in launches(chip, model, n_tokens, form, dtype, ops, stored):
+    for call in launches(chip, model, n_tokens, form, dtype, ops, stored, decoder):
         if kernels and call.fn.__name__ not in kernels:
             continue
         kernel = compiled(call, chip)
@@ -275,6 +290,9 @@ def main() -> int:
     parser.add_argument(
         "--ops", action="store_true", help="block_route, moe_experts and its gradient in place of block_moe"
     )
+    parser.add_argument(
+        "--decoder", action="store_true", help="norms, rotary embedding and the choice of tokens instead"
+    )
     parser.add_argument("--kernels", nargs="+", help="these alone")
     parser.add_argument("--json", action="store_true", help="one row per line, as JSON")
     parser.add_argument("--asm", help="folder for the assembly of each kernel")
@@ -286,7 +304,16 @@ def main() -> int:
         )
     for chip, model, tokens, stored in itertools.product(args.target, args.model, args.tokens, args.weights):
         for row in report(
-            chip, model, tokens, args.form, getattr(torch, args.dtype), args.ops, args.asm, stored, args.kernels
+            chip,
+            model,
+            tokens,
+            args.form,
+            getattr(torch, args.dtype),
+            args.ops,
+            args.asm,
+            stored,
+            args.kernels,
+            args.decoder,
         ):
             bad += row["spills"] > 0 or row["shared"] > row["limit"]
             if args.json:
