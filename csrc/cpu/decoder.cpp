@@ -11,6 +11,9 @@
 namespace dmoe::cpu {
 namespace {
 
+// Elements worth a second thread: waking one takes longer than a block of 32 tokens.
+constexpr int64_t kGrain = 1 << 17;
+
 int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
 
@@ -43,7 +46,7 @@ void normalise(float* x, const float* weight, int64_t n, float eps, Dtype dtype,
 }  // namespace
 
 void add_rms_norm(const AddRmsNorm& args, const ParallelFor& parallel) {
-  parallel(args.rows, 4, [&](int64_t begin, int64_t end) {
+  parallel(args.rows, 1 + kGrain / args.size, [&](int64_t begin, int64_t end) {
     Row x(args.size), delta(args.size), weight(args.size);
     weight.read(args.weight, args.dtype, args.size);
     for (int64_t row = begin; row < end; ++row) {
@@ -59,7 +62,7 @@ void add_rms_norm(const AddRmsNorm& args, const ParallelFor& parallel) {
 
 void qk_norm_rope(const QkNormRope& a, const ParallelFor& parallel) {
   const int64_t bytes = a.size * size_of(a.dtype), heads = a.heads + 2 * a.kv_heads, half = a.rotary / 2;
-  parallel(a.sequences * a.tokens, 4, [&](int64_t begin, int64_t end) {
+  parallel(a.sequences * a.tokens, 1 + kGrain / (heads * a.size), [&](int64_t begin, int64_t end) {
     Row x(a.size), q_weight(a.size), k_weight(a.size), cos(a.rotary), sin(a.rotary), straight(a.rotary), across(a.rotary);
     Buffer<char> rounded = uninitialized<char>(padded(a.rotary) * 4);
     if (a.q_weight) q_weight.read(a.q_weight, a.dtype, a.size);
