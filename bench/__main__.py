@@ -276,7 +276,9 @@ def decode_model(args, dtype) -> tuple:
     # A CPU spends seconds on the full vocabulary's head, which block routing does not touch.
     vocab = min(config.vocab_size, args.vocab or (config.vocab_size if args.device == "cuda" else 8192))
     layers = args.layers or config.num_hidden_layers
-    while layers > 2 and decode.weight_bytes(config, layers, dtype) > cases.memory_budget(args.device):
+    while (
+        not args.layers and layers > 2 and decode.weight_bytes(config, layers, dtype) > cases.memory_budget(args.device)
+    ):
         layers -= 1
     about = f"{args.model}, random weights, {layers} of {config.num_hidden_layers} layers (each of full size)"
     about += "" if vocab == config.vocab_size else f", {vocab} of {config.vocab_size} tokens"

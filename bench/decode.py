@@ -58,6 +58,7 @@ CONFIGS = {
     ),
 }
 PARTS = ("total", "moe", "attention", "head", "sampling", "rest")
+COMMON = 0.7  # length of what embeddings share, over that of what each has for itself
 PAPER = "the paper has 1.14–1.66, end to end"
 TARGET_UNIQUE = 69.5  # experts of 256 that a block of LLaDA2.0-mini touches under token routing
 
@@ -83,6 +84,9 @@ def random_model(config: LLaDA2Config, dtype, device: str, seed: int) -> LLaDA2F
     tile = random_tile(config.initializer_range, generator).to(device, dtype)
     for weight in model.parameters():
         weight.fill_(1) if weight.dim() == 1 else fill(weight, tile, generator)
+    # What all tokens have in common, in a trained model too: it is by this that they agree on experts.
+    common = COMMON * config.initializer_range * torch.randn(config.hidden_size, generator=generator)
+    model.model.word_embeddings.weight.add_(common.to(device, dtype))
     for layer in model.model.layers:
         layer.attention.query_layernorm.weight.fill_(4)
     for moe in model.moe_layers:
@@ -95,21 +99,24 @@ def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int) -> fl
     """Gives random routers the statistics of a real one and returns how many experts token routing then touches per block.
 
     Logits are -1 + 1.2 n(expert) + s n(token, expert), as on the calibrated workload (`cases.calibrated_logits`): what all
-    inputs of a layer share carries the first part, what they differ by the second. s, 1 there, is found by bisection: the
-    tokens of a block, most of them masks, differ less than independent ones. Routers have no bias.
+    inputs of a layer share carries the first part, what they differ by the second. s, 1 there, is found by bisection, up
+    to 5 (scores saturate): the tokens of a block, most of them masks, differ less than independent ones. No bias.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     shared = [-1 + 1.2 * torch.randn(config.num_experts, generator=generator) for _ in model.moe_layers]
     own = [torch.randn(config.num_experts, config.hidden_size, generator=generator) for _ in model.moe_layers]
     ids = torch.randint(config.mask_token_id - 1, (1, 8 * config.block_length), generator=generator)
-    masked = torch.rand(ids.shape, generator=generator) < 0.5
-    ids = ids.masked_fill(masked, config.mask_token_id).to(model.device)
+    masked = (torch.rand(ids.shape, generator=generator) < 0.5).to(model.device)
+    ids = ids.to(model.device).masked_fill(masked, config.mask_token_id)
 
     def fit(moe, inputs, of_all, of_each, scale: float) -> None:
         x = inputs[0].flatten(0, -2).float()
         mean = x.mean(0)
-        spread = (x - mean).square().sum(1).mean().sqrt()  # of n(0, 1) rows: the standard deviation of own @ (x - mean)
+        masks = x[masked.flatten()]
+        spread = (
+            (masks - masks.mean(0)).square().sum(1).mean().sqrt()
+        )  # of n(0, 1) rows: the standard deviation of own @ (x - mean)
         of_each = of_each.to(x.device)
         of_each = of_each - torch.outer(of_each @ mean, mean) / mean.square().sum()
         gate = torch.outer(of_all.to(x.device), mean) / mean.square().sum() + scale / spread * of_each
@@ -127,7 +134,7 @@ def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int) -> fl
 
     for moe in model.moe_layers:
         moe.expert_bias.zero_()
-    low, high = 1 / 4, 8.0
+    low, high = 1 / 8, 5.0
     for _ in results.progress(range(5), "routers", "decode"):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if touched(middle) < target else (low, middle)
