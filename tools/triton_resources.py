@@ -104,7 +104,7 @@ def launches(
     decoder: bool = False,
 ) -> list[Call]:
     """What `block_moe` launches for that many tokens; with `ops`, `block_route`, `moe_experts` and its gradient; with
-    `decoder`, the ops beside the products, of LLaDA2.0-mini's heads and vocabulary. stored: a format of quantised weights."""
+    `decoder`, the ops beside the products, with LLaDA2.0-mini's heads and vocabulary. stored: a quantised format."""
     hidden, intermediate, shared, routing = MODELS[model]
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, n_experts = empty(n_tokens, hidden), routing.num_experts
