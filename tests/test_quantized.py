@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dmoe_ops import BlockRouting, block_moe, moe_experts, reference
@@ -114,6 +114,7 @@ def test_every_byte_of_fp8_and_every_nibble():
     scale_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
+@example("int4", 17, 260, 130, torch.float32, torch.bfloat16, 0)
 def test_the_ops_answer_is_that_of_the_dequantised_weights(
     form, tokens, hidden, inter, dtype, scale_dtype, seed, oracle
 ):
@@ -303,6 +304,16 @@ def test_a_scale_of_nan_or_inf_stays_with_the_tokens_that_chose_the_expert(form)
         chose = (inputs["topk_ids"] == 2).any(1)
         assert chose.any() and torch.equal(changed[~chose], y[~chose])
         assert not changed[chose].isfinite().all(1).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_infinite_weight_beside_quantised_ones_stays_infinite(dtype):
+    arguments = layer_arguments("int8", "plain", dtype)
+    y = block_moe(**arguments)[0]
+    arguments["shared_w2"][3] = float("inf")
+    changed = block_moe(**arguments)[0]
+    others = torch.arange(30) != 3
+    assert torch.equal(changed[..., others], y[..., others]) and not changed[..., 3].isfinite().any()
 
 
 # ---- gradients and tracing ----

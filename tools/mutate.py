@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import filecmp
 import gc
 import hashlib
 import importlib.util
@@ -344,14 +345,20 @@ def run_hand(seconds: float, only: str | None) -> bool:
         data["mutants"] = len(entries)
         names = {f"{old} -> {new}" for old, new in entries}
         data["killed"] = {name: by for name, by in data["killed"].items() if name in names}
+        source, sound = (ROOT / file).read_text(), False
         for old, new in entries:
+            if source.count(old) != 1:
+                sys.exit(f"tools/mutants.py: {old!r} occurs {source.count(old)} times in {file}, it must occur once")
             name = f"{old} -> {new}"
             if name in data["killed"] or name in data["survived"]:
                 continue
             if time.perf_counter() - begin > seconds:
                 done = False
                 break
-            found = run_substitution(file, old, new, test)
+            if not sound and (found := run_changed(file, source, test))["code"] != 0:
+                sys.exit(f"tests/{test}.py fails without a mutant: {found['failed']}")
+            sound = True
+            found = run_changed(file, source.replace(old, new), test)
             if found["code"] == 0:
                 data["survived"].append(name)
                 print(f"{file}: {name} (tests/{test}.py)", flush=True)
@@ -362,11 +369,14 @@ def run_hand(seconds: float, only: str | None) -> bool:
     return done
 
 
-def run_substitution(file: str, old: str, new: str, test: str) -> dict:
-    source = (ROOT / file).read_text()
-    if source.count(old) != 1:
-        sys.exit(f"tools/mutants.py: {old!r} occurs {source.count(old)} times in {file}, it must occur once")
-    source = source.replace(old, new)
+def copy_changed(source: str, target: str) -> None:
+    """As shutil.copy, but a file that is there already keeps its time, so that it is not compiled again."""
+    if not (os.path.isfile(target) and filecmp.cmp(source, target, shallow=False)):
+        shutil.copyfile(source, target)
+
+
+def run_changed(file: str, source: str, test: str) -> dict:
+    """What `run_tests` gives of a test file, with `source` for what a file contains."""
     if file.endswith(".py"):
         path = str(ROOT / file)
         linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)  # Triton reads the source
@@ -374,9 +384,9 @@ def run_substitution(file: str, old: str, new: str, test: str) -> dict:
         del linecache.cache[path]
         return found
     for folder in ("csrc", "tests"):
-        shutil.copytree(ROOT / folder, COPY / folder, dirs_exist_ok=True)
-    shutil.copy2(ROOT / "CMakeLists.txt", COPY)
-    shutil.copy2(ROOT / "pyproject.toml", COPY)
+        shutil.copytree(ROOT / folder, COPY / folder, copy_function=copy_changed, dirs_exist_ok=True)
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        copy_changed(str(ROOT / name), str(COPY / name))
     (COPY / file).write_text(source)
     spec = None
     try:
@@ -384,10 +394,7 @@ def run_substitution(file: str, old: str, new: str, test: str) -> dict:
             spec = importlib.util.spec_from_file_location("dmoe_ops._C", build_extension())
         found = run_tests([str(COPY / "tests" / f"{test}.py"), f"--rootdir={COPY}"], spec)
     except subprocess.CalledProcessError:
-        sys.exit(f"tools/mutants.py: {file} does not compile with {new!r}")
-    finally:
-        shutil.copy2(ROOT / file, COPY / file)  # newer than the objects, so that it is compiled again
-        (COPY / file).touch()
+        sys.exit(f"tools/mutants.py: a mutant of {file} does not compile")
     return found
 
 

@@ -148,7 +148,7 @@ void add_columns(const DotBlock& block, int64_t row, int64_t slot, int64_t token
       return __builtin_convertvector(reinterpret_cast<VectorOf<int32_t, 16>::type>(columns[column]), Vec);
     };
     Vec scale{};
-    for (int64_t r = 0; r < kTileRows && row + r < block.rows; ++r) scale[r] = block.matrix->scale(block.row + row + r, 0);
+    for (int64_t r = 0; r < kTileRows && row + r < block.rows; ++r) scale[r] = block.matrix->scale_at(block.row + row + r);
     for (int64_t t = 0; t < tokens; ++t) {
       const Vec sum = parts == Parts::int8 ? number(t) : number(2 * t) * 256.f + number(2 * t + 1);
       put_sums<down>(block, row, slot + t, sum * (scale * block.x_scale[slot + t]));

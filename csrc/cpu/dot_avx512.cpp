@@ -189,7 +189,7 @@ __attribute__((noinline)) void integer_tile(const DotBlock& block, const Rows& s
   }
   next = ahead;
   float scale[kRows];
-  for (int r = 0; r < kRows; ++r) scale[r] = block.matrix->scale(block.row + (row + r < block.rows ? row + r : row), 0);
+  for (int r = 0; r < kRows; ++r) scale[r] = block.matrix->scale_at(block.row + (row + r < block.rows ? row + r : row));
 #pragma GCC unroll 6
   for (int t = 0; t < width; ++t) {
     Vec whole[kRows] = {};

@@ -24,10 +24,6 @@ struct Matrix {
   int64_t groups() const { return (depth + kScaleGroup - 1) / kScaleGroup; }
   const char* row(int64_t r) const { return static_cast<const char*>(weight.data) + r * row_bytes(); }
 
-  // The scale of row r for the inputs of `group`.
-  float scale(int64_t r, int64_t group) const {
-    return scale_at(scales_of(r) + (weight.format == Format::int8 ? 0 : group));
-  }
   // Where the scales of row r begin: dividing is slow, so loops over groups do it once.
   int64_t scales_of(int64_t r) const {
     if (weight.format == Format::int8) return r;
@@ -35,6 +31,7 @@ struct Matrix {
     const int64_t half = rows / halves, blocks = (half + kScaleGroup - 1) / kScaleGroup;
     return (r / half * blocks + r % half / kScaleGroup) * groups();
   }
+  // Of int8, row `at` has it.
   float scale_at(int64_t at) const {
     if (!weight.scale_bf16) return static_cast<const float*>(weight.scale)[at];
     const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(weight.scale)[at]) << 16;

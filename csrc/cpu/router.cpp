@@ -113,10 +113,7 @@ void select_coreset(const Routing& routing, const float* value, int64_t experts,
   }
   std::vector<int32_t> order(experts);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-    if (std::isnan(value[a]) || std::isnan(value[b])) return std::isnan(value[a]) && !std::isnan(value[b]);
-    return value[a] > value[b];
-  });
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return value[a] > value[b]; });  // none is NaN
   int64_t size = routing.capacity;
   if (routing.select == Select::top_p) {
     const float sum = static_cast<float>(std::accumulate(value, value + experts, 0.0));

@@ -93,15 +93,12 @@ struct Inputs {
   }
 };
 
-// Each number becomes round(number / scale) * scale, scale = max / 127; a row with NaN or infinity becomes NaN.
+// Each number becomes round(number / scale) * scale, scale = max / 127. A NaN stays one, and infinity makes all of them NaN:
+// either way every product with the row is NaN.
 void round_to_int8(float* row, int64_t n) {
   float most = 0.f;
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) {
-    most = std::max(most, std::fabs(row[i]));
-    finite = finite && std::isfinite(row[i]);
-  }
-  const float scale = finite ? (most / 127 == 0 ? 1.f : most / 127) : NAN;
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, std::fabs(row[i]));
+  const float scale = most / 127 == 0 ? 1.f : most / 127;
   for (int64_t i = 0; i < n; ++i) row[i] = std::clamp(std::nearbyint(row[i] / scale), -127.f, 127.f) * scale;
 }
 
