@@ -114,7 +114,7 @@ def test_every_byte_of_fp8_and_every_nibble():
     scale_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
-@example("int4", 17, 260, 130, torch.float32, torch.bfloat16, 0)
+@example(form="int4", tokens=17, hidden=260, inter=130, dtype=torch.float32, scale_dtype=torch.bfloat16, seed=0)
 def test_the_ops_answer_is_that_of_the_dequantised_weights(
     form, tokens, hidden, inter, dtype, scale_dtype, seed, oracle
 ):

@@ -267,7 +267,7 @@ HAND = {
         ("row + block_size < a.seq_len ? row + block_size : a.seq_len", "row + block_size"),
     ],
     ("csrc/cuda/experts_kernel.h", "test_experts_host"): [
-        ("weight == 0 ? 0.0f : gate", "gate"),
+        ("weight == 0 ? 0.0f : dev::silu", "dev::silu"),
         ("weight += chosen_weights[", "weight = chosen_weights["),
         ("tile.member < 0 ? 1.0f : 0.0f", "tile.member < 0 ? 0.5f : 0.0f"),
         ("dev::silu(gate) * up", "dev::silu(up) * gate"),

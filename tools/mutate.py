@@ -276,11 +276,11 @@ def preload() -> None:
 class Record:
     """What has been found of one module, in build/mutants/."""
 
-    def __init__(self, module: str, tests: list[str], state: str):
+    def __init__(self, module: str, tests: list[str]):
         self.path = FOUND / (module.replace("/", "+") + ".json")
         self.data = json.loads(self.path.read_text()) if self.path.is_file() else {}
         files = [ROOT / file for file in dict.fromkeys([*tests, "tests/conftest.py"])]
-        state = hashlib.sha256("".join([state, *(f.read_text() for f in files if f.is_file())]).encode()).hexdigest()
+        state = hashlib.sha256("".join(f.read_text() for f in files if f.is_file()).encode()).hexdigest()
         if self.data.get("state") != state:
             # Kills stay while the module is the same: tests are added, seldom weakened. Survivors run again.
             kept = self.data.get("killed", {})
@@ -295,7 +295,7 @@ def run_module(file: str, seconds: float) -> bool:
     """Whether all mutants of the module have run."""
     begin, tests = time.perf_counter(), [f"tests/{name}.py" for name in mutants.TESTS[file]]
     source = (ROOT / file).read_text()
-    record = Record(file, tests, "")
+    record = Record(file, tests)
     data = record.data
     made = list(tree_mutants(source, str(ROOT / file)))
     names = {name for name, *_ in made}
@@ -336,19 +336,23 @@ def run_module(file: str, seconds: float) -> bool:
 
 
 def run_hand(seconds: float, only: str | None) -> bool:
+    for (file, _), entries in mutants.HAND.items():
+        for old, _ in entries:
+            if (times := (ROOT / file).read_text().count(old)) != 1:
+                sys.exit(f"tools/mutants.py: {old!r} occurs {times} times in {file}, it must occur once")
     begin, done = time.perf_counter(), True
     for (file, test), entries in mutants.HAND.items():
         if only and only not in file:
             continue
-        record = Record(f"by hand: {file}, {test}", [f"tests/{test}.py"], (ROOT / file).read_text())
+        source, sound = (ROOT / file).read_text(), False
+        record = Record(f"by hand: {file}, {test}", [f"tests/{test}.py"])
         data = record.data
         data["mutants"] = len(entries)
+        if data.get("source") != source:
+            data["source"], data["killed"], data["survived"] = source, {}, []
         names = {f"{old} -> {new}" for old, new in entries}
         data["killed"] = {name: by for name, by in data["killed"].items() if name in names}
-        source, sound = (ROOT / file).read_text(), False
         for old, new in entries:
-            if source.count(old) != 1:
-                sys.exit(f"tools/mutants.py: {old!r} occurs {source.count(old)} times in {file}, it must occur once")
             name = f"{old} -> {new}"
             if name in data["killed"] or name in data["survived"]:
                 continue
