@@ -265,6 +265,36 @@ def test_replayed_steps_decode_the_same(taped):
     assert len(taped) == 2 * 4  # a bucket of 1 under two rules, one of 4 under two; with and without a block to commit
 
 
+def test_a_cancelled_decode_leaves_nothing_to_the_next(taped):
+    """Neither to a smaller one of the same bucket."""
+    model, ids = build(), torch.cat([prompt(20, seed) for seed in range(4)])
+    model.generate(ids, gen_length=40, eos_id=None, stream=lambda block: True, every_step=True)
+    for rows in (3, 4):
+        want = model.generate(ids[:rows], gen_length=40, eos_id=None, use_graphs=False)
+        got = model.generate(ids[:rows], gen_length=40, eos_id=None)
+        assert torch.equal(got.tokens, want.tokens) and got.stats == want.stats
+
+
+def test_decodes_that_take_turns_have_graphs_of_their_own(taped):
+    model, options = build(), dict(gen_length=60, eos_id=None, threshold=0.5)
+    prompts = [prompt(20, seed) for seed in (1, 2)]
+    want = [model.generate(ids, use_graphs=False, **options).tokens for ids in prompts]
+    streams = [model.stream(ids, every_step=True, **options) for ids in prompts]
+    found = [None, None]
+    while None in found:
+        for i, stream in enumerate(streams):
+            try:
+                next(stream)
+            except StopIteration as end:
+                found[i] = found[i] or end.value
+    for got, tokens in zip(found, want):
+        assert torch.equal(got.tokens, tokens)
+    made = len(taped)
+    assert (
+        torch.equal(model.generate(prompts[0], **options).tokens, want[0]) and len(taped) == made
+    )  # one of them serves
+
+
 def test_graphs_are_made_again_where_the_model_changes(taped):
     model, ids = build(), prompt(20)
     for change in (lambda: None, lambda: model.set_routing("token"), lambda: model.float().set_routing("dmoe")):

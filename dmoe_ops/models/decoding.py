@@ -125,6 +125,7 @@ def stream(self, input_ids, *, every_step: bool = False, **options):
     return blocks(start(**options.arguments))
 
 
+@torch.no_grad()
 def start(
     self, input_ids, *, gen_length, prompt_lengths, block_length, steps, threshold, temperature, top_k, top_p, eos_id,
     mask_id, eos_early_stop, generator, use_graphs, **_,
@@ -168,6 +169,13 @@ class Decode:
 
     def steps(self):
         """Yields (where the block begins, whether it is done) after every step."""
+        try:
+            yield from self._steps()
+        finally:
+            if self.graphs:
+                graphs.keep(self.model, self.graphs)
+
+    def _steps(self):
         size, batch = self.rule.block_length, self.batch
         going = list(range(len(self.lengths)))  # the sequences whose texts have not ended
         for begin in range(min(self.lengths) // size * size, max(self.stops), size):

@@ -17,23 +17,18 @@ KEPT = 4  # sets of graphs, each with a cache
 
 
 def of(model, rule: Rule, sequences: int, capacity: int, wanted: bool | None) -> StepGraphs | None:
-    """The graphs for a decode, captured at the first one of their kind; None where steps run one op after the other.
-    Raises ValueError, with the reason, where `wanted` is True and there can be none."""
+    """The graphs for a decode, its own until it gives them to `keep`; captured where none of their kind are kept. None where
+    steps run one op after the other. Raises ValueError, with the reason, where `wanted` is True and there can be none."""
     if wanted is False:
         return None
     why = why_not(model, rule)
     if why is None:
-        kept = model.__dict__.setdefault("_step_graphs", {})
         bucket, room = 1 << (sequences - 1).bit_length(), CAPACITY
         while room < capacity:
             room *= 2
         key = (bucket, room, rule, model.routing, _weights(model))
         try:
-            graphs = kept.pop(key, None) or StepGraphs(model, rule, bucket, room)
-            kept[key] = graphs
-            while len(kept) > KEPT:
-                del kept[next(iter(kept))]
-            return graphs
+            return _kept(model).pop(key, None) or StepGraphs(model, rule, bucket, room, key)
         except RuntimeError as error:
             why = f"the capture failed: {' '.join(str(error).split())[:300]}"
             if wanted is None:
@@ -41,6 +36,18 @@ def of(model, rule: Rule, sequences: int, capacity: int, wanted: bool | None) ->
     if wanted:
         raise ValueError(f"use_graphs must not be True here: {why}")
     return None
+
+
+def keep(model, graphs: StepGraphs) -> None:
+    """For the next decode of their kind."""
+    kept = _kept(model)
+    kept[graphs.key] = graphs
+    while len(kept) > KEPT:
+        del kept[next(iter(kept))]
+
+
+def _kept(model) -> dict[tuple, StepGraphs]:
+    return model.__dict__.setdefault("_step_graphs", {})
 
 
 def why_not(model, rule: Rule) -> str | None:
@@ -63,10 +70,10 @@ def _weights(model) -> tuple:
 
 class StepGraphs:
     """The steps of up to `sequences` sequences and `capacity` tokens: two graphs, one of them with a block to commit, over
-    one `Batch` and in one memory pool."""
+    one `Batch` and in one memory pool. key: their kind."""
 
-    def __init__(self, model, rule: Rule, sequences: int, capacity: int):
-        model.use_block_length(rule.block_length)
+    def __init__(self, model, rule: Rule, sequences: int, capacity: int, key: tuple):
+        self.key = key
         self.batch = Batch.empty(model, rule.block_length, sequences, capacity)
         self.batch.begin.fill_(rule.block_length)
         rows = torch.arange(sequences, device=model.device)

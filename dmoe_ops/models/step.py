@@ -125,6 +125,7 @@ class Batch:
         prompt = position[:tokens] < lengths[:, None]
         self.x[:n, :tokens] = torch.where(prompt, input_ids[:, :tokens], mask_id)
         self.new.zero_()
+        self.active.zero_()  # a decode that was cancelled leaves some
         self.new[:n] = (position >= lengths[:, None]) & (position < (lengths + gen_lengths)[:, None])
         self.length[:n], self.steps[:n] = lengths, steps
         self.cache.length = 0
