@@ -14,9 +14,6 @@ namespace {
 // Elements worth a second thread: waking one takes longer than a block of 32 tokens.
 constexpr int64_t kGrain = 1 << 17;
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
-
 // A row of numbers as fp32, with zeros up to a multiple of kPad.
 struct Row {
   Buffer<float> data;
@@ -32,7 +29,7 @@ void round_to(float* x, int64_t n, Dtype dtype, void* to) {
   if (dtype != Dtype::f32) widen_kernels().widen(to, dtype, n, Dtype::f32, x);
 }
 
-// out = weight * round(x / rms), with weight null out = x.
+// x and out become weight * round(x / rms).
 void normalise(float* x, const float* weight, int64_t n, float eps, Dtype dtype, void* out) {
   double squares = 0;
   for (int64_t i = 0; i < n; ++i) squares += x[i] * x[i];

@@ -1,5 +1,5 @@
 // What a decoder layer does beside its products: norms, rotary embedding, the KV cache, and the choice of tokens.
-// Plain pointers only, all tensors contiguous; each function rounds where torch's form (dmoe_ops/decoder.py) does.
+// Plain pointers only, all tensors contiguous; each function rounds where torch's form (dmoe_ops/reference.py) does.
 #pragma once
 
 #include "experts.h"

@@ -8,6 +8,7 @@
 namespace dmoe::cpu {
 
 enum class Dtype { f32, bf16, f16 };
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // Runs body(begin, end) over disjoint chunks of [0, n), in any order, on any number of threads.
 using ParallelFor = std::function<void(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;

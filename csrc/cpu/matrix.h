@@ -18,7 +18,7 @@ struct Matrix {
 
   bool quantized() const { return weight.format != Format::plain; }
   int64_t row_bytes() const {
-    if (weight.format == Format::plain) return depth * (dtype == Dtype::f32 ? 4 : 2);
+    if (weight.format == Format::plain) return depth * size_of(dtype);
     return weight.format == Format::int4 ? (depth + 1) / 2 : depth;
   }
   int64_t groups() const { return (depth + kScaleGroup - 1) / kScaleGroup; }

@@ -26,10 +26,6 @@ constexpr int64_t kChunk = 96;       // tokens at most: over kBlockDepth their a
 constexpr int64_t kUpRows = 64;      // rows of gate, and as many of up
 constexpr int64_t kLinearRows = 16;  // rows of linear_f32: a router has few
 
-const WidenKernels& kernels() { return widen_kernels(); }
-
-int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
-
 // What a worker multiplies: a block of the kernels. Where `matrix` is set it is unpacked to fp32 first.
 struct Piece : Block {
   const Matrix* matrix = nullptr;
@@ -59,12 +55,12 @@ struct Multiplier {
 
   explicit Multiplier(int64_t depth = 0) : scratch(uninitialized<float>(kBlockRows * depth)) {}
   void operator()(const Piece& piece, const Piece& next) {
-    if (!piece.matrix) return kernels().multiply(piece, next.matrix ? Block{} : static_cast<const Block&>(next));
+    if (!piece.matrix) return widen_kernels().multiply(piece, next.matrix ? Block{} : static_cast<const Block&>(next));
     Block block = piece;
     for (int64_t r = 0; r < block.rows; ++r)
       dequantize(*piece.matrix, piece.row + r, block.begin, block.end, scratch.get() + r * block.stride + block.begin);
     block.weight = scratch.get();
-    kernels().multiply(block, {});
+    widen_kernels().multiply(block, {});
   }
 };
 
@@ -80,7 +76,7 @@ Activations widen(const void* x, Dtype dtype, int64_t tokens, int64_t hidden, Dt
   Activations wide{stride, uninitialized<float>(tokens * stride)};
   parallel(tokens, 1 + (1 << 14) / hidden, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      kernels().widen(at(x, dtype, t * hidden), dtype, hidden, weight, wide.data.get() + t * stride);
+      widen_kernels().widen(at(x, dtype, t * hidden), dtype, hidden, weight, wide.data.get() + t * stride);
   });
   return wide;
 }
@@ -168,7 +164,7 @@ void up_projection(const Experts& a, const Slots& slots, const Inputs& x, const 
       const int64_t stride = padded(task.group->intermediate);
       for (int64_t i = 0; i < task.count; ++i) {
         float* gate = sums.data() + i * kSums;
-        kernels().silu_mul(gate, gate + kUpRows, std::min(kUpRows, stride - task.row),
+        widen_kernels().silu_mul(gate, gate + kUpRows, std::min(kUpRows, stride - task.row),
                            unpack ? Dtype::f32 : a.dtype,
                            h.row(task.begin + i) + task.row);
         std::fill_n(gate, kSums, 0.f);
@@ -214,7 +210,7 @@ void down_projection(const Experts& a, const Slots& slots, const Hidden& h, bool
     void finish(int64_t task) {
       const int64_t first = task * rows, count = std::min(rows, a.hidden - first);
       for (int64_t t = 0; t < a.tokens; ++t)
-        kernels().narrow(sums.data() + t * rows, count, a.dtype,
+        widen_kernels().narrow(sums.data() + t * rows, count, a.dtype,
                          const_cast<void*>(at(a.y, a.dtype, t * a.hidden + first)));
       std::fill(sums.begin(), sums.end(), 0.f);
     }

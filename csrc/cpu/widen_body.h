@@ -33,8 +33,6 @@ using Vec = VectorOf<float, kLanes>::type;
 using Bits = VectorOf<uint32_t, kLanes>::type;
 using GroupRows = VectorOf<float, kGroupRows>::type;
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 // ---- Operations that need an instruction of their own to be fast.
 
 void add_product(Vec& sum, Vec a, Vec b) {
@@ -240,7 +238,7 @@ Ahead<size> ahead_of(const Block& block, int64_t first) {
 }
 
 // Few tokens: weights come as they are stored, and what a group of rows needs stays in L1 from one tile to the next.
-template <Dtype dtype, int64_t size = dtype == Dtype::f32 ? 4 : 2>
+template <Dtype dtype, int64_t size = size_of(dtype)>
 void multiply_stored(const Block& block, const Block& next) {
   const int64_t depth = block.end - block.begin, whole = depth / kPad * kPad;
   const int64_t tiles = (block.count + kStoredTile - 1) / kStoredTile;
@@ -261,7 +259,7 @@ void multiply_stored(const Block& block, const Block& next) {
 }
 
 // Many tokens: weights are widened once for all of them.
-template <Dtype dtype, int64_t size = dtype == Dtype::f32 ? 4 : 2>
+template <Dtype dtype, int64_t size = size_of(dtype)>
 void multiply_unpacked(const Block& block, const Block& next) {
   alignas(64) float panel[kBlockRows * kBlockDepth];
   const int64_t depth = block.end - block.begin, whole = depth / kPad * kPad, padded = (depth + kPad - 1) / kPad * kPad;

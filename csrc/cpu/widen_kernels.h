@@ -1,4 +1,5 @@
-// What widen.cpp and decoder.cpp ask of an instruction set. widen_{plain,avx2,avx512}.cpp each compile widen_body.h into one table.
+// What widen.cpp and decoder.cpp ask of an instruction set. widen_{plain,avx2,avx512}.cpp each compile widen_body.h into one
+// table.
 #pragma once
 
 #include "experts.h"
@@ -14,6 +15,7 @@ constexpr int64_t kBlockDepth = 512;
 // Activations are fp32, and padded with zeros to a multiple of 8. Against bf16 weights each 8 are stored as 0 2 4 6 1 3 5 7:
 // the even and the odd halves of eight packed bf16 widen with one shift and one mask.
 constexpr int64_t kPad = 8;
+constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 struct Token {
   const float* x;  // its activations, from depth 0

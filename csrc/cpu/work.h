@@ -17,7 +17,7 @@ namespace dmoe::cpu {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline const void* at(const void* base, Dtype dtype, int64_t element) {
-  return static_cast<const char*>(base) + element * (dtype == Dtype::f32 ? 4 : 2);
+  return static_cast<const char*>(base) + element * size_of(dtype);
 }
 
 struct Free {

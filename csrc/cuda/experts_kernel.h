@@ -3,8 +3,9 @@
 // Persistent thread blocks draw tiles, up tiles before down tiles. Eight warps fill a ring of stages in shared memory by bulk
 // copies, four or eight multiply. The down phase's k is cut into parts, and a tile of it needs the up tiles of its part's
 // experts only: parts of early experts are drawn while late ones are still in the up phase. Its weights don't need even
-// those, so the ring holds them by then. Last come sums of the parts, in pieces that keep all thread blocks busy. Tiles are drawn, not given out by block index: whoever waits for a tile waits for a
-// thread block that already runs, however many fit on the chip. Who computes a tile does not change its bits.
+// those, so the ring holds them by then. Last come sums of the parts, in pieces that keep all thread blocks busy. Tiles are
+// drawn, not given out by block index: whoever waits for a tile waits for a thread block that already runs, however many fit
+// on the chip. Who computes a tile does not change its bits.
 #pragma once
 
 #include "../select.h"
