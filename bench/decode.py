@@ -114,9 +114,8 @@ def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int) -> fl
         x = inputs[0].flatten(0, -2).float()
         mean = x.mean(0)
         masks = x[masked.flatten()]
-        spread = (
-            (masks - masks.mean(0)).square().sum(1).mean().sqrt()
-        )  # of n(0, 1) rows: the standard deviation of own @ (x - mean)
+        # Of n(0, 1) rows: the standard deviation of own @ (x - mean).
+        spread = (masks - masks.mean(0)).square().sum(1).mean().sqrt()
         of_each = of_each.to(x.device)
         of_each = of_each - torch.outer(of_each @ mean, mean) / mean.square().sum()
         gate = torch.outer(of_all.to(x.device), mean) / mean.square().sum() + scale / spread * of_each
