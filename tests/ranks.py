@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 
+import sizes
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,27 +17,7 @@ from dmoe_ops import layer
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, parallel
 from dmoe_ops.routing import POLICIES
 
-MASK, EOS = 62, 63
-SIZES = dict(
-    vocab_size=66,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_experts=16,
-    num_experts_per_tok=2,
-    num_shared_experts=1,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-6,
-    initializer_range=0.3,
-    mask_token_id=MASK,
-    eos_token_id=EOS,
-)
+SIZES = dict(sizes.SIZES, vocab_size=66)
 OTHER = dict(norm_head=True, tie_word_embeddings=True, use_bias=True, use_qkv_bias=True, num_shared_experts=0)
 SETTINGS = {"dmoe": dict(min_experts=4), "capacity": dict(capacity=6), "des_vote": dict(capacity=5)}
 SETTINGS["top4"] = dict(top_k=1)  # of two
@@ -44,7 +25,7 @@ LENGTHS = (41, 5)
 
 
 def prompts():
-    drawn = torch.randint(0, MASK, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    drawn = torch.randint(0, sizes.MASK, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(1))
     return drawn, dict(prompt_lengths=torch.tensor(LENGTHS), gen_length=30, threshold=0.3, steps=4, eos_id=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,11 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 def test_two_ranks_do_what_one_process_does_and_a_killed_one_is_named(tmp_path):
     ranks.build().save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, ranks.__file__, tmp_path], capture_output=True, text=True, timeout=300)
+    # Its folder is on no path of its own under PYTHONSAFEPATH.
+    path = os.pathsep.join(filter(None, [str(Path(ranks.__file__).parent), os.environ.get("PYTHONPATH")]))
+    env = dict(os.environ, PYTHONPATH=path)
+    command = [sys.executable, ranks.__file__, tmp_path]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.split("\n") == ["equal", "equal", "[1, -9]", ""], done.stderr[-4000:]
     last = done.stderr.strip().splitlines()[-1]
     assert "RuntimeError: one of 2 ranks is gone or does not answer, says rank 0: " in last

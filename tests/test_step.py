@@ -9,34 +9,14 @@ import types
 
 import pytest
 import torch
+from sizes import EOS, MASK, SIZES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, decoding, graphs
 from dmoe_ops.models.step import Batch, Rule, denoise
 
-MASK, EOS = 62, 63
-CONFIG = LLaDA2Config(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_experts=16,
-    num_experts_per_tok=2,
-    num_shared_experts=1,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=512,
-    initializer_range=0.3,
-    mask_token_id=MASK,
-    eos_token_id=EOS,
-)
+CONFIG = LLaDA2Config(**{**SIZES, "max_position_embeddings": 512})
 DATA_DEPENDENT = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "equal")
 RULE = Rule(16, MASK, EOS, True, 0.9)
 
@@ -49,6 +29,18 @@ def build(config=CONFIG) -> LLaDA2ForDiffusion:
 
 def prompt(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, MASK, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def decodes():
+    """Prompts and options of generate: batches, early ends, prompts that end inside a block, and of several."""
+    for lengths, gen_length, eos_id in (
+        ([40], 60, EOS),
+        ([5], 100, None),
+        ([40, 3, 17], 45, 7),
+        ([9, 64, 1, 33], 40, 11),
+    ):
+        ids = torch.cat([prompt(max(lengths), seed) for seed in range(len(lengths))])
+        yield ids, dict(prompt_lengths=torch.tensor(lengths), gen_length=gen_length, eos_id=eos_id, threshold=0.5)
 
 
 class Count(TorchDispatchMode):
@@ -249,14 +241,7 @@ def taped(monkeypatch):
 def test_replayed_steps_decode_the_same(taped):
     """Batches, other prefixes, early ends, prompts of several blocks; the graphs of a bucket serve them all."""
     model = build()
-    for lengths, gen_length, eos_id in (
-        ([40], 60, EOS),
-        ([5], 100, None),
-        ([40, 3, 17], 45, 7),
-        ([9, 64, 1, 33], 40, 11),
-    ):
-        ids = torch.cat([prompt(max(lengths), seed) for seed in range(len(lengths))])
-        options = dict(prompt_lengths=torch.tensor(lengths), gen_length=gen_length, eos_id=eos_id, threshold=0.5)
+    for ids, options in decodes():
         want = model.generate(ids, use_graphs=False, **options)
         for _ in range(2):
             got = model.generate(ids, use_graphs=True, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_step import EOS, build, prompt
+from test_step import build, decodes
 
 from dmoe_ops import _backends
 
@@ -25,14 +25,7 @@ def test_replayed_steps_decode_the_same(model, policy):
     """A CPU's tokens too, but for what rounding decides."""
     model.set_routing(policy)
     same, all_ = 0, 0
-    for lengths, gen_length, eos_id in (
-        ([40], 60, EOS),
-        ([5], 100, None),
-        ([40, 3, 17], 45, 7),
-        ([9, 64, 1, 33], 40, 11),
-    ):
-        ids = torch.cat([prompt(max(lengths), seed) for seed in range(len(lengths))])
-        options = dict(prompt_lengths=torch.tensor(lengths), gen_length=gen_length, eos_id=eos_id, threshold=0.5)
+    for ids, options in decodes():
         want = model.generate(ids.cuda(), use_graphs=False, **options)
         for _ in range(2):
             got = model.generate(ids.cuda(), use_graphs=True, **options)
