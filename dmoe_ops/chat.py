@@ -13,7 +13,7 @@ import unicodedata
 import torch
 
 from .models import LLaDA2ForDiffusion, TextCodec, hub
-from .models.llada2 import OWN, usable
+from .models.llada2 import OWN, default_device, usable
 from .models.text import before
 from .routing import POLICIES
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         codec = TextCodec(folder, chat=not args.raw)
         if codec.why_no_text:
             raise ValueError(codec.why_no_text)
-        device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable(args.device or default_device())
         print(f"loading {folder} on {device}", flush=True)
         model = LLaDA2ForDiffusion.from_pretrained(folder, policy=args.policy, dtype=args.dtype, device=device)
     except ValueError as error:

@@ -15,7 +15,7 @@ import torch
 
 from . import demo
 from .models import LLaDA2ForDiffusion, hub
-from .models.llada2 import OWN, usable
+from .models.llada2 import OWN, default_device, usable
 from .models.text import padded
 from .routing import POLICIES
 
@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"dmoe decode: {error}", file=sys.stderr)
         return 2
     if rank == 0:
-        eos = model.config.eos_token_id
-        for question, answer in zip(questions, decoded.tokens.tolist()):
-            print(f"{question} {codec.decode(answer[: answer.index(eos)] if eos in answer else answer)}")
+        for question, answer in zip(questions, demo.answers_of(decoded, model.config.eos_token_id)):
+            print(f"{question} {codec.decode(answer)}")
         stats, where = decoded.stats, f"{ranks} ranks, experts by {args.experts}" if ranks > 1 else "one process"
         print(
             f"{where}: {stats.tokens} tokens in {seconds:.2f} s, {stats.forwards} forwards, "
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def model_on(ranks: int, folder, args: argparse.Namespace):
     """The model on this process's device, or this rank's part of it."""
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = args.device or default_device()
     options = dict(policy=args.policy, dtype=args.dtype)
     if ranks == 1:
         yield LLaDA2ForDiffusion.from_pretrained(folder, device=kind, **options)

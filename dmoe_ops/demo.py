@@ -20,7 +20,7 @@ from . import _backends, _files
 from .bench import timing
 from .layer import BlockMoE
 from .models import Decoded, LLaDA2Config, LLaDA2ForDiffusion, TextCodec, hub
-from .models.llada2 import usable
+from .models.llada2 import default_device, usable
 from .models.text import StopStrings, before, padded
 from .reference import dequantize
 from .routing import POLICIES
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def decode_three_ways(args: argparse.Namespace) -> dict:
     folder = hub.folder_of(args.model) if args.model else shipped_checkpoint()
-    device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable(args.device or default_device())
     _backends.name_for(device)
     # What can be refused is refused before the weights are read.
     settings = settings_of(args, LLaDA2Config.from_pretrained(folder))
@@ -198,7 +198,7 @@ def ways_of(model, policy: str, settings: dict, generate) -> list[Way]:
 
 def figures(way: Way, stock: Way, codec: TextCodec, eos: int | None, stops: list[str]) -> dict:
     """The times are null where there were too few rounds; spreads are over the rounds, a speed-up is taken within each."""
-    answers, stats = answers_of(way, eos), way.first.decoded.stats
+    answers, stats = answers_of(way.first.decoded, eos), way.first.decoded.stats
     entry = dict(
         name=way.name,
         policy=way.policy,
@@ -212,12 +212,15 @@ def figures(way: Way, stock: Way, codec: TextCodec, eos: int | None, stops: list
         stock_rates = [stock.first.decoded.stats.tokens / seconds for seconds in stock.samples]
         entry.update(seconds=timing.spread(way.samples), tokens_per_second=timing.spread(rates))
         entry.update(moe_seconds=timing.spread(way.moe_samples), speedup=timing.ratio(rates, stock_rates))
-    entry.update(stats=dataclasses.asdict(stats), equal_tokens=equal_share(answers, answers_of(stock, eos)))
+    entry.update(
+        stats=dataclasses.asdict(stats), equal_tokens=equal_share(answers, answers_of(stock.first.decoded, eos))
+    )
     return entry
 
 
-def answers_of(way: Way, eos: int | None) -> list[list[int]]:
-    return [row[: row.index(eos)] if eos in row else row for row in way.first.decoded.tokens.tolist()]
+def answers_of(decoded: Decoded, eos: int | None) -> list[list[int]]:
+    """What was decoded, in front of the first eos."""
+    return [row[: row.index(eos)] if eos in row else row for row in decoded.tokens.tolist()]
 
 
 def equal_share(answers: list[list[int]], others: list[list[int]]) -> float:

@@ -385,21 +385,26 @@ def rotate(x, cos, sin) -> torch.Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
 
 
-def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values) -> torch.Tensor:
-    """Splits qkv [n, T, (heads + 2 kv_heads) D], normalises queries and keys by q_weight and k_weight [D] (None: not at
-    all), turns them by cos and sin [T, R], and writes keys and values behind the prefix of `past` int64 [1] tokens, into
-    keys and values [bsz, kv_heads, capacity, D] of the sequences `rows` int64 [n] (None: all). Returns the queries
-    [n, heads, T, D]."""
-    heads, size = keys.shape[1], keys.shape[3]
+def turned_heads(qkv, q_weight, k_weight, eps: float, cos, sin, kv_heads: int, size: int) -> tuple[torch.Tensor, ...]:
+    """The queries, keys and values in qkv [n, T, (heads + 2 kv_heads) size], each [n, heads or kv_heads, T, size]: queries
+    and keys normalised by q_weight and k_weight [size] (None: not at all), then turned by cos and sin [T, R]."""
     parts = qkv.unflatten(-1, (-1, size)).transpose(1, 2)
-    query, key, value = parts.split([parts.shape[1] - 2 * heads, heads, heads], dim=1)
+    query, key, value = parts.split([parts.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if q_weight is not None:
         query, key = rms_norm(query, q_weight, eps), rms_norm(key, k_weight, eps)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values) -> torch.Tensor:
+    """`turned_heads` of qkv [n, T, (heads + 2 kv_heads) D], keys and values written behind the prefix of `past` int64 [1]
+    tokens, into keys and values [bsz, kv_heads, capacity, D] of the sequences `rows` int64 [n] (None: all). Returns the
+    queries [n, heads, T, D]."""
+    query, key, value = turned_heads(qkv, q_weight, k_weight, eps, cos, sin, keys.shape[1], keys.shape[3])
     position = past + torch.arange(qkv.shape[1], device=qkv.device)
     rows = torch.arange(len(qkv), device=qkv.device) if rows is None else rows
-    for buffer, new in ((keys, rotate(key, cos, sin)), (values, value)):
+    for buffer, new in ((keys, key), (values, value)):
         buffer.transpose(1, 2).index_put_((rows[:, None], position), new.transpose(1, 2))
-    return rotate(query, cos, sin).contiguous()
+    return query.contiguous()
 
 
 def greedy(logits) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..experts import moe_experts
-from ..models.llada2 import OWN, routing_for
+from ..models.llada2 import OWN, rotary, routing_for
 from ..routing import FIELDS, POLICIES
 from .hf import PatchedMoE
 
@@ -92,9 +92,7 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, x, position_ids):
         """x: for its dtype; position_ids int64 [bsz, T] -> cos, sin [bsz, T, size]; the angles are fp32."""
-        exponent = torch.arange(0, self.size, 2, dtype=torch.float32, device=position_ids.device) / self.size
-        angle = (position_ids[..., None].float() * (1.0 / self.theta**exponent)).repeat(1, 1, 2)
-        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return rotary(position_ids, self.size, self.theta, x.dtype)
 
 
 def experts_forward(self, hidden_states, top_k_index, top_k_weights):

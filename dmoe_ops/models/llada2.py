@@ -307,14 +307,9 @@ class Attention(nn.Module):
         query, key = self.query_layernorm, self.key_layernorm
         return (query.weight, key.weight, query.eps) if isinstance(query, RMSNorm) else (None, None, 0.0)
 
-    def split(self, qkv, cos, sin) -> list[torch.Tensor]:
+    def split(self, qkv, cos, sin) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, [n, heads, T, D], normalised and turned."""
-        parts = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        query, key, value = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        query_weight, key_weight, eps = self.norms()
-        if query_weight is not None:
-            query, key = reference.rms_norm(query, query_weight, eps), reference.rms_norm(key, key_weight, eps)
-        return [reference.rotate(query, cos, sin), reference.rotate(key, cos, sin), value]
+        return reference.turned_heads(qkv, *self.norms(), cos, sin, self.kv_heads, self.head_dim)
 
 
 class MLP(nn.Module):
@@ -488,7 +483,7 @@ class LLaDA2ForDiffusion(nn.Module):
         else:
             position, mask = layout
         x, delta, routed = self.model.word_embeddings(input_ids), None, []
-        cos, sin = self._rotary(position, x)
+        cos, sin = rotary(position, self.config.rotary_dim, self.config.rope_theta, x.dtype)
         at = past if isinstance(past, torch.Tensor) else torch.full((1,), past, device=x.device)
 
         def attend(layer: int, own: Attention, qkv):
@@ -521,13 +516,6 @@ class LLaDA2ForDiffusion(nn.Module):
         if self.config.norm_head:  # the columns of the head at length 1, as its base family (Bailing) has it
             weight = (weight.float() / (weight.float().norm(dim=0, keepdim=True) + 1e-7)).to(weight.dtype)
         return F.linear(hidden, weight)
-
-    def _rotary(self, position, like) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, rotary_dim] of position int64 [T]; the angles are fp32 whatever the dtype."""
-        size = self.config.rotary_dim
-        exponent = torch.arange(0, size, 2, device=like.device, dtype=torch.float32) / size
-        angle = torch.outer(position.float(), 1.0 / self.config.rope_theta**exponent).repeat(1, 2)
-        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
     def quantize(self, form: str) -> LLaDA2ForDiffusion:
         """Puts the routed experts of every layer into a format ("fp8", "int8", "int4"); see `BlockMoE.quantize`."""
@@ -630,6 +618,14 @@ class LLaDA2ForDiffusion(nn.Module):
         checkpoint.write(Path(folder), {**extra, **config}, narrow)
 
 
+def rotary(position, size: int, theta: float, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [..., T, size] of position int64 [..., T]; the angles are fp32 whatever the dtype."""
+    exponent = torch.arange(0, size, 2, device=position.device, dtype=torch.float32) / size
+    angle = position.float()[..., None] * (1.0 / theta**exponent)
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
 def checkpoint_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Matrix]:
     """A state dict, or a part of one, under the names of a checkpoint; see `LLaDA2ForDiffusion.checkpoint_tensors`."""
     tensors = {}
@@ -664,6 +660,11 @@ def open_checkpoint(config: LLaDA2Config, folder: Path) -> tuple[checkpoint.Chec
         raise ValueError(f"{folder / 'config.json'} asks for weights that no memory holds: {why}") from None
     stored.check(targets, ignore=("rotary_emb.inv_freq", *(["lm_head.weight"] * config.tie_word_embeddings)))
     return stored, model
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def usable(device) -> torch.device | None:
