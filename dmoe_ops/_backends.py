@@ -175,9 +175,10 @@ def _triton_interprets() -> bool:
 class Cuda:
     """csrc/cuda, on NVIDIA GPUs of compute capability 8.x, 9.0, 10.x and 12.x
 
-    Two launches: router and experts. What the host rules refuse (csrc/cuda/router.h and experts.h: float32 experts,
-    more than 64 tokens through experts, sizes that do not divide into its tiles) goes to Triton, or to the reference
-    where that is missing; so does every gradient, and a layer with an expert_map.
+    Two launches: router and experts, whose weights are plain or fp8. What the host rules refuse (csrc/cuda/router.h and
+    experts.h: float32 experts, more than 64 tokens through experts, sizes that do not divide into its tiles) goes to
+    Triton, or to the reference where that is missing; so does every gradient, int8 and int4, and a layer with an
+    expert_map.
     """
 
     @staticmethod
@@ -235,7 +236,7 @@ class Cuda:
         shared = 0 if shared_w2 is None else shared_w2.shape[1]
         size = _C.cuda_workspace_bytes(*x.shape, w2.shape[2], shared, w13.shape[0], topk_ids.shape[1])
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        torch.ops.dmoe._block_dense_out(x, *weights[:4], topk_ids, topk_weights, schedule, workspace, scheduled, y)
+        torch.ops.dmoe._block_dense_out(x, *weights[:8], topk_ids, topk_weights, schedule, workspace, scheduled, y)
 
     @staticmethod
     def add_rms_norm(*args) -> None:
@@ -251,13 +252,15 @@ class Cuda:
 
 
 def _cuda_experts_refuse(x, weights: ExpertWeights, top_k: int) -> str | None:
-    if weights.quantized:
-        return "quantised weights"
+    fp8, shared = weights.w13.dtype == torch.float8_e4m3fn, weights.shared_w13
+    plain_or_alike = shared is None or shared.dtype == x.dtype or (fp8 and shared.dtype == weights.w13.dtype)
+    if (weights.quantized and not fp8) or not plain_or_alike:
+        return "weights in int8 or int4, or in different formats"
     if not _has_cuda_experts(x.device):
         return "a GPU without bulk copies, or with less than 227 KB of shared memory per thread block"
     w13, w2, _, shared_w2 = weights[:4]
     shared = 0 if shared_w2 is None else shared_w2.shape[1]
-    return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], top_k, x.element_size())
+    return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], top_k, x.element_size(), fp8)
 
 
 @functools.cache

@@ -93,8 +93,9 @@ lib.define(
     "Tensor(e!) coreset_sizes, Tensor(f!)? schedule) -> ()"
 )
 lib.define(
-    "_block_dense_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor topk_ids, "
-    "Tensor topk_weights, Tensor(a!) schedule, Tensor(b!) workspace, bool scheduled, Tensor(c!) y) -> ()"
+    "_block_dense_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor? w13_scale, "
+    "Tensor? w2_scale, Tensor? shared_w13_scale, Tensor? shared_w2_scale, Tensor topk_ids, Tensor topk_weights, "
+    "Tensor(a!) schedule, Tensor(b!) workspace, bool scheduled, Tensor(c!) y) -> ()"
 )
 
 try:

@@ -31,6 +31,7 @@ Experts = structure(
     ("tokens hidden intermediate experts top_k shared_intermediate", INT),
     ("dtype", ctypes.c_int32),
     ("x w13 w2 shared_w13 shared_w2 topk_ids topk_weights schedule workspace y", POINTER),
+    ("w13_scale w2_scale shared_w13_scale shared_w2_scale", POINTER),
 )
 Router = structure(
     "Router",
@@ -134,12 +135,13 @@ class Emulator:
         )  # fmt: skip
 
     def experts(
-        self, x, w13, w2, shared_w13, shared_w2, ids, weights, schedule=None, workspace=None, y=None
+        self, x, w13, w2, shared_w13, shared_w2, ids, weights, schedule=None, workspace=None, y=None, scales=(None,) * 4
     ) -> Experts:
+        """scales: of w13, w2, shared_w13 and shared_w2, where they are float8_e4m3fn."""
         shared = 0 if shared_w2 is None else shared_w2.shape[1]
         return Experts(
             *x.shape, w2.shape[2], w13.shape[0], ids.shape[1], shared, DTYPES.index(x.dtype),
-            *map(pointer, (x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y)),
+            *map(pointer, (x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y, *scales)),
         )  # fmt: skip
 
     def workspace_of(self, args: Experts) -> torch.Tensor:
@@ -213,10 +215,9 @@ class Backend:
         args = self.emulator.router(logits, bias, offsets, out, schedule, seq_len, x, gate)
         self.emulator.run_packed_route(args, ints, floats, self.how)
 
-    def block_dense_out(
-        self, x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, scheduled, y
-    ) -> None:
-        args = self.emulator.experts(x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y)
+    def block_dense_out(self, x, w13, w2, shared_w13, shared_w2, *rest) -> None:
+        *scales, ids, weights, schedule, workspace, scheduled, y = rest
+        args = self.emulator.experts(x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y, scales)
         self.emulator.run_experts(args, scheduled, self.how)
 
 

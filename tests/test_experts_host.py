@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dmoe_ops import reference
+from dmoe_ops.quantize import quantize
 
 
 def layer(tokens, hidden, inner, experts, top_k, shared, dtype=torch.bfloat16, used=None):
@@ -21,12 +22,12 @@ def layer(tokens, hidden, inner, experts, top_k, shared, dtype=torch.bfloat16, u
     return torch.randn(tokens, hidden).to(dtype), w13, w2, shared_w13, shared_w2, ids, torch.rand(tokens, top_k)
 
 
-def run(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights, *, scheduled=False, **how):
+def run(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights, *, scales=(None,) * 4, scheduled=False, **how):
     """y, and how many bytes of weights were copied."""
     schedule, y = emulator.schedule_of(w13.shape[0]), torch.full_like(x, torch.nan)
     tensors = x, w13, w2, shared_w13, shared_w2, ids, weights, schedule
     workspace = emulator.workspace_of(emulator.experts(*tensors))
-    emulator.run_experts(emulator.experts(*tensors, workspace, y), scheduled, emulated.form(**how))
+    emulator.run_experts(emulator.experts(*tensors, workspace, y, scales), scheduled, emulated.form(**how))
     assert (workspace[-64:] == 255).all()
     return y, emulator.totals()[3]
 
@@ -112,7 +113,101 @@ def test_an_overflow_stays_with_the_tokens_that_chose_the_expert(emulator):
     assert y[[0, 1, 3, 4, 5, 6, 7]].isfinite().all() and not y[2].isfinite().any()
 
 
+# Weights in fp8 -----------------------------------------------------------------------------------------------------------
+
+
+def fp8_layer(shared_fp8=True, **sizes):
+    """As `layer`, in fp8; the scales of w13, w2, shared_w13 and shared_w2; and the same layer dequantised, float32."""
+    x, *weights, ids, topk_weights = layer(**sizes)
+    stored, scales, wide = [], [], []
+    for i, weight in enumerate(weights):
+        if weight is None or (i > 1 and not shared_fp8):
+            stored, scales, wide = [*stored, weight], [*scales, None], [*wide, weight]
+            continue
+        # Rows that differ in size: a scale that belongs to another block shows.
+        values, scale = quantize(
+            weight.float() * torch.rand(len(weight), *[1] * (weight.dim() - 1)), "fp8", halves=2 - i % 2
+        )
+        stored, scales = [*stored, values], [*scales, scale * (0.5 + torch.rand(scale.shape))]
+        wide.append(reference.dequantize(values, scales[-1], halves=2 - i % 2))
+    return (x, *stored, ids, topk_weights), scales, (x, *wide, ids, topk_weights)
+
+
+def distances(y, x, w13, w2, shared_w13, shared_w2, ids, weights):
+    """From float64: of y, and of what rounds where the kernel has to, h times its weight and y."""
+    w13, w2, shared_w13, shared_w2 = (t if t is None else t.double() for t in (w13, w2, shared_w13, shared_w2))
+    truth, best = torch.zeros(2, *x.shape, dtype=torch.float64)
+    for t, token in enumerate(x.double()):
+        chosen = [(w13[e], w2[e], weight) for e, weight in zip(ids[t], weights[t].double()) if e >= 0]
+        for up, down, weight in chosen + ([(shared_w13, shared_w2, 1.0)] if shared_w13 is not None else []):
+            gate, up = (up @ token).chunk(2)
+            h = torch.nn.functional.silu(gate) * up * weight
+            truth[t] += down @ h
+            best[t] += down @ h.to(x.dtype).double()
+    return [float((value.double() - truth).norm() / truth.norm()) for value in (y, best.to(x.dtype))]
+
+
+FP8_CASES = {
+    "several chunks": dict(tokens=32, hidden=1088, inner=544, experts=5, top_k=2, shared=288),
+    "ragged blocks": dict(tokens=19, hidden=320, inner=96, experts=12, top_k=4, shared=160),
+    "sixty-four tokens": dict(tokens=64, hidden=128, inner=160, experts=6, top_k=2, shared=64),
+    "none shared": dict(tokens=3, hidden=64, inner=32, experts=7, top_k=3, shared=0),
+    "a plain shared expert": dict(tokens=17, hidden=576, inner=288, experts=6, top_k=2, shared=544, shared_fp8=False),
+    "wide tiles": dict(tokens=30, hidden=640, inner=320, experts=4, top_k=2, shared=192),
+    "wide, plain shared": dict(tokens=7, hidden=384, inner=64, experts=4, top_k=3, shared=320, shared_fp8=False),
+    "fp16": dict(tokens=33, hidden=192, inner=160, experts=6, top_k=2, shared=32, dtype=torch.float16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FP8_CASES)
+def test_fp8_errs_no_more_than_exact_dequantisation(emulator, name):
+    torch.manual_seed(len(name))
+    tensors, scales, wide = fp8_layer(**FP8_CASES[name])
+    tensors[-2][0] = -1
+    y, copied = run(emulator, *tensors, scales=scales, rows=128 if name.startswith("wide") else 64, splits=3)
+    mine, best = distances(y, *wide)
+    assert mine <= 1.05 * best
+    _, w13, w2, *shared, ids, _ = tensors
+    used = len(ids.unique()) - 1
+    assert copied == used * (w13[0].nbytes + w2[0].nbytes) + sum(t.nbytes for t in shared if t is not None)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize(["ctas", "stages", "rows"], [(1, 2, 64), (7, 3, 64), (2, 2, 128)])
+@pytest.mark.parametrize("shared_fp8", [True, False])
+def test_fp8_in_any_launch_shape(emulator, ctas, stages, rows, splits, shared_fp8):
+    torch.manual_seed(1)
+    sizes = dict(tokens=9, hidden=256, inner=64, experts=6, top_k=2, shared=320)
+    tensors, scales, wide = fp8_layer(shared_fp8, **sizes)
+    how = dict(scales=scales, rows=rows, splits=splits)
+    y, _ = run(emulator, *tensors, ctas=ctas, stages=stages, **how)
+    mine, best = distances(y, *wide)
+    assert mine <= 1.05 * best
+    for seed in (1, 2):  # the same bits in any order
+        assert torch.equal(run(emulator, *tensors, ctas=ctas + seed, stages=2 + seed, seed=seed, **how)[0], y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_code_of_fp8(emulator, dtype):
+    """Each as the only number of its row of W2, and a NaN in W13, which reaches the tokens that chose its expert alone."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    finite = values.isfinite()
+    x, w13, w2 = torch.ones(4, 256, dtype=dtype), torch.zeros(2, 64, 256), torch.zeros(2, 256, 32)
+    w13[:, :, 0] = 4
+    w2[:, :, 5] = torch.where(finite, values, 0)
+    w13[1, 40, 7] = torch.nan
+    stored = w13.to(torch.float8_e4m3fn), w2.to(torch.float8_e4m3fn)
+    scales = torch.ones(2, 2, 2), torch.ones(2, 2, 1), None, None
+    ids, weights = torch.tensor([[0], [1], [0], [0]], dtype=torch.int32), torch.full((4, 1), 0.25)
+    y, _ = run(emulator, x, *stored, None, None, ids, weights, scales=scales)
+    h = (torch.nn.functional.silu(torch.tensor(4.0)) * 4 * 0.25).to(dtype).float()
+    assert torch.equal(y[[0, 2, 3]], (h * w2[0, :, 5]).to(dtype).expand(3, 256))
+    assert y[1].isnan().all()
+
+
 MINI = dict(hidden=2048, intermediate=512, shared_intermediate=512, experts=256, top_k=8)  # LLaDA2.0-mini
+FP8 = dict(w13_scale=1)
 
 
 @pytest.mark.parametrize(
@@ -127,15 +222,20 @@ MINI = dict(hidden=2048, intermediate=512, shared_intermediate=512, experts=256,
         (32, dict(intermediate=544), (64, 4, 4)),
         (32, dict(hidden=64), (64, 4, 8)),
         (32, dict(hidden=8192), (128, 2, 2)),
+        (32, FP8, (128, 2, 8)),
+        (33, FP8, (64, 2, 4)),  # sums and those of a block leave registers for 64 rows
+        (64, FP8, (64, 2, 4)),
+        (1, FP8, (64, 4, 4)),
     ],
 )
 def test_the_form_of_a_launch(emulator, tokens, change, form):
     assert emulator.experts_form(132, 227 * 1024, tokens=tokens, **MINI | change)[:3] == form
 
 
-def test_every_form_fits(emulator):
+@pytest.mark.parametrize("fp8", [{}, FP8])
+def test_every_form_fits(emulator, fp8):
     for tokens in range(1, 65):
-        _, stages, _, bytes_ = emulator.experts_form(132, 227 * 1024, tokens=tokens, **MINI | dict(top_k=32))
+        _, stages, _, bytes_ = emulator.experts_form(132, 227 * 1024, tokens=tokens, **MINI | dict(top_k=32) | fp8)
         assert stages >= 2 and bytes_ <= 227 * 1024
     assert emulator.experts_form(132, 99 * 1024, tokens=64, **MINI)[1] < 2  # a GeForce: the launcher refuses
 

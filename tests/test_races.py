@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dmoe_ops import BlockRouting, reference
+from dmoe_ops.quantize import quantize
 
 ROUTE = dict(top_k=3, n_group=4, topk_group=2, min_experts=6)
 # hidden, inner, shared, experts; offsets of the blocks; settings of the routing; how it is launched
@@ -101,9 +102,26 @@ def check_bare(emulator, name: str, seed: int) -> None:
     within(y, reference.moe_experts(x.double(), w13.double(), w2.double(), valid, weights.double()))
 
 
+def check_fp8(emulator, seed: int) -> None:
+    """Experts in fp8: stages, and the scales in them, that are used again."""
+    torch.manual_seed(seed)
+    x, w13, w2 = normal(5, 1088), normal(7, 64, 1088), normal(7, 1088, 32)
+    ids, weights = torch.tensor([[0, 4], [6, 6], [-1, -1], [2, 4], [3, 0]], dtype=torch.int32), torch.rand(5, 2)
+    (w13, of_w13), (w2, of_w2) = quantize(w13, "fp8", halves=2), quantize(w2, "fp8")
+    of_w13 *= torch.rand(of_w13.shape) + 0.5
+    schedule, y, scales = emulator.schedule_of(7), torch.full_like(x, torch.nan), (of_w13, of_w2, None, None)
+    tensors = x, w13, w2, None, None, ids, weights, schedule
+    workspace = emulator.workspace_of(emulator.experts(*tensors))
+    how = emulated.form(seed=seed, ctas=2, stages=2, splits=3)
+    emulator.run_experts(emulator.experts(*tensors, workspace, y, scales), False, how)
+    wide = reference.dequantize(w13, of_w13, halves=2).double(), reference.dequantize(w2, of_w2).double()
+    within(y, reference.moe_experts(x.double(), *wide, ids, weights.double()))
+
+
 def check(emulator, seeds=(0, 1)) -> None:
     """All of it; raises AssertionError. For tools/take_out.py."""
     for seed in seeds:
+        check_fp8(emulator, seed)
         for name in BARE:
             check_bare(emulator, name, seed)
         for name in LAYERS:
@@ -114,6 +132,10 @@ def check(emulator, seeds=(0, 1)) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_layers_in_a_stream(emulator, name, seed):
     check_layers(emulator, name, seed)
+
+
+def test_experts_in_fp8(emulator):
+    check_fp8(emulator, 0)
 
 
 @pytest.mark.parametrize("name", BARE)

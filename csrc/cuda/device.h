@@ -158,6 +158,17 @@ DMOE_DEVICE float half_to_float(uint16_t value) { return __half2float(__ushort_a
 DMOE_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 DMOE_DEVICE uint16_t float_to_bf16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
+// Two numbers of e4m3, the low halfword of `two`, as two of the 16-bit type: exactly, NaN too (sm_89).
+template <bool kHalf>
+DMOE_DEVICE uint32_t widen_fp8(uint32_t two) {
+  uint32_t half;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(half) : "h"(static_cast<uint16_t>(two)));
+  if constexpr (kHalf) return half;
+  const float2 wide = __half22float2(*reinterpret_cast<__half2*>(&half));
+  const __nv_bfloat162 narrow = __floats2bfloat162_rn(wide.x, wide.y);
+  return *reinterpret_cast<const uint32_t*>(&narrow);
+}
+
 // --- tensor cores: c[16, 8] += a[16, 16] b[16, 8]
 template <bool kHalf>
 DMOE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {

@@ -9,7 +9,9 @@
 
 namespace dmoe::cuda {
 
-// All tensors are contiguous, row-major, of one dtype (bf16 or fp16), and start at a multiple of 16 bytes.
+// All tensors are contiguous, row-major, and start at a multiple of 16 bytes. x, y and plain weights are of one dtype, bf16 or
+// fp16. Weights with scales are float8_e4m3fn: one scale per 128 x 128 block, gate and up rows blocked apart. The routed experts
+// have scales or have none; where they have, the shared expert may still be plain.
 struct Experts {
   int64_t tokens, hidden, intermediate, experts, top_k;
   int64_t shared_intermediate;  // 0 where there is no shared expert
@@ -24,13 +26,19 @@ struct Experts {
   uint32_t* schedule;         // of topk_ids, by `block_route` or `schedule`; its counters are used up
   void* workspace;            // [experts_workspace().bytes]
   void* y;                    // [tokens, hidden]
+  const float* w13_scale;         // [experts, 2 * ceil(intermediate / 128), ceil(hidden / 128)] or null
+  const float* w2_scale;          // [experts, ceil(hidden / 128), ceil(intermediate / 128)] or null
+  const float* shared_w13_scale;  // as those, without experts
+  const float* shared_w2_scale;
+
+  DMOE_BOTH bool fp8() const { return w13_scale; }
 };
 
 // A tile is 64 or 128 rows of weights against all tokens: in the up phase half of them gate rows and their up rows, in the down
-// phase that many columns of y. Weights and tokens come in chunks of 256 along k; a row in shared memory is padded by 16 bytes,
-// so that the eight rows of a matrix lie in different banks. Chunks of 128 took 18 % longer at 70 experts, of 512 as long
-// (H100, T = 32, bench/NOTES.md).
-constexpr int kChunk = 256, kPitch = 2 * kChunk + 16, kMaxStages = 8, kMaxTokens = 64, kMaxRows = 128;
+// phase that many columns of y. Weights and tokens come in chunks of 256 along k, weights in fp8 of 512: 512 bytes of a row.
+// Chunks of half as much took 18 % longer at 70 experts, of twice as much as long (bf16, H100, T = 32, bench/NOTES.md).
+constexpr int kChunk = 256, kMaxStages = 8, kMaxTokens = 64, kMaxRows = 128;
+constexpr int kScaleBlock = 128, kScaleBlocks = 2 * kChunk / kScaleBlock;  // rows and columns under one scale; of them in a chunk
 constexpr unsigned kPollPause = 32;  // ns between two looks at a counter. Not measured.
 
 // A warp multiplies 16 rows. Eight warps fill the ring, because a warp hands its copies to the copy engine one lane at a time.
@@ -39,7 +47,20 @@ static_assert((kMaxRows + kMaxTokens) / kProducerWarps <= 32);  // a lane for ev
 
 constexpr int64_t kExpertsHeader = 1024;  // barriers, what each stage holds, weights of the tokens
 
-DMOE_BOTH int64_t stage_bytes(int64_t tokens, int rows) { return (rows + (tokens + 15) / 16 * 16) * kPitch; }
+// Bytes of a row in shared memory, padded so that what is loaded at a time lies in different banks: eight rows of 16 bytes; of
+// fp8's weights four rows of 32, of its tokens two of 64.
+struct Pitch {
+  int weights, tokens;
+};
+DMOE_BOTH constexpr Pitch pitch(bool fp8) {
+  return fp8 ? Pitch{2 * kChunk + 32, 4 * kChunk + 64} : Pitch{2 * kChunk + 16, 2 * kChunk + 16};
+}
+static_assert(pitch(false).weights == pitch(false).tokens && pitch(false).weights % 32 == 16);
+static_assert(pitch(true).weights % 128 == 32 && pitch(true).tokens % 128 == 64);
+
+DMOE_BOTH int64_t stage_bytes(int64_t tokens, int rows, bool fp8) {
+  return rows * pitch(fp8).weights + (tokens + 15) / 16 * 16 * pitch(fp8).tokens;
+}
 
 // Behind the ring's stages: every token's choice.
 DMOE_BOTH int64_t choice_bytes(int64_t tokens, int64_t top_k) { return (4 + 4) * tokens * top_k; }
@@ -56,12 +77,12 @@ struct Form {
   DMOE_BOTH constexpr int threads() const { return consumers() + kProducers; }
 };
 
-inline int64_t experts_shared(int64_t tokens, int64_t top_k, const Form& form) {
-  return kExpertsHeader + form.stages * stage_bytes(tokens, form.rows) + choice_bytes(tokens, top_k);
+inline int64_t experts_shared(const Experts& a, const Form& form) {
+  return kExpertsHeader + form.stages * stage_bytes(a.tokens, form.rows, a.fp8()) + choice_bytes(a.tokens, a.top_k);
 }
 
-// The sums of more tokens than these leave registers for 64 rows only.
-constexpr int kMaxTokensOfWide = 48;
+// The sums of more tokens than these leave registers for 64 rows only; fp8 has them twice.
+DMOE_BOTH constexpr int max_tokens_of_wide(bool fp8) { return fp8 ? 32 : 48; }
 
 // Tiles of 128 rows read the tokens half as often: 13 % faster at 70 experts, 7 % at 15 (H200, T = 32, bench/NOTES.md). Not
 // where the up phase would then leave multiprocessors without a tile. Less than two stages: the call does not fit.
@@ -70,10 +91,10 @@ inline Form experts_form(const Experts& a, int multiprocessors, int64_t shared_l
   const int64_t members = std::min(a.experts, a.tokens * a.top_k);
   const int64_t wide_tiles = (members * a.intermediate + a.shared_intermediate) / (kMaxRows / 2);
   const bool divides = a.hidden % kMaxRows == 0 && (a.intermediate | a.shared_intermediate) % (kMaxRows / 2) == 0;
-  const bool fits = a.tokens <= kMaxTokensOfWide && 2 * stage_bytes(a.tokens, kMaxRows) <= room;
+  const bool fits = a.tokens <= max_tokens_of_wide(a.fp8()) && 2 * stage_bytes(a.tokens, kMaxRows, a.fp8()) <= room;
   const bool wide = divides && fits && wide_tiles >= multiprocessors;
   Form form{wide ? kMaxRows : kMaxRows / 2};
-  form.stages = static_cast<int>(std::min<int64_t>(room / stage_bytes(a.tokens, form.rows), kMaxStages));
+  form.stages = static_cast<int>(std::min<int64_t>(room / stage_bytes(a.tokens, form.rows, a.fp8()), kMaxStages));
   form.splits = static_cast<int>(std::clamp<int64_t>(multiprocessors / (a.hidden / form.rows), 1, kMaxSplits));
   return form;
 }

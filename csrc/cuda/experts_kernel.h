@@ -13,10 +13,12 @@
 
 namespace dmoe::cuda {
 
-// What one launch computes, known once the schedule is.
+// What one launch computes, known once the schedule is. kFp8: the routed experts are in fp8.
+template <bool kFp8>
 struct Plan {
   int64_t tokens, hidden, inner, shared_inner;
   Form form;
+  bool shared_fp8;
   int members, up_chunks, chunks_of_member, chunks_of_shared;
   int up_tiles, up_tiles_of_member, up_tiles_of_shared, down_rows, down_end, tiles;
 
@@ -26,10 +28,11 @@ struct Plan {
         inner(a.intermediate),
         shared_inner(a.shared_intermediate),
         form(form_),
+        shared_fp8(kFp8 && a.shared_w13_scale),
         members(static_cast<int>(a.schedule[kCount])),
-        up_chunks(static_cast<int>((hidden + kChunk - 1) / kChunk)),
-        chunks_of_member(static_cast<int>((inner + kChunk - 1) / kChunk)),
-        chunks_of_shared(static_cast<int>((shared_inner + kChunk - 1) / kChunk)),
+        up_chunks(chunks(hidden, false)),
+        chunks_of_member(chunks(inner, false)),
+        chunks_of_shared(chunks(shared_inner, true)),
         up_tiles(0),
         up_tiles_of_member(static_cast<int>(inner / (form.rows / 2))),
         up_tiles_of_shared(static_cast<int>(shared_inner / (form.rows / 2))),
@@ -40,6 +43,12 @@ struct Plan {
     down_end = up_tiles + down_rows * form.splits;
     tiles = down_end + (form.splits > 1 ? down_rows * form.splits : 0);
   }
+
+  // Of the shared expert or of a member: bytes of a weight, numbers of a chunk along k, chunks of so many numbers.
+  DMOE_DEVICE bool fp8(bool shared) const { return kFp8 && (!shared || shared_fp8); }
+  DMOE_DEVICE int weight_bytes(bool shared) const { return fp8(shared) ? 1 : 2; }
+  DMOE_DEVICE int chunk(bool shared) const { return fp8(shared) ? 2 * kChunk : kChunk; }
+  DMOE_DEVICE int chunks(int64_t k, bool shared) const { return static_cast<int>((k + chunk(shared) - 1) / chunk(shared)); }
 
   // The down phase's k: the shared expert's chunks, then the members'. Chunks before a split, and before a member (-1: shared).
   DMOE_DEVICE int split_begin(int split) const {
@@ -66,7 +75,8 @@ struct Tile {
   int split;          // down; sum: which of as many pieces of the columns' y
   int first, chunks;  // chunks along k
 
-  DMOE_DEVICE Tile(const Plan& p, int i)
+  template <bool kFp8>
+  DMOE_DEVICE Tile(const Plan<kFp8>& p, int i)
       : up(i < p.up_tiles),
         down(!up && i < p.down_end),
         member(-1),
@@ -85,21 +95,30 @@ struct Tile {
       chunks = p.split_begin(split + 1) - first;
     } else if (i < p.up_tiles_of_shared) {
       row = i * (p.form.rows / 2);
+      if (kFp8) chunks = p.chunks(p.hidden, true);
     } else {
       member = (i - p.up_tiles_of_shared) / p.up_tiles_of_member;
       row = (i - p.up_tiles_of_shared) % p.up_tiles_of_member * (p.form.rows / 2);
     }
   }
+  // Whether chunk i is the shared expert's.
+  template <bool kFp8>
+  DMOE_DEVICE bool shared(const Plan<kFp8>& p, int i) const {
+    return up ? member < 0 : first + i < p.chunks_of_shared;
+  }
 };
 
-// One chunk of a tile in memory: row r of the weights, row t of the tokens, and how many bytes of each.
+// One chunk of a tile in memory: row r of the weights, row t of the tokens, and how much of each.
 struct Chunk {
   const char* weights;   // row 0
   int64_t weights_step;  // bytes from one row to the next
   int64_t up_rows;       // up: bytes from a gate row to its up row
   const char* tokens;
   int64_t tokens_step;
-  int k;  // elements, a multiple of 16
+  int k;               // numbers along k, a multiple of 16; of 32 in fp8
+  int weight_bytes;    // of one
+  const float* scale;  // fp8: of row 0, for each 128 along k; else null
+  int64_t up_scale;    // up: from a gate row's scale to its up row's
 
   DMOE_DEVICE const char* weight_row(bool down, int r) const {
     if (down) return weights + r * weights_step;
@@ -108,36 +127,71 @@ struct Chunk {
   }
 };
 
-DMOE_DEVICE Chunk chunk(const Experts& a, const Plan& p, const ExpertsWorkspace& w, const Tile& tile, int i) {
+// Points a chunk to its scales: of an expert's matrix [rows, columns], or of two of them, one above the other, from `row` and
+// `column` on.
+DMOE_DEVICE void set_scales(Chunk& c, const float* scales, int64_t expert, int64_t rows, int64_t columns, int matrices, int row,
+                            int64_t column) {
+  const int64_t across = (columns + kScaleBlock - 1) / kScaleBlock, all = (rows + kScaleBlock - 1) / kScaleBlock * across;
+  c.scale = scales + matrices * expert * all + row / kScaleBlock * across + column / kScaleBlock;
+  c.up_scale = (matrices - 1) * all;
+}
+
+template <bool kFp8>
+DMOE_DEVICE Chunk chunk(const Experts& a, const Plan<kFp8>& p, const ExpertsWorkspace& w, const Tile& tile, int i) {
   const char* work = static_cast<const char*>(a.workspace);
+  const auto expert = [&](int member) { return static_cast<int64_t>(a.schedule[kUsed + member]); };
+  const bool shared = tile.shared(p, i);
+  const int64_t inner = shared ? p.shared_inner : p.inner, length = p.chunk(shared);
   Chunk c{};
+  c.weight_bytes = p.weight_bytes(shared);
   if (tile.up) {
-    const int64_t k0 = static_cast<int64_t>(i) * kChunk;
-    const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;
-    const char* base = tile.member < 0
-                           ? static_cast<const char*>(a.shared_w13)
-                           : static_cast<const char*>(a.w13) +
-                                 2 * static_cast<int64_t>(a.schedule[kUsed + tile.member]) * 2 * inner * p.hidden;
-    c.weights_step = c.tokens_step = 2 * p.hidden;
-    c.weights = base + tile.row * c.weights_step + 2 * k0;
+    const int64_t k0 = i * length;
+    const char* base = shared ? static_cast<const char*>(a.shared_w13)
+                              : static_cast<const char*>(a.w13) + c.weight_bytes * expert(tile.member) * 2 * inner * p.hidden;
+    c.weights_step = c.weight_bytes * p.hidden;
+    c.tokens_step = 2 * p.hidden;
+    c.weights = base + tile.row * c.weights_step + c.weight_bytes * k0;
     c.up_rows = inner * c.weights_step;
     c.tokens = static_cast<const char*>(a.x) + 2 * k0;
-    c.k = static_cast<int>(p.hidden - k0 < kChunk ? p.hidden - k0 : kChunk);
+    c.k = static_cast<int>(p.hidden - k0 < length ? p.hidden - k0 : length);
+    if (p.fp8(shared)) {
+      const float* scales = shared ? a.shared_w13_scale : a.w13_scale;
+      set_scales(c, scales, shared ? 0 : expert(tile.member), inner, p.hidden, 2, tile.row, k0);
+    }
     return c;
   }
   const int at = tile.first + i;
-  const bool shared = at < p.chunks_of_shared;
   const int member = shared ? 0 : (at - p.chunks_of_shared) / p.chunks_of_member;
-  const int64_t k0 = static_cast<int64_t>(shared ? at : (at - p.chunks_of_shared) % p.chunks_of_member) * kChunk;
-  const int64_t inner = shared ? p.shared_inner : p.inner;
+  const int64_t k0 = (shared ? at : (at - p.chunks_of_shared) % p.chunks_of_member) * length;
   const char* base = shared ? static_cast<const char*>(a.shared_w2)
-                            : static_cast<const char*>(a.w2) +
-                                  2 * static_cast<int64_t>(a.schedule[kUsed + member]) * p.hidden * inner;
-  c.weights_step = c.tokens_step = 2 * inner;
-  c.weights = base + tile.row * c.weights_step + 2 * k0;
+                            : static_cast<const char*>(a.w2) + c.weight_bytes * expert(member) * p.hidden * inner;
+  c.weights_step = c.weight_bytes * inner;
+  c.tokens_step = 2 * inner;
+  c.weights = base + tile.row * c.weights_step + c.weight_bytes * k0;
   c.tokens = work + (shared ? w.shared_h : w.h + 2 * member * p.tokens * inner) + 2 * k0;
-  c.k = static_cast<int>(inner - k0 < kChunk ? inner - k0 : kChunk);
+  c.k = static_cast<int>(inner - k0 < length ? inner - k0 : length);
+  if (p.fp8(shared)) {
+    const float* scales = shared ? a.shared_w2_scale : a.w2_scale;
+    set_scales(c, scales, shared ? 0 : expert(member), p.hidden, inner, 1, tile.row, k0);
+  }
   return c;
+}
+
+// Of a chunk, for each 128 along k: of a warp's rows 0-7 and 8-15, which are gate and up rows or under one scale. Plain: ones.
+struct Scales {
+  float of[2][kScaleBlocks];
+};
+
+DMOE_DEVICE Scales scales_of(const Chunk& c) {
+  Scales s;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int b = 0; b < kScaleBlocks; ++b) {
+      s.of[half][b] = c.scale && b * kScaleBlock < c.k ? c.scale[half * c.up_scale + b] : 1.0f;
+    }
+  }
+  return s;
 }
 
 // The start of shared memory; the stages follow at kExpertsHeader.
@@ -146,6 +200,7 @@ struct Ring {
   int tile[kMaxStages], steps[kMaxStages];  // tile -1: no more; steps: k / 16
   int drawn[2];          // by the producers, in turn
   float weight[kMaxTokens];
+  Scales scales[kMaxStages];  // fp8
 };
 static_assert(sizeof(Ring) <= kExpertsHeader);
 
@@ -161,27 +216,32 @@ struct Place {
 };
 
 // The warps that fill the ring, one row per lane: an eighth of the weights' rows, and tokens i, 8 + i, … of warp i.
-DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared) {
+template <bool kFp8>
+DMOE_DEVICE void produce(const Experts& a, const Plan<kFp8>& p, const ExpertsWorkspace& w, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const int lane = dev::lane(), warp = dev::warp() - p.form.consumers() / 32, tokens = static_cast<int>(p.tokens);
   const int n_stages = p.form.stages, own_weights = p.form.rows / kProducerWarps;
   const bool weights = lane < own_weights, first = warp == 0 && lane == 0;
   const int row = weights ? warp * own_weights + lane : (lane - own_weights) * kProducerWarps + warp;
   const bool copies_tokens = !weights && row < tokens;
-  const int rows = own_weights + (tokens - warp + kProducerWarps - 1) / kProducerWarps;
-  const int64_t bytes = stage_bytes(p.tokens, p.form.rows);
-  const int64_t to = kExpertsHeader + (weights ? row : p.form.rows + row) * kPitch;
+  const int own_tokens = (tokens - warp + kProducerWarps - 1) / kProducerWarps;
+  const int64_t bytes = stage_bytes(p.tokens, p.form.rows, kFp8);
+  constexpr Pitch kPitch = pitch(kFp8);
+  const int64_t to = kExpertsHeader + (weights ? row * kPitch.weights : p.form.rows * kPitch.weights + row * kPitch.tokens);
   uint32_t* counters = a.schedule;
   int ready = -1;  // the last split whose h is there; they are drawn in order
   Place at;
 
-  const auto open = [&](const Place& place, int tile, int k) {
+  const auto open = [&](const Place& place, int tile, const Chunk& c) {
+    Scales scales;
+    if (kFp8 && first) scales = scales_of(c);  // on their way while the stage is in use
     dev::barrier_wait(&ring.empty[place.stage], place.phase ^ 1);
     if (first) {
       ring.tile[place.stage] = tile;
-      ring.steps[place.stage] = k / 16;
+      ring.steps[place.stage] = c.k / 16;
+      if (kFp8) ring.scales[place.stage] = scales;
     }
-    if (lane == 0) dev::barrier_expect(&ring.full[place.stage], 2u * k * rows);
+    if (lane == 0) dev::barrier_expect(&ring.full[place.stage], c.k * (own_weights * c.weight_bytes + own_tokens * 2));
     // Bytes may be counted before they are expected, as this warp's arrival is still due; an H100 runs it so.
     dev::sync_warp();  // not shown: the phase can't end before lane 0 has arrived, so nothing goes wrong without it
   };
@@ -189,7 +249,7 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
     char* into = shared + place.stage * bytes + to;
     dev::Barrier* full = &ring.full[place.stage];
     if (weights) {
-      dev::bulk_copy<true>(into, c.weight_row(tile.down, row), 2 * c.k, full);
+      dev::bulk_copy<true>(into, c.weight_row(tile.down, row), c.weight_bytes * c.k, full);
     } else {
       dev::bulk_copy<false>(into, c.tokens + row * c.tokens_step, 2 * c.k, full);
     }
@@ -208,7 +268,7 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
       const int n = tile.chunks < n_stages ? tile.chunks : n_stages;
       for (int c = 0; c < n; ++c, ahead.next(n_stages)) {
         const Chunk part = chunk(a, p, w, tile, c);
-        open(ahead, i, part.k);
+        open(ahead, i, part);
         if (weights) copy(ahead, tile, part);
       }
       if (first) {
@@ -224,15 +284,15 @@ DMOE_DEVICE void produce(const Experts& a, const Plan& p, const ExpertsWorkspace
     }
     for (; done < tile.chunks; ++done, at.next(n_stages)) {
       const Chunk part = chunk(a, p, w, tile, done);
-      open(at, i, part.k);
+      open(at, i, part);
       if (weights || copies_tokens) copy(at, tile, part);
     }
     if (tile.chunks == 0) {  // a sum; or a part of no expert at all: zeros
-      open(at, i, 0);
+      open(at, i, Chunk{});
       at.next(n_stages);
     }
   }
-  open(at, -1, 0);
+  open(at, -1, Chunk{});
 }
 
 struct alignas(8) Quad {
@@ -245,8 +305,8 @@ DMOE_DEVICE uint16_t round16(float value) {
 }
 
 // One piece of a row's y from the parts, in their order: four columns of a token at a time, all loads before the first addition.
-template <bool kHalf>
-DMOE_DEVICE void add_parts(const Plan& p, const Tile& tile, const float* parts, uint16_t* y, int thread) {
+template <bool kHalf, bool kFp8>
+DMOE_DEVICE void add_parts(const Plan<kFp8>& p, const Tile& tile, const float* parts, uint16_t* y, int thread) {
   const int fours = p.form.rows / 4, all = static_cast<int>(p.tokens) * fours, pieces = p.form.splits;
   const int end = all * (tile.split + 1) / pieces;
   for (int j = all * tile.split / pieces + thread; j < end; j += p.form.consumers()) {
@@ -268,14 +328,100 @@ DMOE_DEVICE void add_parts(const Plan& p, const Tile& tile, const float* parts, 
   }
 }
 
+// sum += weights * tokens over a chunk of 16 * steps numbers; weights, tokens: the warp's rows of a stage.
+template <bool kHalf, int kEights>
+DMOE_DEVICE void multiply(float (&sum)[kEights][4], const char* weights, const char* tokens, int steps) {
+  // What each lane names in a load of matrices: rows 0-7, 8-15 and k 0-7, 8-15 in the order of the MMA's registers.
+  constexpr int kRow = pitch(false).weights;  // of tokens too
+  const int lane = dev::lane();
+  weights += (lane & 15) * kRow + (lane >> 4) * 16;
+  tokens += ((lane >> 4) * 8 + (lane & 7)) * kRow + (lane >> 3 & 1) * 16;
+  const auto step = [&](int k) {
+    uint32_t m[4];
+    dev::load_matrices(m, weights + k * 32);
+#pragma unroll
+    for (int n = 0; n < kEights; n += 2) {
+      uint32_t b[4];
+      dev::load_matrices(b, tokens + n * 8 * kRow + k * 32);
+      dev::mma<kHalf>(sum[n], m[0], m[1], m[2], m[3], b[0], b[1]);
+      dev::mma<kHalf>(sum[n + 1], m[0], m[1], m[2], m[3], b[2], b[3]);
+    }
+  };
+  if (steps == kChunk / 16) {
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) step(k);
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < steps; ++k) step(k);
+  }
+}
+
+template <int kWords>
+struct alignas(4 * kWords) Words {
+  uint32_t v[kWords];
+};
+
+// The same over k numbers in the layout of fp8 (`pitch`), each block of 128 under its scales. kFp8: whether the weights are, or
+// as plain as the tokens. A lane takes eight numbers in a row from both, so that k has another order in the MMA.
+template <bool kHalf, bool kFp8, int kEights>
+DMOE_DEVICE void multiply_scaled(float (&sum)[kEights][4], const char* weights, const char* tokens, int k,
+                                 const Scales& scales) {
+  constexpr int kBytes = kFp8 ? 1 : 2, kStep = 32, kSteps = kScaleBlock / kStep;
+  constexpr int kRow = pitch(true).weights, kToken = pitch(true).tokens;
+  const int row = dev::lane() >> 2, eight = dev::lane() % 4 * 8;
+  weights += row * kRow + eight * kBytes;
+  tokens += row * kToken + eight * 2;
+#pragma unroll 1
+  for (int block = 0; k > 0; ++block) {
+    float part[kEights][4] = {};
+    const auto step = [&](int i) {
+      uint32_t m[2][4];  // rows 0-7, 8-15 of four numbers, then of the next four
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto w = *reinterpret_cast<const Words<2 * kBytes>*>(weights + half * 8 * kRow + i * kStep * kBytes);
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          if constexpr (kFp8) {
+            m[half][pair] = dev::widen_fp8<kHalf>(w.v[pair / 2] >> pair % 2 * 16);
+          } else {
+            m[half][pair] = w.v[pair];
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kEights; ++n) {
+        const auto b = *reinterpret_cast<const Words<4>*>(tokens + n * 8 * kToken + i * kStep * 2);
+        dev::mma<kHalf>(part[n], m[0][0], m[1][0], m[0][1], m[1][1], b.v[0], b.v[1]);
+        dev::mma<kHalf>(part[n], m[0][2], m[1][2], m[0][3], m[1][3], b.v[2], b.v[3]);
+      }
+    };
+    if (k >= kScaleBlock) {
+#pragma unroll(kEights > 6 ? 2 : kSteps)  // as many as registers last for
+      for (int i = 0; i < kSteps; ++i) step(i);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < k / kStep; ++i) step(i);
+    }
+#pragma unroll
+    for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[n][j] += scales.of[j / 2][block] * part[n][j];
+    }
+    k -= kScaleBlock;
+    weights += kScaleBlock * kBytes;
+    tokens += kScaleBlock * 2;
+  }
+}
+
 // The warps that multiply. Warp i has rows 16 i .. 16 i + 15 of a tile, all tokens: at most 16 * kSixteens.
-template <bool kHalf, int kSixteens>
-DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace& w, char* shared) {
+template <bool kHalf, bool kFp8, int kSixteens>
+DMOE_DEVICE void consume(const Experts& a, const Plan<kFp8>& p, const ExpertsWorkspace& w, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const int n_stages = p.form.stages, threads = p.form.consumers();
   const int lane = dev::lane(), warp = dev::warp(), thread = dev::thread(), tokens = static_cast<int>(p.tokens);
   const int top_k = static_cast<int>(a.top_k);
-  const int64_t bytes = stage_bytes(p.tokens, p.form.rows);
+  const int64_t bytes = stage_bytes(p.tokens, p.form.rows, kFp8);
+  constexpr Pitch kPitch = pitch(kFp8);
   uint32_t* counters = a.schedule;
   // Every token's choice, slot by slot.
   int32_t* chosen = reinterpret_cast<int32_t*>(shared + kExpertsHeader + n_stages * bytes);
@@ -285,9 +431,6 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
     chosen_weights[i % top_k * tokens + i / top_k] = a.topk_weights[i];
   }
   dev::sync_some(1, threads);
-  // What each lane names in a load of matrices: rows 0-7, 8-15 and k 0-7, 8-15 in the order of the MMA's registers.
-  const int own_weights = (warp * 16 + (lane & 15)) * kPitch + (lane >> 4) * 16;
-  const int own_tokens = (p.form.rows + (lane >> 4) * 8 + (lane & 7)) * kPitch + (lane >> 3 & 1) * 16;
   // Known early, as its divisions would stand between h and those who wait for it.
   const int split_begin = p.split_begin(thread), split_end = p.split_begin(thread + 1);
   Place at;
@@ -312,25 +455,15 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
     float sum[2 * kSixteens][4] = {};
     for (int c = 0; c < (tile.chunks ? tile.chunks : 1); ++c, at.next(n_stages)) {
       dev::barrier_wait(&ring.full[at.stage], at.phase);
-      const char* stage = shared + kExpertsHeader + at.stage * bytes;
-      const auto step = [&](int k) {
-        uint32_t m[4];
-        dev::load_matrices(m, stage + own_weights + k * 32);
-#pragma unroll
-        for (int n = 0; n < kSixteens; ++n) {
-          uint32_t b[4];
-          dev::load_matrices(b, stage + own_tokens + n * 16 * kPitch + k * 32);
-          dev::mma<kHalf>(sum[2 * n], m[0], m[1], m[2], m[3], b[0], b[1]);
-          dev::mma<kHalf>(sum[2 * n + 1], m[0], m[1], m[2], m[3], b[2], b[3]);
-        }
-      };
+      const char* weights = shared + kExpertsHeader + at.stage * bytes + warp * 16 * kPitch.weights;
+      const char* of_tokens = shared + kExpertsHeader + at.stage * bytes + p.form.rows * kPitch.weights;
       const int steps = ring.steps[at.stage];
-      if (steps == kChunk / 16) {
-#pragma unroll
-        for (int k = 0; k < kChunk / 16; ++k) step(k);
+      if constexpr (!kFp8) {
+        multiply<kHalf>(sum, weights, of_tokens, steps);
+      } else if (p.fp8(tile.shared(p, c))) {
+        multiply_scaled<kHalf, true>(sum, weights, of_tokens, 16 * steps, ring.scales[at.stage]);
       } else {
-#pragma unroll 1
-        for (int k = 0; k < steps; ++k) step(k);
+        multiply_scaled<kHalf, false>(sum, weights, of_tokens, 16 * steps, ring.scales[at.stage]);
       }
       dev::sync_warp();
       if (lane == 0) dev::barrier_arrive(&ring.empty[at.stage]);
@@ -394,20 +527,21 @@ DMOE_DEVICE void consume(const Experts& a, const Plan& p, const ExpertsWorkspace
 }
 
 // The shared expert is always needed: its weights come into the L2 while the router still runs.
+template <bool kFp8>
 DMOE_DEVICE void prefetch_shared(const Experts& a, int warp) {
-  constexpr int64_t kPiece = 4096;  // not measured
-  const int64_t down = 2 * a.hidden * a.shared_intermediate, all = 3 * down;
+  constexpr int64_t kPiece = kFp8 ? 2048 : 4096;  // not measured
+  const int64_t down = (kFp8 && a.shared_w2_scale ? 1 : 2) * a.hidden * a.shared_intermediate, all = 3 * down;
   // Over all thread blocks, then over their warps: a warp hands them over one lane at a time.
   const int64_t turn = dev::lane() * kProducerWarps + warp;
   for (int64_t at = (turn * dev::ctas() + dev::cta()) * kPiece; at < all; at += kPiece * dev::ctas() * kProducers) {
-    // Both sizes are multiples of 4096 (64 columns by 32 rows), so no piece spans the two.
+    // Both sizes are multiples of a piece (64 columns by 32 rows), so no piece spans the two.
     const char* from = at < 2 * down ? static_cast<const char*>(a.shared_w13) + at
                                      : static_cast<const char*>(a.shared_w2) + (at - 2 * down);
     dev::bulk_prefetch(from, static_cast<uint32_t>(kPiece));
   }
 }
 
-template <bool kHalf, int kSixteens>
+template <bool kHalf, bool kFp8, int kSixteens>
 DMOE_DEVICE void experts_kernel(const Experts& a, const Form& form, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const int consumer_warps = form.consumers() / 32;
@@ -419,16 +553,16 @@ DMOE_DEVICE void experts_kernel(const Experts& a, const Form& form, char* shared
     }
     dev::barrier_init_done();
   }
-  if (producer) prefetch_shared(a, dev::warp() - consumer_warps);
+  if (producer) prefetch_shared<kFp8>(a, dev::warp() - consumer_warps);
   dev::sync();
   dev::wait_for_primary();
-  const Plan plan(a, form);
+  const Plan<kFp8> plan(a, form);
   const ExpertsWorkspace w =
       experts_workspace(a.tokens, a.hidden, a.intermediate, a.shared_intermediate, a.experts, a.top_k);
   if (producer) {
     produce(a, plan, w, shared);
   } else {
-    consume<kHalf, kSixteens>(a, plan, w, shared);
+    consume<kHalf, kFp8, kSixteens>(a, plan, w, shared);
   }
 }
 

@@ -120,8 +120,14 @@ void gate_route_out(const Tensor x, const Tensor gate_weight, const std::optiona
         coreset_sizes, schedule ? &*schedule : nullptr);
 }
 
+const float* scale_of(const std::optional<Tensor>& scale) {
+  return scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
+}
+
 void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const std::optional<Tensor> shared_w13,
-                     const std::optional<Tensor> shared_w2, const Tensor topk_ids, const Tensor topk_weights,
+                     const std::optional<Tensor> shared_w2, const std::optional<Tensor> w13_scale,
+                     const std::optional<Tensor> w2_scale, const std::optional<Tensor> shared_w13_scale,
+                     const std::optional<Tensor> shared_w2_scale, const Tensor topk_ids, const Tensor topk_weights,
                      Tensor schedule, Tensor workspace, bool scheduled, Tensor y) {
   Experts args{};
   args.x = aligned(x, "x", 2);
@@ -138,6 +144,12 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
     args.shared_w13 = aligned(*shared_w13, "shared_w13", 2);
     args.shared_w2 = aligned(*shared_w2, "shared_w2", 2);
   }
+  args.w13_scale = scale_of(w13_scale);
+  args.w2_scale = scale_of(w2_scale);
+  args.shared_w13_scale = scale_of(shared_w13_scale);
+  args.shared_w2_scale = scale_of(shared_w2_scale);
+  STD_TORCH_CHECK(args.fp8() == (w13.scalar_type() == ScalarType::Float8_e4m3fn) && (args.fp8() || !args.shared_w13_scale),
+                  "dmoe: the CUDA expert kernel takes plain weights, or float8_e4m3fn and its scales");
   args.topk_ids = static_cast<const int32_t*>(topk_ids.const_data_ptr());
   args.topk_weights = static_cast<const float*>(topk_weights.const_data_ptr());
   args.schedule = static_cast<uint32_t*>(schedule.mutable_data_ptr());
@@ -188,8 +200,10 @@ void dmoe::cuda::add_rules(pybind11::module_& m) {
   m.def(
       "cuda_experts_refuses",
       [](int64_t tokens, int64_t hidden, int64_t intermediate, int64_t shared_intermediate, int64_t experts, int64_t top_k,
-         int element_size) {
+         int element_size, bool fp8) {
         Experts args{};
+        const float scale = 1;
+        args.w13_scale = fp8 ? &scale : nullptr;
         args.tokens = tokens;
         args.hidden = hidden;
         args.intermediate = intermediate;

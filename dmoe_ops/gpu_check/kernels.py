@@ -16,6 +16,7 @@ import torch
 
 from .. import _backends, _library, block_moe, block_route, moe_experts, router
 from ..bench import cases, results, timing
+from ..formats import ExpertWeights
 
 CALLS = 20  # in one graph, so that a launch's share of it is measured and not the replay's start
 LAYERS = 4  # of weights, which take turns: what one call reads of one of them passes the L2
@@ -108,7 +109,7 @@ def cuda_parts(case: cases.Case, w: cases.Weights) -> dict:
         torch.ops.dmoe._gate_route_out(x, w.gate_weight, w.expert_bias, None, tokens, *packed, logits, *out, schedule)
 
     def experts(scheduled: bool, shared: bool = True):
-        given = (w.w13, w.w2, w.shared_w13, w.shared_w2) if shared else (w.w13, w.w2, None, None)
+        given = ExpertWeights(w.w13, w.w2, *((w.shared_w13, w.shared_w2) if shared else ()))
         _backends.Cuda._experts(x, given, out.topk_ids, out.topk_weights, schedule, scheduled, y)
         return y
 
@@ -150,9 +151,9 @@ def stand_in() -> None:
         torch.ops.dmoe._gate_out(x, gate, logits)
         torch.ops.dmoe._block_route_out(logits, bias, offsets, seq_len, ints, floats, ids, weights, coreset_ids, sizes)
 
-    def block_dense(x, w13, w2, shared_w13, shared_w2, ids, weights, _schedule, _workspace, _scheduled, y):
-        no_scales = (None,) * 4
-        torch.ops.dmoe._moe_experts_out(x, w13, w2, shared_w13, shared_w2, *no_scales, False, ids, weights, y)
+    def block_dense(x, *rest):
+        *weights, ids, topk_weights, _schedule, _workspace, _scheduled, y = rest
+        torch.ops.dmoe._moe_experts_out(x, *weights, False, ids, topk_weights, y)
 
     library.impl("_gate_route_out", gate_route, "CPU")
     library.impl("_block_dense_out", block_dense, "CPU")

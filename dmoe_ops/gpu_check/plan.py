@@ -31,6 +31,7 @@ SMALL = {
 BENCHES = {
     "cuda": {
         "layer": "layer --tokens 32,64 --unique 8,15,32,70 --no-baseline --peers eager --seconds 6",
+        "quantised": "experts --tokens 32 --unique 15,70 --weights bf16,fp8 --layers 4 --peers none --seconds 6",
         "decode": "decode --policies token,dmoe --rounds 3",
     },
     "triton": {

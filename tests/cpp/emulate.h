@@ -163,6 +163,19 @@ inline uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
+// e4m3: sign, four bits of exponent from 2^-6 on (0: no leading one), three of mantissa; all ones are NaN.
+inline float fp8_to_float(uint32_t value) {
+  const int exponent = value >> 3 & 15, mantissa = value & 7;
+  if ((value & 0x7f) == 0x7f) return NAN;
+  const float size = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
+  return value & 0x80 ? -size : size;
+}
+template <bool kHalf>
+uint32_t widen_fp8(uint32_t two) {
+  const auto narrow = [](float value) { return kHalf ? float_to_half(value) : float_to_bf16(value); };
+  return narrow(fp8_to_float(two & 0xff)) | static_cast<uint32_t>(narrow(fp8_to_float(two >> 8 & 0xff))) << 16;
+}
+
 // c[16, 8] += a[16, 16] b[16, 8]; rows of a from lanes of words 0 and 2 (r < 8) or 1 and 3, columns of b from lanes 4 n ..
 void mma16816(float (&c)[4], const uint32_t (&own)[6], bool half);
 template <bool kHalf>

@@ -95,7 +95,7 @@ int count_at() { return dmoe::cuda::kCount; }
 void experts_form(const dmoe::cuda::Experts* a, int multiprocessors, int64_t limit, int64_t* out) {
   const dmoe::cuda::Form form = dmoe::cuda::experts_form(*a, multiprocessors, limit);
   out[0] = form.rows, out[1] = form.stages, out[2] = form.splits;
-  out[3] = dmoe::cuda::experts_shared(a->tokens, a->top_k, form);
+  out[3] = dmoe::cuda::experts_shared(*a, form);
 }
 int64_t router_shared_bytes(int experts, int block_size, int cluster, int fused) {
   return dmoe::cuda::router_shared(experts, block_size, cluster, fused).bytes;

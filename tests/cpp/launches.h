@@ -54,14 +54,17 @@ inline emulate::Launch schedule_launch(const int32_t* topk_ids, int64_t slots, i
           [=](char* shared) { schedule_kernel(topk_ids, slots, experts, out, shared); }};
 }
 
-template <bool kHalf>
-constexpr decltype(&experts_kernel<kHalf, 1>) kExpertsKernels[] = {experts_kernel<kHalf, 1>, experts_kernel<kHalf, 2>,
-                                                                   experts_kernel<kHalf, 3>, experts_kernel<kHalf, 4>};
+template <bool kHalf, bool kFp8>
+constexpr decltype(&experts_kernel<kHalf, kFp8, 1>) kExpertsKernels[] = {
+    experts_kernel<kHalf, kFp8, 1>, experts_kernel<kHalf, kFp8, 2>, experts_kernel<kHalf, kFp8, 3>,
+    experts_kernel<kHalf, kFp8, 4>};
 
 inline emulate::Launch experts_launch(const Experts& a, int ctas, const Form& form) {
   const int64_t sixteens = (a.tokens + 15) / 16;
-  const auto kernel = (a.dtype == Dtype::f16 ? kExpertsKernels<true> : kExpertsKernels<false>)[sixteens - 1];
-  return {ctas, form.threads(), 1, experts_shared(a.tokens, a.top_k, form), true,
+  const bool half = a.dtype == Dtype::f16;
+  const auto kernel = (a.fp8() ? (half ? kExpertsKernels<true, true> : kExpertsKernels<false, true>)
+                               : (half ? kExpertsKernels<true, false> : kExpertsKernels<false, false>))[sixteens - 1];
+  return {ctas, form.threads(), 1, experts_shared(a, form), true,
           [a, form, kernel](char* shared) { kernel(a, form, shared); }};
 }
 

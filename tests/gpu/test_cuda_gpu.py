@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, _backends, _library, block_moe, block_route, moe_experts, reference, router
+from dmoe_ops.quantize import quantize
 
 
 def why_not() -> str | None:
@@ -163,6 +164,50 @@ def test_gate(x_dtype, gate_dtype, hidden, experts, tokens):
     exact, size = x.double() @ gate.double().T, x.double().abs() @ gate.double().abs().T
     assert ((logits - exact).abs() <= 2e-6 * size).all()
     same_routing(out, reference.block_route(logits.cpu(), routing=routing))
+
+
+@pytest.mark.parametrize("tokens", [1, 19, 32, 45, 64])
+@pytest.mark.parametrize("shared", ["fp8", "plain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_in_fp8(weights, tokens, shared, dtype):
+    """No further from float32 than 1.05 times plain weights of these values, which bf16 holds all but exactly: scales are
+    powers of two here."""
+    gate, bias, *plain = weights
+    stored, scales = [], []
+    for i, weight in enumerate(plain):
+        if i > 1 and shared == "plain":
+            stored, scales = [*stored, weight.to(dtype)], [*scales, None]
+            continue
+        values, scale = quantize(weight, "fp8", halves=2 - i % 2)
+        stored, scales = [*stored, values], [*scales, scale.log2().round().exp2()]
+    wide = [
+        weight if scale is None else reference.dequantize(weight, scale, halves=2 - i % 2).to(dtype)
+        for i, (weight, scale) in enumerate(zip(stored, scales))
+    ]
+    names = ("w13", "w2", "shared_w13", "shared_w2")
+    given = dict(zip(names, stored)) | {f"{name}_scale": scale for name, scale in zip(names, scales)}
+    x, routing = activations(tokens, dtype=dtype), BlockRouting()
+    y, routed, _ = block_moe(x, gate, bias, **given, routing=routing)
+    other, same, _ = block_moe(x, gate, bias, *wide, routing=routing)
+    assert torch.equal(routed.topk_ids, same.topk_ids)
+    want = expert_sum(x, (gate, bias, *(w.float() for w in wide)), routed.topk_ids, routed.topk_weights, torch.float32)
+    assert distance(y, want) <= 1.05 * distance(other, want) + 1e-6
+
+
+def test_every_code_of_fp8_on_the_tensor_cores():
+    """Each as the only number of its row of W2; NaN in W13 reaches the tokens that chose its expert alone."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    w13, w2 = torch.zeros(2, 64, 256), torch.zeros(2, 256, 32)
+    w13[:, :, 0], w2[:, :, 5], w13[1, 40, 7] = 4, values.nan_to_num(0), torch.nan
+    stored = [w.to(torch.float8_e4m3fn).cuda() for w in (w13, w2)]
+    scales = dict(w13_scale=torch.ones(2, 2, 2, device="cuda"), w2_scale=torch.ones(2, 2, 1, device="cuda"))
+    ids = torch.tensor([[0], [1], [0], [0]], dtype=torch.int32, device="cuda")
+    for dtype in (torch.bfloat16, torch.float16):
+        x, scale = torch.ones(4, 256, dtype=dtype, device="cuda"), torch.full((4, 1), 0.25, device="cuda")
+        y = moe_experts(x, *stored, ids, scale, **scales).cpu()
+        h = (torch.nn.functional.silu(torch.tensor(4.0)) * 4 * 0.25).to(dtype).float()
+        torch.testing.assert_close(y[[0, 2, 3]].float(), (h * w2[0, :, 5]).expand(3, 256), rtol=0.01, atol=0)
+        assert y[1].isnan().all()
 
 
 def test_same_routing_as_triton(weights, monkeypatch):

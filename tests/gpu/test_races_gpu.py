@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dmoe_ops import BlockRouting, _backends, block_moe, moe_experts, reference
+from dmoe_ops.quantize import quantize
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -241,6 +242,33 @@ def test_races_of_ids_without_the_router(backend, dtype):
     for x, y in zip(inputs, wanted):
         exact = reference.moe_experts(*(t.double().cpu() for t in (x, w13, w2)), ids, scale.cpu().double())
         assert (y.cpu().double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+    compare(function, inputs, wanted, REPLAYS if GPU else 2)
+
+
+@on_both
+@pytest.mark.parametrize("shared", ["fp8", "plain"] if GPU else ["plain"])
+def test_replays_of_a_layer_in_fp8(backend, shared):
+    """Right, against float64 on the dequantised weights, and then the same bits."""
+    shape = SHAPES["tails" if backend == "cuda" else "two blocks"]
+    gate, bias, *matrices = weights_of(shape)
+    names, arguments, wide = ("w13", "w2", "shared_w13", "shared_w2"), {}, []
+    for i, (name, weight) in enumerate(zip(names, matrices)):
+        arguments[name] = weight
+        if i < 2 or shared == "fp8":
+            arguments[name], arguments[f"{name}_scale"] = quantize(weight, "fp8", halves=2 - i % 2)
+            weight = reference.dequantize(arguments[name], arguments[f"{name}_scale"], halves=2 - i % 2)
+        wide.append(weight.double())
+
+    def function(x):
+        return block_moe(x, gate, bias, **arguments, routing=shape.routing)[0]
+
+    inputs = inputs_of(shape, 2)
+    wanted = [function(x).clone() for x in inputs]
+    for x, y in zip(inputs, wanted):
+        _, routed, _ = block_moe(x, gate, bias, **arguments, routing=shape.routing)
+        exact = reference.moe_experts(x.double(), *wide[:2], routed.topk_ids, routed.topk_weights.double())
+        exact += reference.mlp(x.double(), *wide[2:])
+        assert (y.double() - exact).norm() <= 2 * torch.finfo(y.dtype).eps * exact.norm()
     compare(function, inputs, wanted, REPLAYS if GPU else 2)
 
 

@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) router(const __g
   route_kernel<8>(a, r, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(TOKENS <= kMaxTokensOfWide ? 512 : 384, 1)
+extern "C" __global__ void __launch_bounds__(TOKENS <= max_tokens_of_wide(false) ? 512 : 384, 1)
     experts(const __grid_constant__ Experts given) {
   extern __shared__ __align__(128) char shared[];
   __builtin_assume(threadIdx.x < 512);
@@ -51,5 +51,6 @@ extern "C" __global__ void __launch_bounds__(TOKENS <= kMaxTokensOfWide ? 512 : 
   a.intermediate = a.shared_intermediate = 512;
   a.experts = 256;
   a.top_k = 8;
-  experts_kernel<false, (TOKENS + 15) / 16>(a, TOKENS <= kMaxTokensOfWide ? Form{128, 2, 8} : Form{64, 3, 4}, shared);
+  const Form form = TOKENS <= max_tokens_of_wide(false) ? Form{128, 2, 8} : Form{64, 3, 4};
+  experts_kernel<false, false, (TOKENS + 15) / 16>(a, form, shared);
 }
