@@ -140,6 +140,7 @@ setup(
     packages=[
         "dmoe_ops",
         "dmoe_ops.models",
+        "dmoe_ops.models.llada2",
         "dmoe_ops.models.auto_classes",  # copied into checkpoints, imported by transformers alone
         "dmoe_ops.engines",
         "dmoe_ops.gpu_check",

@@ -13,7 +13,8 @@ import unicodedata
 import torch
 
 from .models import LLaDA2ForDiffusion, TextCodec, hub
-from .models.llada2 import OWN, default_device, usable
+from .models.devices import default_device, usable
+from .models.llada2 import OWN
 from .models.text import before
 from .routing import POLICIES
 

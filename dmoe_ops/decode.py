@@ -15,7 +15,8 @@ import torch
 
 from . import demo
 from .models import LLaDA2ForDiffusion, hub
-from .models.llada2 import OWN, default_device, usable
+from .models.devices import default_device, usable
+from .models.llada2 import OWN
 from .models.text import padded
 from .routing import POLICIES
 

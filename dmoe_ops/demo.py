@@ -20,7 +20,7 @@ from . import _backends, _files
 from .bench import timing
 from .layer import BlockMoE
 from .models import Decoded, LLaDA2Config, LLaDA2ForDiffusion, TextCodec, hub
-from .models.llada2 import default_device, usable
+from .models.devices import default_device, usable
 from .models.text import StopStrings, before, padded
 from .reference import dequantize
 from .routing import POLICIES

@@ -34,7 +34,10 @@ TESTS = {
     "dmoe_ops/models/decoding.py": ["test_llada2"],
     "dmoe_ops/models/sampling.py": ["test_llada2"],
     "dmoe_ops/models/step.py": ["test_llada2"],
-    "dmoe_ops/models/llada2.py": ["test_llada2", "test_training", "test_quantized_checkpoints"],
+    "dmoe_ops/models/llada2/config.py": ["test_llada2", "test_sharing", "test_quantized_checkpoints"],
+    "dmoe_ops/models/llada2/layers.py": ["test_llada2", "test_training"],
+    "dmoe_ops/models/llada2/model.py": ["test_llada2", "test_training", "test_quantized_checkpoints"],
+    "dmoe_ops/models/llada2/names.py": ["test_llada2", "test_quantized_checkpoints"],
     "dmoe_ops/engines/hf.py": ["test_layer", "test_bad_input", "test_patch"],
 }
 
@@ -64,7 +67,7 @@ HAND = {
     ("dmoe_ops/layer.py", "test_layer"): [
         ("module.train(self.training)", "pass"),
     ],
-    ("dmoe_ops/models/llada2.py", "test_llada2"): [
+    ("dmoe_ops/models/llada2/model.py", "test_llada2"): [
         ("norm(dim=0, keepdim=True)", "norm(dim=1, keepdim=True)"),
     ],
     ("dmoe_ops/models/sampling.py", "test_llada2"): [

@@ -21,16 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from ..experts import map_of_rank
 from ..layer import BlockMoE
 from . import checkpoint, hub
-from .llada2 import (
-    OWN,
-    Attention,
-    Layer,
-    LLaDA2Config,
-    LLaDA2ForDiffusion,
-    checkpoint_tensors,
-    open_checkpoint,
-    usable,
-)
+from .devices import usable
+from .llada2 import OWN, Attention, Layer, LLaDA2Config, LLaDA2ForDiffusion, checkpoint_tensors, open_checkpoint
 
 EXPERTS = ("tensor", "expert")
 
