@@ -190,11 +190,20 @@ int64_t check_experts(const Tensor& x, const char* w13_name, const Tensor& w13, 
   return rows / 2;
 }
 
+const int32_t* check_map(const Tensor& map, int64_t rows) {
+  check(map, "expert_map", {-1}, ScalarType::Int);
+  const auto* row = static_cast<const int32_t*>(map.const_data_ptr());
+  const bool within = std::all_of(row, row + map.numel(), [&](int32_t r) { return -2 <= r && r < rows; });
+  STD_TORCH_CHECK(within, "dmoe: expert_map must hold rows of w13, -1 or -2");
+  return row;
+}
+
 void moe_experts_out(const Tensor x, const Tensor w13, const Tensor w2, const std::optional<Tensor> shared_w13,
                      const std::optional<Tensor> shared_w2, const std::optional<Tensor> w13_scale,
                      const std::optional<Tensor> w2_scale, const std::optional<Tensor> shared_w13_scale,
-                     const std::optional<Tensor> shared_w2_scale, bool quantize_activations, const Tensor topk_ids,
-                     const Tensor topk_weights, Tensor y) {
+                     const std::optional<Tensor> shared_w2_scale, bool quantize_activations,
+                     const std::optional<Tensor> expert_map, const Tensor topk_ids, const Tensor topk_weights, Tensor y,
+                     std::optional<Tensor> carry, int64_t begin, int64_t end) {
   check(x, "x", {-1, -1});
   check_hidden(x);
   const int64_t tokens = x.size(0), hidden = x.size(1);
@@ -206,7 +215,15 @@ void moe_experts_out(const Tensor x, const Tensor w13, const Tensor w2, const st
   args.tokens = tokens;
   args.hidden = hidden;
   args.intermediate = check_experts(x, "w13", w13, w13_scale, "w2", w2, w2_scale, w13.size(0));
-  args.experts = w13.size(0);
+  args.experts = expert_map ? expert_map->numel() : w13.size(0);
+  if (expert_map) args.expert_map = check_map(*expert_map, w13.size(0));
+  if (carry) {
+    check(*carry, "carry", {tokens, hidden}, ScalarType::Float);
+    STD_TORCH_CHECK(0 <= begin && begin <= end && end <= args.experts, "dmoe: a wave must be experts of the model");
+    args.carry = static_cast<float*>(carry->mutable_data_ptr());
+    args.begin = begin;
+    args.end = end;
+  }
   args.top_k = topk_ids.size(1);
   args.dtype = dtype_of(x);
   args.x = x.const_data_ptr();

@@ -78,7 +78,7 @@ class Cpp:
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
-        torch.ops.dmoe._moe_experts_out(x, *weights[:-1], weights.local(topk_ids), topk_weights, y)
+        torch.ops.dmoe._moe_experts_out(x, *weights, topk_ids, topk_weights, y)
 
     moe_experts_backward = staticmethod(reference.moe_experts_backward)  # its products are torch's own, and fast
 

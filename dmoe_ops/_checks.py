@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from .formats import QUANTIZED, ExpertWeights, scale_dtypes, scale_shape, stored_columns
+from .formats import NOT_LOADED, QUANTIZED, ExpertWeights, scale_dtypes, scale_shape, stored_columns
 from .routing import BlockRouting
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -180,9 +180,9 @@ def expert_map_values(weights: ExpertWeights) -> None:
     if value is None or value.device.type != "cpu":
         return
     low, high, rows = *(bound.item() for bound in value.aminmax()), weights.w13.shape[0]
-    if low < -1 or high >= rows:
+    if low < NOT_LOADED or high >= rows:
         raise ValueError(
-            f"expert_map must hold rows of w13, from 0 to {rows - 1}, or -1, got {low if low < -1 else high}"
+            f"expert_map must hold rows of w13, from 0 to {rows - 1}, -1 or -2, got {low if low < NOT_LOADED else high}"
         )
 
 

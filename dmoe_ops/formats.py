@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 GROUP = 128
+NOT_LOADED = -2  # in an expert_map
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 QUANTIZED = tuple(FORMATS.values())
 
@@ -58,9 +59,9 @@ def check_columns(weight, form: str, name: str = "weight") -> None:
 
 
 class ExpertWeights(NamedTuple):
-    """The experts of a layer; all but the last in the order of `dmoe::_moe_experts_out`. Scales stand beside quantised
-    weights alone; `quantize_activations`: x and h are rounded to int8 as well; `expert_map`: where w13 and w2 hold some
-    experts of a model alone, the row of each of its experts, or -1."""
+    """The experts of a layer, in the order of `dmoe::_moe_experts_out`. Scales stand beside quantised weights alone;
+    `quantize_activations`: x and h are rounded to int8 as well; `expert_map`: where each of the model's experts lies in w13
+    and w2, see `reference.moe_experts`."""
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -72,6 +73,11 @@ class ExpertWeights(NamedTuple):
     shared_w2_scale: torch.Tensor | None = None
     quantize_activations: bool = False
     expert_map: torch.Tensor | None = None
+
+    @property
+    def experts(self) -> int:
+        """Of the model: topk_ids count up to it."""
+        return (self.w13 if self.expert_map is None else self.expert_map).shape[0]
 
     @property
     def quantized(self) -> bool:
@@ -87,4 +93,4 @@ class ExpertWeights(NamedTuple):
             return topk_ids
         experts = self.expert_map.shape[0]
         rows = self.expert_map[topk_ids.clamp(0, experts - 1).long()]
-        return rows.masked_fill((topk_ids < 0) | (topk_ids >= experts), -1)
+        return rows.masked_fill((rows < 0) | (topk_ids < 0) | (topk_ids >= experts), -1)

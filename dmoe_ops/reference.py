@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _checks
-from .formats import GROUP, ExpertWeights
+from .formats import GROUP, NOT_LOADED, ExpertWeights
 from .routing import BlockRouting, RoutingResult
 
 EPS = 1e-20
@@ -82,9 +82,12 @@ def moe_experts(
     topk_ids: int32 [T, k], -1 adds nothing; topk_weights: float32 [T, k].
     activations: None, or with int8 weights "int8": each token's x, and each slot's h = silu(gate) * up, is rounded to int8
         by a scale of its own, see `quantize_rows`.
-    expert_map: None, or int32 [E_model] where w13, w2 and their scales hold E of a model's experts (expert parallelism):
-        topk_ids are the model's, expert_map[e] is the row of expert e, and -1 says that it is elsewhere and adds nothing.
-        The results over a partition of the experts add up to the whole. The values are checked on the CPU only.
+    expert_map: None, or int32 [E_model]: topk_ids are the model's, and expert_map[e] is the row of w13, w2 and their scales
+        that holds expert e. Rows may lie in any order, and be more than the experts; those that nobody names are not read.
+        The map changes addresses alone: sums run in the order of the model's ids, so y has the bits of the call without it.
+        -1: the expert is elsewhere and adds nothing; results over a partition of the experts (expert parallelism) add up to
+        the whole. -2: it is not loaded; where a token chose it, that is an error on the CPU; on a GPU, which nobody
+        waits for, it is taken for -1. The values are checked on the CPU only.
 
     Returns y [T, H] in the dtype of x; quantised weights are widened to fp32, products accumulate in fp32 and y is rounded
     once. Differentiable with respect to x, topk_weights, and w13 and w2 unless they are quantised; with `activations`
@@ -176,8 +179,9 @@ def block_moe(
     x: [T, H] or [bsz, seq, H]; gate_weight: [E, H], any float dtype; expert_bias: float32 [E] or None; w13, w2, their
     scales, activations, and the dtypes of x: see `moe_experts`; shared_w13 [2I_shared, H] and shared_w2 [H, I_shared], or
     both None: in the dtype of x, or quantised like w13 with scales of the same formats (without E), activations included.
-    expert_map: see `moe_experts`; int32 [E], and w13 and w2 hold as many experts as are here. Every token is routed over all
-    experts, and y is this part's; the shared expert is added whole, so one part alone may have it (or each its slice).
+    expert_map: see `moe_experts`; int32 [E], and w13 and w2 have any number of rows. Every token is routed over all experts;
+    y is that of those which are here. The shared expert is added whole, so of the parts of an expert-parallel layer one
+    alone may have it (or each its slice).
     routing, block_offsets: see `block_route`.
 
     Returns (y like x, `RoutingResult`, router_logits float32 [T, E]); y is rounded once, with the shared expert in it.
@@ -202,17 +206,29 @@ def block_moe(
     return y.to(x.dtype).view(x.shape), routed, logits
 
 
-def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights) -> torch.Tensor:
-    """The routed experts and the shared one in the dtype of x, that of topk_weights; the weights are widened one expert at
-    a time."""
-    y, topk_ids = torch.zeros_like(x), weights.local(topk_ids)
-    for expert in range(weights.w13.shape[0]):
-        rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
-        if len(rows):
-            scales = (scale if scale is None else scale[expert] for scale in (weights.w13_scale, weights.w2_scale))
-            out = mlp(x[rows], weights.w13[expert], weights.w2[expert], *scales, weights.quantize_activations)
-            y = y.index_add(0, rows, topk_weights[rows, slots, None] * out)
-    if weights.shared_w13 is not None:
+def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights, carry=None, begin=0, end=None) -> torch.Tensor:
+    """The routed experts in the order of their ids, then the shared one, in the dtype of x (that of topk_weights); weights
+    are widened one at a time.
+
+    One wave of a call: experts begin to end - 1 alone, where `carry` [T, H] is what the wave before it returned; the shared
+    expert joins behind the last of the experts. The last wave returns the bits of one call.
+    """
+    y, experts = torch.zeros_like(x) if carry is None else carry, weights.experts
+    end = experts if end is None else end
+    row_of = range(experts) if weights.expert_map is None else weights.expert_map.tolist()
+    for expert in range(begin, end):
+        tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
+        row = row_of[expert]
+        if len(tokens) == 0 or row == -1:
+            continue
+        if row == NOT_LOADED:
+            raise ValueError(
+                f"expert_map must have a row for every expert that a token chose, got {row} for expert {expert}"
+            )
+        scales = (scale if scale is None else scale[row] for scale in (weights.w13_scale, weights.w2_scale))
+        out = mlp(x[tokens], weights.w13[row], weights.w2[row], *scales, weights.quantize_activations)
+        y = y.index_add(0, tokens, topk_weights[tokens, slots, None] * out)
+    if weights.shared_w13 is not None and end == experts:
         scales = weights.shared_w13_scale, weights.shared_w2_scale
         y = y + mlp(x, weights.shared_w13, weights.shared_w2, *scales, weights.quantize_activations)
     return y

@@ -84,8 +84,8 @@ OFFSETS = [
     (offsets(0, 4, 6).to("meta"), "meta"),
 ]
 MAP = [
-    (offsets(0, 1, 2, 4), "from 0 to 3, or -1, got 4"),
-    (offsets(0, -2, 2, 3), "-2"),
+    (offsets(0, 1, 2, 4), "from 0 to 3, -1 or -2, got 4"),
+    (offsets(0, -3, 2, 3), "got -3"),
     (offsets(0, 1, 2, 3, dtype=torch.int64), "int64"),
     (offsets(0, 1, 2, 3).to("meta"), "meta"),
     (offsets(0, 1, 2, 3)[None], "[1, 4]"),
@@ -234,9 +234,13 @@ PRIVATE = {
         shared_w13_scale=None,
         shared_w2_scale=None,
         quantize_activations=False,
+        expert_map=offsets(*range(E)),
         topk_ids=torch.zeros(T, K, dtype=torch.int32),
         topk_weights=torch.zeros(T, K),
         y=torch.zeros(T, H),
+        carry=torch.zeros(T, H),
+        begin=0,
+        end=E,
     ),
 }
 
@@ -305,6 +309,11 @@ def private_faults():
             [value if i == at else v for i, v in enumerate(PRIVATE["_block_route_out"]["ints"])],
         )
     yield "_moe_experts_out", "shared_w2", None
+    yield "_moe_experts_out", "expert_map", offsets(*range(1, E + 1))
+    yield "_moe_experts_out", "expert_map", offsets(*[-3] * E)
+    yield "_moe_experts_out", "begin", -1
+    yield "_moe_experts_out", "begin", E + 1
+    yield "_moe_experts_out", "end", E + 1
 
 
 @pytest.mark.skipif(_library._C is None, reason="the extension module is not built")

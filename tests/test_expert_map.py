@@ -1,11 +1,12 @@
-"""expert_map, on every backend: parts of the experts give partial sums, and the parts add up to the whole."""
+"""expert_map, on every backend: the rows that hold the experts change no bit; parts of the experts give partial sums, and
+the parts add up to the whole."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dmoe_ops import BlockRouting, block_moe, moe_experts, quantize, reference
+from dmoe_ops import BlockRouting, block_moe, formats, moe_experts, quantize, reference
 from dmoe_ops.routing import POLICIES
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned")
@@ -66,6 +67,71 @@ def routed_weights(values):
     return {name: values[name] for name in ("w13", "w2")}
 
 
+def quantised(values, form, names=("w13", "w2")):
+    weights = {}
+    for name in names:
+        halves = 2 if name.endswith("w13") else 1
+        weights[name], weights[f"{name}_scale"] = quantize.quantize(values[name], form, halves=halves)
+    return weights
+
+
+def in_a_pool(weights, seed=0, spare=5):
+    """The same experts anywhere in pools of more rows, and their map. The other rows hold NaN, or have a scale of NaN."""
+    experts = weights["w13"].shape[0]
+    rows = torch.randperm(experts + spare, generator=torch.Generator().manual_seed(seed))[:experts]
+    pools = {}
+    for name, value in weights.items():
+        pool = torch.full((experts + spare, value[0].nbytes), 0xFF, dtype=torch.uint8)
+        pool[rows] = value.view(torch.uint8).flatten(1)
+        pools[name] = pool.view(value.dtype).view(-1, *value.shape[1:])
+    return pools, rows.int()
+
+
+FORMS = [(None, None), ("fp8", None), ("int8", None), ("int4", None), ("int8", "int8")]
+
+
+@pytest.mark.parametrize("form, activations", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("repeats", [1, 20])
+def test_rows_in_any_order_change_no_bit(dtype, form, activations, repeats):
+    """37 tokens, and 740, which take other paths and more than one chunk."""
+    values, chosen = layer(dtype), {name: value.repeat(repeats, 1) for name, value in slots(dtype).items()}
+    x = values["x"].repeat(repeats, 1)
+    weights = quantised(values, form) if form else routed_weights(values)
+    y = moe_experts(x, **weights, **chosen, activations=activations)
+    for seed in range(3):
+        pools, expert_map = in_a_pool(weights, seed)
+        again = moe_experts(x, **pools, **chosen, activations=activations, expert_map=expert_map)
+        assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("form", [None, "fp8", "int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", ["token", "dmoe"])
+def test_rows_in_any_order_change_no_bit_of_a_layer(policy, dtype, form):
+    routing, values = BlockRouting.policy(policy, **POLICY_SETTINGS), layer(dtype)
+    if form:
+        values |= quantised(values, form, ["w13", "w2", "shared_w13", "shared_w2"])
+    routed = {name: values[name] for name in values if name.startswith(("w13", "w2"))}
+    y, result, logits = block_moe(**values, routing=routing)
+    pools, expert_map = in_a_pool(routed, 7)
+    again, mapped, mapped_logits = block_moe(**values | pools, routing=routing, expert_map=expert_map)
+    assert torch.equal(again, y) and torch.equal(mapped_logits, logits)
+    assert all(torch.equal(a, b) for a, b in zip(mapped, result))
+
+
+def test_an_expert_that_is_not_loaded():
+    """It is an error where a token chose it, and only there."""
+    values, chosen = layer(), slots()
+    weights, expert_map = in_a_pool(routed_weights(values))
+    rest = dict(chosen, topk_ids=chosen["topk_ids"].where(chosen["topk_ids"] != 7, -1))
+    y = moe_experts(values["x"], **weights, **rest, expert_map=expert_map)
+    expert_map[7] = formats.NOT_LOADED
+    with pytest.raises(ValueError, match=r"expert_map must have a row.*got -2 for expert 7"):
+        moe_experts(values["x"], **weights, **chosen, expert_map=expert_map)
+    assert torch.equal(moe_experts(values["x"], **weights, **rest, expert_map=expert_map), y)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", PARTS)
 def test_parts_of_moe_experts_add_up(parts, dtype):
@@ -75,8 +141,9 @@ def test_parts_of_moe_experts_add_up(parts, dtype):
     for part in PARTS[parts]:
         mine, ids = experts_of(weights, part), chosen["topk_ids"]
         y = moe_experts(x, **mine, **chosen, expert_map=map_of(part))
-        local = torch.tensor([[list(part).index(e) if e in part else -1 for e in row] for row in ids.tolist()])
-        by_hand = moe_experts(x, **mine, topk_ids=local.int(), topk_weights=chosen["topk_weights"])
+        local = torch.tensor([[sorted(part).index(e) if e in part else -1 for e in row] for row in ids.tolist()])
+        in_order = experts_of(weights, sorted(part))
+        by_hand = moe_experts(x, **in_order, topk_ids=local.int(), topk_weights=chosen["topk_weights"])
         assert torch.equal(y, by_hand)
         theirs = reference.moe_experts(x, **mine, **chosen, expert_map=map_of(part))
         torch.testing.assert_close(y, theirs, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
@@ -93,9 +160,7 @@ def test_parts_of_quantised_experts_add_up(form, activations):
     if activations and form != "int8":
         pytest.skip("rounded activations are for int8 weights")
     values, chosen = layer(), slots()
-    weights = {}
-    for name, halves in (("w13", 2), ("w2", 1)):
-        weights[name], weights[f"{name}_scale"] = quantize.quantize(values[name], form, halves=halves)
+    weights = quantised(values, form)
     whole = moe_experts(values["x"], **weights, **chosen, activations=activations)
     total = torch.zeros_like(whole)
     for part in PARTS["shuffled"]:
@@ -128,18 +193,6 @@ def test_parts_of_a_layer_add_up(policy, dtype):
         torch.testing.assert_close(part_y, theirs, rtol=0, atol=tolerance)
         total += part_y.double()
     torch.testing.assert_close(total, y.double(), rtol=0, atol=tolerance)
-
-
-def test_a_map_of_every_expert_changes_no_bit():
-    values, chosen, order = layer(), slots(), torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(1))
-    weights = routed_weights(values)
-    moved = experts_of(weights, order.tolist())
-    y = moe_experts(values["x"], **moved, **chosen, expert_map=map_of(order.tolist()))
-    torch.testing.assert_close(y, moe_experts(values["x"], **weights, **chosen), rtol=1e-6, atol=1e-6)
-    whole = map_of(range(EXPERTS))
-    assert torch.equal(
-        moe_experts(values["x"], **weights, **chosen, expert_map=whole), moe_experts(values["x"], **weights, **chosen)
-    )
 
 
 def test_ids_that_the_map_does_not_know_add_nothing():

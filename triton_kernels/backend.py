@@ -70,8 +70,7 @@ class Triton:
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
         """Without blocks the schedule takes one launch of its own before the two (dense), or two (gathered)."""
         n_tokens, top_k = topk_ids.shape
-        expert_map = weights.expert_map
-        n_experts = weights.w13.shape[0] if expert_map is None else expert_map.shape[0]
+        expert_map, n_experts = weights.expert_map, weights.experts
         with launch.on(x.device):
             weights = stored(weights, has_fp8(x.device))
             table, pdl = tiles.for_device(x.device), has_pdl(x.device)

@@ -278,8 +278,17 @@ void down_projection(const Call& call) {
     Buffer<char> panel = uninitialized<char>(kPanelRows * panel_stride(depth));
     Buffer<char> tables = uninitialized<char>(table_bytes(depth));
 
+    struct Part {
+      int64_t token, tokens, row, rows;  // of y
+    };
+    Part part_of(int64_t task) const {
+      const int64_t token = task / row_tasks * tiles.chunk, row = task % row_tasks * kDownRows;
+      return {token, std::min(tiles.chunk, a.tokens - token), row, std::min(kDownRows, a.hidden - row)};
+    }
+
     void plan(int64_t task, std::vector<DotBlock>& blocks) {
-      const int64_t row = task % row_tasks * kDownRows, chunk = task / row_tasks;
+      const int64_t chunk = task / row_tasks;
+      const Part part = part_of(task);
       for (size_t g = 0; g < call.slots.groups.size(); ++g) {
         const Group& group = call.slots.groups[g];
         const int64_t first = tiles.first[g * tiles.chunks + chunk], end = tiles.first[g * tiles.chunks + chunk + 1];
@@ -287,8 +296,8 @@ void down_projection(const Call& call) {
         DotBlock block{};
         block.kernels = tiles.kernels[first];
         block.matrix = &group.w2;
-        block.row = row;
-        block.rows = std::min(kDownRows, a.hidden - row);
+        block.row = part.row;
+        block.rows = part.rows;
         block.parts = call.parts(group.begin);
         block.tiles = tiles.begin.data() + first;
         block.n_tiles = end - first;
@@ -305,12 +314,22 @@ void down_projection(const Call& call) {
       }
     }
     void multiply(const DotBlock& block, const DotBlock& next) { block.kernels->down(block, next); }
+    void start(int64_t task) {
+      const Part part = part_of(task);
+      for (int64_t t = 0; t < part.tokens; ++t)
+        first_sums(a, part.token + t, part.row, part.rows, sums.data() + t * kDownRows);
+    }
     void finish(int64_t task) {
-      const int64_t row = task % row_tasks * kDownRows, begin = task / row_tasks * tiles.chunk;
-      const int64_t rows = std::min(kDownRows, a.hidden - row), count = std::min(tiles.chunk, a.tokens - begin);
-      for (int64_t t = 0; t < count; ++t)
-        call.kernels.narrow(sums.data() + t * kDownRows, rows, static_cast<uint16_t*>(a.y) + (begin + t) * a.hidden + row);
-      std::fill_n(sums.data(), count * kDownRows, 0.f);
+      const Part part = part_of(task);
+      for (int64_t t = 0; t < part.tokens; ++t) {
+        const float* from = sums.data() + t * kDownRows;
+        const int64_t to = (part.token + t) * a.hidden + part.row;
+        if (a.last_wave()) {
+          call.kernels.narrow(from, part.rows, static_cast<uint16_t*>(a.y) + to);
+        } else {
+          std::copy_n(from, part.rows, a.carry + to);
+        }
+      }
     }
   };
   run_tasks<DotBlock>(row_tasks * tiles.chunks, cost / tiles.chunks, call.parallel,

@@ -42,9 +42,20 @@ struct Experts {
   Weight shared_w2;             // [hidden, shared_intermediate] or null
   void* y;                      // [tokens, hidden]
   bool quantize_activations;    // against int8 weights: x and h are rounded to int8 as well, a row at a time
+  // [experts] or null: the row of w13 and w2 that holds an expert. -1: it is elsewhere, and adds nothing; -2: it is not loaded,
+  // and a token that names it is an error. Without a map, expert e is row e.
+  const int32_t* expert_map = nullptr;
+  // One wave of a call: the experts from `begin` up to `end` alone, and the shared expert behind the last of them. The sums go
+  // on where those of the wave before ended. [tokens, hidden], or null: one call for all experts.
+  float* carry = nullptr;
+  int64_t begin = 0, end = 0;
+
+  bool first_wave() const { return !carry || begin == 0; }
+  bool last_wave() const { return !carry || end == experts; }
 };
 
-// Writes every element of y. The bits of y do not depend on how `parallel` cuts the work.
+// Writes every element of y, or before the last wave of the carry. The bits of y depend neither on how `parallel` cuts the work,
+// nor on the rows that hold the experts, nor on the waves. Throws std::invalid_argument where an expert is not loaded.
 void experts_forward(const Experts& args, const ParallelFor& parallel);
 
 // out[t, n] = sum_h x[t, h] * weight[n, h] in fp32; x and weight may differ in dtype. (The router's gate.)

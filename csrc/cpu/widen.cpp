@@ -207,12 +207,21 @@ void down_projection(const Experts& a, const Slots& slots, const Hidden& h, bool
         append_blocks(block, group.w2, unpack, task * rows, std::min((task + 1) * rows, a.hidden), pieces);
       }
     }
+    void start(int64_t task) {
+      const int64_t first = task * rows, count = std::min(rows, a.hidden - first);
+      for (int64_t t = 0; t < a.tokens; ++t) first_sums(a, t, first, count, sums.data() + t * rows);
+    }
     void finish(int64_t task) {
       const int64_t first = task * rows, count = std::min(rows, a.hidden - first);
-      for (int64_t t = 0; t < a.tokens; ++t)
-        widen_kernels().narrow(sums.data() + t * rows, count, a.dtype,
-                         const_cast<void*>(at(a.y, a.dtype, t * a.hidden + first)));
-      std::fill(sums.begin(), sums.end(), 0.f);
+      for (int64_t t = 0; t < a.tokens; ++t) {
+        const float* from = sums.data() + t * rows;
+        const int64_t to = t * a.hidden + first;
+        if (a.last_wave()) {
+          widen_kernels().narrow(from, count, a.dtype, const_cast<void*>(at(a.y, a.dtype, to)));
+        } else {
+          std::copy_n(from, count, a.carry + to);
+        }
+      }
     }
   };
   run_tasks<Piece>(ceil_div(a.hidden, rows), cost, parallel,
@@ -222,8 +231,8 @@ void down_projection(const Experts& a, const Slots& slots, const Hidden& h, bool
 }  // namespace
 
 void widen_forward(const Experts& args, const Slots& slots, const ParallelFor& parallel) {
-  bool unpack = false;  // activations are stored for one dtype of weights: if one matrix is quantised, all become fp32
-  for (const Group& group : slots.groups) unpack = unpack || group.w13.quantized() || group.w2.quantized();
+  // Activations are stored for one dtype of weights: if one matrix is quantised, all become fp32, here or in another wave.
+  const bool unpack = args.w13.format != Format::plain || args.shared_w13.format != Format::plain;
   const Dtype weight = unpack ? Dtype::f32 : args.dtype;
   Inputs x{widen(args.x, args.dtype, args.tokens, args.hidden, weight, parallel), {}};
   if (args.quantize_activations) {

@@ -51,10 +51,20 @@ struct Slots {
 
 Slots slots_of(const Experts& args);
 
+// What n columns of a token's sums begin with.
+inline void first_sums(const Experts& a, int64_t token, int64_t column, int64_t n, float* sums) {
+  if (a.first_wave()) {
+    std::fill_n(sums, n, 0.f);
+  } else {
+    std::copy_n(a.carry + token * a.hidden + column, n, sums);
+  }
+}
+
 // Hands `tasks` out one by one to whatever threads `parallel` brings: equal parts need not take equal time. A worker has
 //   plan(task, blocks)  appends the blocks that the task multiplies,
+//   start(task)         may be there: what its sums begin with,
 //   multiply(block, next)  adds up one of them, and fetches the weights of the next one (which may have no rows),
-//   finish(task)        uses their sums, and clears them.
+//   finish(task)        uses their sums, and clears them where there is no start.
 // A thread knows its next task before it starts one, so that the last block of one fetches the first of the next.
 template <class Block, class MakeWorker>
 void run_tasks(int64_t tasks, int64_t cost, const ParallelFor& parallel, const MakeWorker& make_worker) {
@@ -72,6 +82,7 @@ void run_tasks(int64_t tasks, int64_t cost, const ParallelFor& parallel, const M
       if (next < tasks) worker.plan(next, next_blocks);
       const size_t count = blocks.size();
       blocks.push_back(next_blocks.empty() ? Block{} : next_blocks.front());
+      if constexpr (requires { worker.start(task); }) worker.start(task);
       for (size_t i = 0; i < count; ++i) worker.multiply(blocks[i], blocks[i + 1]);
       worker.finish(task);
       blocks.swap(next_blocks);

@@ -153,7 +153,7 @@ def stand_in() -> None:
 
     def block_dense(x, *rest):
         *weights, ids, topk_weights, _schedule, _workspace, _scheduled, y = rest
-        torch.ops.dmoe._moe_experts_out(x, *weights, False, ids, topk_weights, y)
+        torch.ops.dmoe._moe_experts_out(x, *weights, False, None, ids, topk_weights, y)
 
     library.impl("_gate_route_out", gate_route, "CPU")
     library.impl("_block_dense_out", block_dense, "CPU")
