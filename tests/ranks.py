@@ -142,7 +142,7 @@ def main(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     equal(mesh, folder)
-    print("equal", flush=True)
+    print("equal\n", end="", flush=True)  # one write: lines of two ranks do not mix
     killed(mesh, folder)
 
 
