@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_expert_pool.h"
 #include "cpu/decoder.h"
 #include "cpu/experts.h"
 #include "cpu/isa.h"
@@ -331,6 +332,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef USE_CUDA
   dmoe::cuda::add_rules(m);
 #endif
+  dmoe::add_expert_pool(m);
   m.def("cpu_isa", [] { return dmoe::cpu::name_of(dmoe::cpu::isa()); },
         "The body of the CPU kernels that runs here: amx, avx512_bf16, avx512, avx2 or plain.");
 }

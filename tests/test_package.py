@@ -27,7 +27,7 @@ LAYERS = [
     {"engines"},
     {"models"},
     {"layer"},
-    {"router", "experts", "decoder"},
+    {"router", "experts", "decoder", "expert_memory"},
     {"_backends"},
     {"triton_kernels", "reference"},
     {"_library"},
