@@ -1,5 +1,8 @@
 """The backends: each fills the outputs of the ops, which an op has validated and allocated, and does nothing else.
 
+`route` is the first half of `block_moe` and returns the second as a function (x, weights, y, waves=None): the map of the
+weights may be another by then. Both halves together leave the bits of `block_moe`.
+
 `DMOE_BACKEND` = auto | reference | cpp | triton | cuda chooses; auto takes the first of `AUTO` that can serve the
 tensors.
 """
@@ -19,6 +22,15 @@ from .formats import ExpertWeights
 from .routing import RoutingResult
 
 
+def _experts(backend, out: RoutingResult, x, weights: ExpertWeights, y, waves=None) -> None:
+    """What `route` returns on the CPU: fills y, by one call or by one for each wave (begin, end) of experts."""
+    if waves is None:
+        return backend.moe_experts(x, weights, out.topk_ids, out.topk_weights, y)
+    carry = torch.empty_like(x, dtype=out.topk_weights.dtype)
+    for begin, end in waves:
+        backend.moe_experts(x, weights, out.topk_ids, out.topk_weights, y, carry, begin, end)
+
+
 class Reference:
     """plain torch: the contract itself, on any device"""
 
@@ -35,16 +47,22 @@ class Reference:
             written.copy_(value)
 
     @staticmethod
-    def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
-        y.copy_(reference.all_experts(x.to(topk_weights.dtype), weights, topk_ids, topk_weights))
+    def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y, carry=None, begin=0, end=None) -> None:
+        so_far = carry if begin else None
+        total = reference.all_experts(x.to(topk_weights.dtype), weights, topk_ids, topk_weights, so_far, begin, end)
+        (y if end in (None, weights.experts) else carry).copy_(total)
 
     moe_experts_backward = staticmethod(reference.moe_experts_backward)
 
     @staticmethod
-    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+    def route(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, out, router_logits):
         router_logits.copy_(F.linear(x.to(router_logits.dtype), gate_weight.to(router_logits.dtype)))
         Reference.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
-        Reference.moe_experts(x, weights, out.topk_ids, out.topk_weights, y)
+        return functools.partial(_experts, Reference, out)
+
+    @staticmethod
+    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, *out) -> None:
+        Reference.route(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, *out)(x, weights, y)
 
     @staticmethod
     def add_rms_norm(x, delta, weight, eps, normed, total) -> None:
@@ -77,16 +95,20 @@ class Cpp:
         torch.ops.dmoe._block_route_out(logits, expert_bias, block_offsets, seq_len, *packed_routing(routing), *out)
 
     @staticmethod
-    def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
-        torch.ops.dmoe._moe_experts_out(x, *weights, topk_ids, topk_weights, y)
+    def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y, *wave) -> None:
+        torch.ops.dmoe._moe_experts_out(x, *weights, topk_ids, topk_weights, y, *wave)
 
     moe_experts_backward = staticmethod(reference.moe_experts_backward)  # its products are torch's own, and fast
 
     @staticmethod
-    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+    def route(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, out, router_logits):
         torch.ops.dmoe._gate_out(x, gate_weight, router_logits)
         Cpp.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
-        Cpp.moe_experts(x, weights, out.topk_ids, out.topk_weights, y)
+        return functools.partial(_experts, Cpp, out)
+
+    @staticmethod
+    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, *out) -> None:
+        Cpp.route(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, *out)(x, weights, y)
 
     @staticmethod
     def add_rms_norm(*args) -> None:
@@ -131,6 +153,12 @@ class Triton:
     @staticmethod
     def moe_experts_backward(d_y, x, weights: ExpertWeights, *args) -> None:
         _triton_backend().moe_experts_backward(d_y, x, weights, *args)
+
+    @staticmethod
+    def route(x, gate_weight, expert_bias, weights: ExpertWeights, *args):
+        if Triton._takes(weights):
+            return _triton_backend().route(x, gate_weight, expert_bias, *args)
+        return Reference.route(x, gate_weight, expert_bias, weights, *args)
 
     @staticmethod
     def block_moe(x, gate_weight, expert_bias, weights: ExpertWeights, *args) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -60,6 +63,59 @@ def block_moe(
 
 
 block_moe.__doc__ = reference.block_moe.__doc__
+
+
+class Routed(NamedTuple):
+    """What `route` returns: the experts that tokens chose, router_logits float32 [T, E], and the other half of the layer."""
+
+    result: RoutingResult
+    router_logits: torch.Tensor
+    experts: Callable | None  # None without tokens
+
+
+@torch.no_grad()
+def route(x, gate_weight, expert_bias, weights: ExpertWeights, *, routing: BlockRouting, block_offsets=None) -> Routed:
+    """The first half of `block_moe`, for a caller that brings experts to memory between the two: arguments and errors as
+    there, without gradients. Of `weights` no value is looked at, of the map neither."""
+    _checks.routing(routing)
+    _checks.once(_checks.layer_call, x, gate_weight, expert_bias, weights, block_offsets, routing)
+    rows, seq_len = x.reshape(-1, x.shape[-1]), x.shape[-2]
+    _, *routed, router_logits = allocate(rows, block_offsets, seq_len, routing)
+    _checks.block_offset_values(block_offsets, rows.shape[0], routing.block_size)
+    result, rest = router.result(routed), None
+    if rows.shape[0]:
+        tensors = _library.contiguous(rows, gate_weight, expert_bias)
+        offsets = None if block_offsets is None else block_offsets.contiguous()
+        rest = _backends.backend(x).route(*tensors, weights, offsets, seq_len, routing, result, router_logits)
+    return Routed(result, router_logits, rest)
+
+
+@torch.no_grad()
+def experts(x, weights: ExpertWeights, routed: Routed, waves=None) -> torch.Tensor:
+    """The second half: y like x, with the bits of `block_moe`. Whatever tokens chose has its row in weights.expert_map now.
+
+    waves: ranges (begin, end) of the model's experts that adjoin from 0 to E, for weights that hold too few at a time. It is
+    advanced lazily: what tokens chose of a range has its row when the range is drawn, and until the next one is.
+
+    Raises ValueError for waves that do not adjoin, and where a GPU's kernels need all experts at once.
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.empty_like(rows)
+    _checks.expert_map_values(weights)
+    if routed.experts is not None:
+        routed.experts(rows, weights, y, None if waves is None else _adjoining(waves, weights.experts))
+    return y.view(x.shape)
+
+
+def _adjoining(waves, n_experts: int):
+    done = 0
+    for begin, end in waves:
+        if begin != done or not begin < end <= n_experts:
+            raise ValueError(f"waves must adjoin from 0 to {n_experts}, got {begin} to {end} behind {done}")
+        yield begin, end
+        done = end
+    if done != n_experts:
+        raise ValueError(f"waves must adjoin from 0 to {n_experts}, got {done} for the end")
 
 
 N_ROUTING = len(BlockRouting().args())

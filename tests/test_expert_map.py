@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dmoe_ops import BlockRouting, block_moe, formats, moe_experts, quantize, reference
+from dmoe_ops import layer as layers
 from dmoe_ops.routing import POLICIES
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned")
@@ -272,3 +273,87 @@ def test_opcheck_and_the_fake_kernel(op):
         for a in arguments
     ]
     torch.library.opcheck(function.default, trained)
+
+
+def in_halves(weights, routing=None, **more):
+    """A layer as `layer.route` and `layer.experts`."""
+    names = ("w13", "w2", "shared_w13", "shared_w2", "w13_scale", "w2_scale", "shared_w13_scale", "shared_w2_scale")
+    stacked = formats.ExpertWeights(**{name: weights.get(name) for name in names}, **more)
+    arguments = [weights[name] for name in ("x", "gate_weight", "expert_bias")]
+    return stacked, layers.route(*arguments, stacked, routing=routing)
+
+
+def cuts(generator, most=4):
+    """Ranges that adjoin from 0 to EXPERTS."""
+    inner = torch.randperm(EXPERTS - 1, generator=generator)[: torch.randint(most, (1,), generator=generator)] + 1
+    ends = [*sorted(inner.tolist()), EXPERTS]
+    return list(zip([0, *ends], ends))
+
+
+def waves_of(pools, expert_map, used, generator):
+    """Waves over a pool that holds what one of them needs, in other rows each time; the rest is poison."""
+    whole = {name: value.clone() for name, value in pools.items()}
+    home = expert_map.clone()
+    for begin, end in cuts(generator):
+        expert_map.fill_(formats.NOT_LOADED)
+        rows = torch.randperm(len(pools["w13"]), generator=generator)
+        for value in pools.values():
+            value.view(torch.uint8).fill_(0xFF)
+        for expert, row in zip([e for e in used if begin <= e < end], rows.tolist()):
+            expert_map[expert] = row
+            for name, value in pools.items():
+                value[row] = whole[name][home[expert]]
+        yield begin, end
+
+
+@pytest.mark.parametrize("form, activations", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [TOKENS, 20 * TOKENS])
+@pytest.mark.parametrize("shared", [None, "plain", "alike"])
+def test_waves_change_no_bit(dtype, form, activations, tokens, shared):
+    routing, values = BlockRouting.policy("token", **POLICY_SETTINGS), layer(dtype)
+    values["x"] = values["x"].repeat(tokens // TOKENS, 1)
+    if form:
+        values |= quantised(values, form, ["w13", "w2"] + (["shared_w13", "shared_w2"] if shared == "alike" else []))
+    if shared is None:
+        values |= dict(shared_w13=None, shared_w2=None)
+    y = block_moe(**values, routing=routing, activations=activations)[0]
+    routed = {name: values[name] for name in values if name.startswith(("w13", "w2"))}
+    generator = torch.Generator().manual_seed(1)
+    for seed in range(3):
+        pools, expert_map = in_a_pool(routed, seed)
+        more = dict(quantize_activations=activations is not None, expert_map=expert_map)
+        weights, chosen = in_halves(values | pools, routing, **more)
+        assert torch.equal(layers.experts(values["x"], weights, chosen), y)
+        used = sorted(set(chosen.result.topk_ids.flatten().tolist()))
+        assert torch.equal(
+            layers.experts(values["x"], weights, chosen, waves_of(pools, expert_map, used, generator)), y
+        )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_halves_of_a_layer(policy):
+    settings = POLICY_SETTINGS | (dict(capacity=6, n_group=1, topk_group=1) if policy == "capacity" else {})
+    if policy == "top4":
+        settings.pop("top_k")
+    routing, values = BlockRouting.policy(policy, **settings), layer(torch.bfloat16)
+    y, result, logits = block_moe(**values, routing=routing)
+    weights, chosen = in_halves(values, routing)
+    assert all(torch.equal(a, b) for a, b in zip(chosen.result, result)) and torch.equal(chosen.router_logits, logits)
+    assert torch.equal(layers.experts(values["x"], weights, chosen), y)
+    in_threes = layers.experts(values["x"], weights, chosen, ((e, e + 3) for e in range(0, EXPERTS, 3)))
+    assert torch.equal(in_threes, y)
+    three = values["x"][:36].view(3, 12, HIDDEN)
+    weights, chosen = in_halves(values | dict(x=three), routing)
+    assert torch.equal(layers.experts(three, weights, chosen), block_moe(**values | dict(x=three), routing=routing)[0])
+    nothing = values["x"][:0]
+    weights, chosen = in_halves(values | dict(x=nothing), routing)
+    assert layers.experts(nothing, weights, chosen, []).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("waves", [[], [(0, 5)], [(1, EXPERTS)], [(0, 5), (6, EXPERTS)], [(0, EXPERTS + 1)], [(0, 0)]])
+def test_waves_must_adjoin(waves):
+    values = layer()
+    weights, chosen = in_halves(values, BlockRouting(**POLICY_SETTINGS))
+    with pytest.raises(ValueError, match=f"waves must adjoin from 0 to {EXPERTS}, got"):
+        layers.experts(values["x"], weights, chosen, waves)
