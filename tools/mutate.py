@@ -344,12 +344,12 @@ def run_hand(seconds: float, only: str | None) -> bool:
     for (file, test), entries in mutants.HAND.items():
         if only and only not in file:
             continue
-        source, sound = (ROOT / file).read_text(), False
+        source = (ROOT / file).read_text()
         record = Record(f"by hand: {file}, {test}", [f"tests/{test}.py"])
         data = record.data
         data["mutants"] = len(entries)
         if data.get("source") != source:
-            data["source"], data["killed"], data["survived"] = source, {}, []
+            data.update(source=source, killed={}, survived=[], sound=False)
         names = {f"{old} -> {new}" for old, new in entries}
         data["killed"] = {name: by for name, by in data["killed"].items() if name in names}
         for old, new in entries:
@@ -359,9 +359,9 @@ def run_hand(seconds: float, only: str | None) -> bool:
             if time.perf_counter() - begin > seconds:
                 done = False
                 break
-            if not sound and (found := run_changed(file, source, test))["code"] != 0:
+            if not data.get("sound") and (found := run_changed(file, source, test))["code"] != 0:
                 sys.exit(f"tests/{test}.py fails without a mutant: {found['failed']}")
-            sound = True
+            data["sound"] = True
             found = run_changed(file, source.replace(old, new), test)
             if found["code"] == 0:
                 data["survived"].append(name)
