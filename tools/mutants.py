@@ -31,9 +31,11 @@ TESTS = {
     ],
     "dmoe_ops/models/checkpoint.py": ["test_llada2", "test_sharing", "test_quantized_checkpoints"],
     "dmoe_ops/models/quantized.py": ["test_quantized_checkpoints"],
-    "dmoe_ops/models/decoding.py": ["test_llada2"],
+    "dmoe_ops/models/decoding.py": ["test_step", "test_llada2"],
     "dmoe_ops/models/sampling.py": ["test_llada2"],
-    "dmoe_ops/models/step.py": ["test_llada2"],
+    "dmoe_ops/models/attention.py": ["test_step", "test_llada2"],
+    "dmoe_ops/models/graphs.py": ["test_step"],
+    "dmoe_ops/models/step.py": ["test_step", "test_llada2"],
     "dmoe_ops/models/llada2/config.py": ["test_llada2", "test_sharing", "test_quantized_checkpoints"],
     "dmoe_ops/models/llada2/layers.py": ["test_llada2", "test_training"],
     "dmoe_ops/models/llada2/model.py": ["test_llada2", "test_training", "test_quantized_checkpoints"],
@@ -114,7 +116,7 @@ HAND = {
     ],
     ("csrc/cpu/widen.cpp", "test_experts"): [
         ("std::fill_n(gate, kSums, 0.f);", ""),
-        ("std::fill(sums.begin(), sums.end(), 0.f);", ""),
+        ("first_sums(a, t, first, count, sums.data() + t * rows);", ""),
         ("slots.token[slot] * rows, slots.scale[slot]}", "slots.token[slot] * rows, 1.f}"),
         ("group.intermediate + task.row, group.intermediate + end", "task.row, end"),
     ],
@@ -125,7 +127,7 @@ HAND = {
         ("most / 127 == 0 ? 1.f : most / 127", "most / 127"),
         ("rounded.data && group.w13.weight.format == Format::int8 ? rounded : x", "rounded.data ? rounded : x"),
         ("i < group.count && group.w2.weight.format == Format::int8", "i < group.count"),
-        ("unpack = unpack || group.w13.quantized() || group.w2.quantized()", "unpack = group.w13.quantized()"),
+        ("args.w13.format != Format::plain || args.shared_w13.format", "args.w13.format"),
         ("std::nearbyint(row[i] / scale)", "std::trunc(row[i] / scale)"),
     ],
     ("csrc/cpu/matrix.h", "test_quantized"): [
@@ -145,7 +147,7 @@ HAND = {
         ("value *= 0x1p112f;", "value *= 0x1p111f;"),
     ],
     ("csrc/cpu/dot.cpp", "test_experts"): [
-        ("std::fill_n(sums.data(), count * kDownRows, 0.f);", ""),
+        ("first_sums(a, part.token + t, part.row, part.rows, sums.data() + t * kDownRows);", ""),
         ("half * group.intermediate + task.row", "task.row"),
         ("if (begin == end) continue;", "if (begin + 1 == end) continue;"),
         ("if (first == end) continue;", "if (first + 1 == end) continue;"),
@@ -280,10 +282,7 @@ HAND = {
         ("chunks = p.split_begin(split + 1) - first", "chunks = p.split_begin(1)"),
         ("(last + 1 - first) * up_tiles_of_member", "(last - first) * up_tiles_of_member"),
         ("if (end <= chunks_of_shared) return shared;", ""),
-        (
-            "const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;\n    const char* base",
-            ("const int64_t inner = p.inner;\n    const char* base"),
-        ),
+        ("inner = tile.member < 0 ? p.shared_inner : p.inner;", "inner = p.inner;"),
         ("round16<kHalf>(total)", "round16<false>(total)"),
     ],
     ("triton_kernels/router.py", "test_triton_router"): [

@@ -1,0 +1,42 @@
+"""tools/mutants.py names what is there: it must not fall behind the sources."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mutants, mutate = tool("mutants"), tool("mutate")
+
+
+@pytest.mark.parametrize("file, test", mutants.HAND)
+def test_a_mutant_by_hand_changes_one_place(file, test):
+    source, entries = (ROOT / file).read_text(), mutants.HAND[file, test]
+    assert (ROOT / "tests" / f"{test}.py").is_file()
+    assert {old: source.count(old) for old, _ in entries} == {old: 1 for old, _ in entries}
+    assert all(old != new for old, new in entries)
+
+
+@pytest.mark.parametrize("file", mutants.TESTS)
+def test_the_tests_of_a_module_are_there(file):
+    assert (ROOT / file).is_file()
+    assert [name for name in mutants.TESTS[file] if not (ROOT / "tests" / f"{name}.py").is_file()] == []
+
+
+@pytest.mark.parametrize("file", mutants.EQUIVALENT)
+def test_an_explained_mutant_is_one_of_the_module(file):
+    names = [f"{old} -> {new}" for (of, _), entries in mutants.HAND.items() if of == file for old, new in entries]
+    if file.endswith(".py"):
+        names += [name for name, *_ in mutate.tree_mutants((ROOT / file).read_text(), file)]
+    assert [part for part in mutants.EQUIVALENT[file] if not any(part in name for name in names)] == []
