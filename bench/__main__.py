@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--gen-length", type=_positive, default=32, metavar="TOKENS", help="tokens to decode")
     one.add_argument("--steps", type=_positive, default=8, help="denoising steps per block of 32")
     one.add_argument("--rounds", type=_positive, default=5, help="decodes of each policy")
+    one.add_argument("--prefill", type=_positive, metavar="TOKENS", help="times a prompt of so many tokens as well")
     one.add_argument("--vocab", type=_positive, metavar="TOKENS", help="tokens of the head (on a CPU 8192, else all)")
     one.add_argument(
         "--released",
@@ -260,10 +261,17 @@ def run_decode(args) -> int:
         ceilings = roofline.measure_ceilings(args.device, dtype)
         out["ceilings"] = ceilings._asdict()
         out["settings"]["counts"] = decode.counted(model, prompt, args.steps)
-        peer = released.decoder(args.released, model, prompt, args.gen_length, args.steps) if args.released else None
+        code = released.load(args.released, model) if args.released else None
+        peer = code and released.decoder(code, model.config, prompt, args.gen_length, args.steps)
         decode.run(out, model, args.policies, run, args.rounds, peer)
         for row in out["rows"]:
             row.update(decode.floors(model, row["unique"], ceilings.read, ceilings.gemm))
+        if args.prefill:
+            long = torch.randint(model.config.mask_token_id - 1, (1, args.prefill), generator=generator).to(
+                model.device
+            )
+            peer = code and released.prefill(code, model.config, long)
+            decode.run_prefill(out, model, args.policies, long, args.rounds, peer)
 
     return finish(args, out, work, decode.print_rows)
 

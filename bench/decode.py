@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 import types
 from unittest import mock
@@ -283,6 +284,48 @@ def run(out: dict, model: LLaDA2ForDiffusion, policies: list[str], decode, round
             out["rows"] += [row(policy, samples) for policy in samples]
 
 
+def run_prefill(out: dict, model: LLaDA2ForDiffusion, policies: list[str], prompt, rounds: int, released=None) -> None:
+    """A prompt through all layers into an empty cache under every policy, and by `released`, a function that runs its own;
+    in turns. Adds a row per contender to `out`."""
+
+    @torch.no_grad()
+    def forward():
+        return model.hidden_states(prompt, kv_cache=model.new_cache(prompt.shape[1]))[1]
+
+    def seconds(run) -> float:
+        begin = time.perf_counter()
+        run()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def contender(policy: str) -> types.SimpleNamespace:
+        def run(turn: int) -> float:
+            if policy == "released":
+                return seconds(released)
+            model.set_routing(policy)
+            return seconds(forward)
+
+        return types.SimpleNamespace(run=run, samples=[])
+
+    unique = {}
+    for policy in policies:  # which warms up, too
+        model.set_routing(policy)
+        unique[policy] = statistics.mean(ids.unique().numel() for _, ids in forward())
+    if released is not None:
+        released()
+        unique["released"] = unique[policies[0]]
+    contenders = {key: contender(key) for key in unique}
+    timing.take_turns(list(contenders.values()), rounds, "prefill")
+    taken = {key: each.samples for key, each in contenders.items()}
+    for key, mine in taken.items():
+        us = {f"{part}_us": 1e6 * value for part, value in timing.spread(mine).items()}
+        ratios = {other: timing.ratio(mine, theirs) for other, theirs in taken.items() if other != key}
+        about = dict(op="prefill", key=key, impl=key, case="prefill", tokens=prompt.shape[1], unique=unique[key])
+        about["bytes"] = round(unique[key] * len(model.moe_layers) * model.bytes_per_expert)
+        out["rows"].append(dict(about, samples=len(mine), ratios=ratios, **us))
+
+
 def row(policy: str, samples: dict[str, list[dict]]) -> dict:
     """Times in ms per forward; ratios: time per token over that of another policy, taken within each round."""
     mine = samples[policy]
@@ -317,9 +360,10 @@ def print_rows(out: dict) -> None:
     parts = ["ms/forward", "MoE", "attention", "head", "sampling", "rest"]
     header = ["policy", "tokens/s", "p10–p90", "forwards", *parts, "unique", "MB/step", "faster than token"]
     lines = []
-    for row in out["rows"]:
+    decoded = [row for row in out["rows"] if row["op"] == "decode"]
+    for row in decoded:
         rate = row["tokens_per_s"]
-        token = next((other["ratios"].get(row["key"]) for other in out["rows"] if other["key"] == "token"), None)
+        token = next((other["ratios"].get(row["key"]) for other in decoded if other["key"] == "token"), None)
         lines.append(
             [
                 row["key"],
@@ -345,11 +389,17 @@ def print_rows(out: dict) -> None:
                 **counts
             )
         )
-    for row in out["rows"]:
+    for row in decoded:
         floor = {part: row.get(f"{part}_floor_ms") for part in ("moe", "attention", "head")}
         if all(floor.values()):
             said = ", ".join(f"{part} {results.number(value)}" for part, value in floor.items())
             print(f"floor of a full forward under {row['key']}, ms: {said}")
-    released = next((row["ratios"] for row in out["rows"] if row["key"] == "released"), {})
+    released = next((row["ratios"] for row in decoded if row["key"] == "released"), {})
     for policy, ratio in released.items():
         print(f"{policy} over the released generate: {results.ratio(ratio)}")
+    prefilled = [row for row in out["rows"] if row["op"] == "prefill"]
+    for row in prefilled:
+        print(f"prefill of {row['tokens']} tokens, {row['key']}: {results.number(row['median_us'] / 1e3)} ms")
+    released = next((row["ratios"] for row in prefilled if row["key"] == "released"), {})
+    for policy, ratio in released.items():
+        print(f"prefill, {policy} over the released forward: {results.ratio(ratio)}")

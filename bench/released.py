@@ -38,16 +38,28 @@ def load(folder, model: LLaDA2ForDiffusion):
     return released.eval()
 
 
-def decoder(folder, model: LLaDA2ForDiffusion, prompt, gen_length: int, steps: int):
+def decoder(released, config, prompt, gen_length: int, steps: int):
     """A function that decodes once and returns how many tokens came out and the experts per block that it counted."""
-    released = load(folder, model)
 
     def run() -> tuple[int, float]:
         tokens, unique = released.generate(
-            inputs=prompt, gen_length=gen_length, steps=steps, block_length=model.config.block_length,
-            mask_id=model.config.mask_token_id, eos_id=-1,
+            inputs=prompt, gen_length=gen_length, steps=steps, block_length=config.block_length,
+            mask_id=config.mask_token_id, eos_id=-1,
         )  # fmt: skip
         return tokens.shape[1], float(unique)
+
+    return run
+
+
+def prefill(released, config, prompt):
+    """A function that runs all layers once over a prompt of whole blocks, each of which sees itself and those before it."""
+    position = torch.arange(prompt.shape[1], device=prompt.device)
+    block = position // config.block_length
+    mask = torch.where(block <= block[:, None], 0.0, float("-inf")).to(released.dtype)[None, None]
+
+    @torch.no_grad()
+    def run():
+        released.model(input_ids=prompt, attention_mask=mask, position_ids=position[None])
 
     return run
 

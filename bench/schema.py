@@ -35,6 +35,7 @@ ROWS = {
     "experts": MICRO,
     "layer": MICRO,
     "decode": dict(**TIMES, **CASE, **PARTS, tokens_per_s="spread"),
+    "prefill": dict(**TIMES, **CASE),
     "served": dict(key="text", tokens="number", tokens_per_s="spread", unique="number or null", ratios="spreads"),
     "sweep": dict(
         key="text", model="text", vary="text", p="number or null", block_size="number", unique="number",

@@ -649,9 +649,15 @@ def test_sweep_reproduces_the_calibrated_counts():
 def test_report_is_one_page_that_needs_nothing_else(layer_json, tmp_path, capsys):
     sweep_json, decode_json = tmp_path / "sweep.json", tmp_path / "decode.json"
     assert run("sweep --device cpu --model tiny --blocks 4 --seconds 0.1 --json", sweep_json) == 0
-    tiny = "decode --device cpu --model tiny --prompt 32 --gen-length 32 --steps 2 --rounds 2 --json"
+    tiny = "decode --device cpu --model tiny --prompt 32 --gen-length 32 --steps 2 --rounds 2 --prefill 96 --json"
     assert run(tiny, decode_json) == 0
-    for row in json.loads(decode_json.read_text())["rows"]:
+    rows = json.loads(decode_json.read_text())["rows"]
+    assert [(row["op"], row["key"]) for row in rows] == [
+        (op, p) for op in ("decode", "prefill") for p in ("token", "dmoe")
+    ]
+    for row in rows[2:]:
+        assert row["tokens"] == 96 and 0 < row["p10_us"] <= row["p90_us"] and 4 <= row["unique"] <= 32
+    for row in rows[:2]:
         assert 0 < row["moe_ms"] < row["total_ms"]
         assert row["forwards"] == 3  # the prompt and two steps
     page = tmp_path / "out" / "page.html"
