@@ -1,4 +1,4 @@
-// The settings of dmoe_ops.BlockRouting, as `_library.packed_routing` sends them.
+// The settings of dmoe_ops.BlockRouting, in the order of PACKED_INTS and PACKED_FLOATS (dmoe_ops/routing.py).
 #pragma once
 
 #include <cstdint>
@@ -21,22 +21,25 @@ struct Routing {
 
 constexpr float kEps = 1e-20f;
 
+// tests/test_routing.py holds these lines against the order in Python.
 template <class Ints, class Floats>
 Routing unpack_routing(const Ints& ints, const Floats& floats) {
-  return {ints[0],
-          ints[1],
-          ints[2],
-          ints[3],
-          static_cast<Score>(ints[4]),
-          static_cast<Aggregate>(ints[5]),
-          static_cast<Select>(ints[6]),
-          ints[7],
-          ints[8],
-          ints[9],
-          ints[10],
-          ints[11] != 0,
-          static_cast<float>(floats[0]),
-          static_cast<float>(floats[1])};
+  Routing routing{};
+  routing.top_k = ints[0];
+  routing.block_size = ints[1];
+  routing.n_group = ints[2];
+  routing.topk_group = ints[3];
+  routing.score = static_cast<Score>(ints[4]);
+  routing.aggregate = static_cast<Aggregate>(ints[5]);
+  routing.select = static_cast<Select>(ints[6]);
+  routing.min_experts = ints[7];
+  routing.max_experts = ints[8];
+  routing.capacity = ints[9];
+  routing.union_k = ints[10];
+  routing.norm_topk_prob = ints[11] != 0;
+  routing.top_p = static_cast<float>(floats[0]);
+  routing.routed_scaling_factor = static_cast<float>(floats[1]);
+  return routing;
 }
 
 }  // namespace dmoe

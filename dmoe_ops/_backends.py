@@ -17,9 +17,18 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
+from ._call import LayerCall
 from ._library import _C, WHY_NO_C, packed_routing
 from .formats import ExpertWeights
 from .routing import RoutingResult
+
+
+def _route_logits(backend, call: LayerCall):
+    """The rest of `route` where the router logits are there already."""
+    backend.block_route(
+        call.router_logits, call.expert_bias, call.block_offsets, call.seq_len, call.routing, call.routed
+    )
+    return functools.partial(_experts, backend, call.routed)
 
 
 def _experts(backend, out: RoutingResult, x, weights: ExpertWeights, y, waves=None) -> None:
@@ -35,7 +44,7 @@ class Reference:
     """plain torch: the contract itself, on any device"""
 
     @staticmethod
-    def why_not(device) -> str | None:
+    def unavailable_reason(device) -> str | None:
         return None
 
     @staticmethod
@@ -55,14 +64,14 @@ class Reference:
     moe_experts_backward = staticmethod(reference.moe_experts_backward)
 
     @staticmethod
-    def route(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, out, router_logits):
-        router_logits.copy_(F.linear(x.to(router_logits.dtype), gate_weight.to(router_logits.dtype)))
-        Reference.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
-        return functools.partial(_experts, Reference, out)
+    def route(call: LayerCall):
+        dtype = call.router_logits.dtype
+        call.router_logits.copy_(F.linear(call.x.to(dtype), call.gate_weight.to(dtype)))
+        return _route_logits(Reference, call)
 
     @staticmethod
-    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, *out) -> None:
-        Reference.route(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, *out)(x, weights, y)
+    def block_moe(call: LayerCall) -> None:
+        Reference.route(call)(call.x, call.weights, call.y)
 
     @staticmethod
     def add_rms_norm(x, delta, weight, eps, normed, total) -> None:
@@ -83,7 +92,7 @@ class Cpp:
     """csrc/cpu, on the CPU"""
 
     @staticmethod
-    def why_not(device) -> str | None:
+    def unavailable_reason(device) -> str | None:
         if _C is None:
             return f"the extension module {WHY_NO_C}"
         if device is not None and device.type != "cpu":
@@ -101,14 +110,13 @@ class Cpp:
     moe_experts_backward = staticmethod(reference.moe_experts_backward)  # its products are torch's own, and fast
 
     @staticmethod
-    def route(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, out, router_logits):
-        torch.ops.dmoe._gate_out(x, gate_weight, router_logits)
-        Cpp.block_route(router_logits, expert_bias, block_offsets, seq_len, routing, out)
-        return functools.partial(_experts, Cpp, out)
+    def route(call: LayerCall):
+        torch.ops.dmoe._gate_out(call.x, call.gate_weight, call.router_logits)
+        return _route_logits(Cpp, call)
 
     @staticmethod
-    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, *out) -> None:
-        Cpp.route(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, *out)(x, weights, y)
+    def block_moe(call: LayerCall) -> None:
+        Cpp.route(call)(call.x, call.weights, call.y)
 
     @staticmethod
     def add_rms_norm(*args) -> None:
@@ -130,7 +138,7 @@ class Triton:
     """
 
     @staticmethod
-    def why_not(device) -> str | None:
+    def unavailable_reason(device) -> str | None:
         if not _has_triton():
             return "the package triton is not installed"
         if device is None and not torch.cuda.is_available() and not _triton_interprets():
@@ -155,17 +163,12 @@ class Triton:
         _triton_backend().moe_experts_backward(d_y, x, weights, *args)
 
     @staticmethod
-    def route(x, gate_weight, expert_bias, weights: ExpertWeights, *args):
-        if Triton._takes(weights):
-            return _triton_backend().route(x, gate_weight, expert_bias, *args)
-        return Reference.route(x, gate_weight, expert_bias, weights, *args)
+    def route(call: LayerCall):
+        return (_triton_backend() if Triton._takes(call.weights) else Reference).route(call)
 
     @staticmethod
-    def block_moe(x, gate_weight, expert_bias, weights: ExpertWeights, *args) -> None:
-        if Triton._takes(weights):
-            _triton_backend().block_moe(x, gate_weight, expert_bias, weights, *args)
-        else:
-            Reference.block_moe(x, gate_weight, expert_bias, weights, *args)
+    def block_moe(call: LayerCall) -> None:
+        (_triton_backend() if Triton._takes(call.weights) else Reference).block_moe(call)
 
     @staticmethod
     def _takes(weights: ExpertWeights) -> bool:
@@ -210,8 +213,8 @@ class Cuda:
     """
 
     @staticmethod
-    def why_not(device) -> str | None:
-        return _why_no_cuda(device)
+    def unavailable_reason(device) -> str | None:
+        return _cuda_unavailable_reason(device)
 
     @staticmethod
     def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
@@ -233,30 +236,20 @@ class Cuda:
         _without_cuda().moe_experts_backward(*args)
 
     @staticmethod
-    def block_moe(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits) -> None:
+    def block_moe(call: LayerCall) -> None:
+        x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, routed, router_logits = call
         if (
             _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, x.shape[1])
             or _cuda_experts_refuse(x, weights, routing.top_k)
             or gate_weight.dtype == torch.float64
             or weights.expert_map is not None  # the router's schedule speaks of the model's experts
         ):
-            _without_cuda().block_moe(
-                x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits
-            )
+            _without_cuda().block_moe(call)
             return
         schedule = _cuda_schedule(x, weights.w13)
-        torch.ops.dmoe._gate_route_out(
-            x,
-            gate_weight,
-            expert_bias,
-            block_offsets,
-            seq_len,
-            *packed_routing(routing),
-            router_logits,
-            *out,
-            schedule,
-        )
-        Cuda._experts(x, weights, out.topk_ids, out.topk_weights, schedule, True, y)
+        inputs = (x, gate_weight, expert_bias, block_offsets, seq_len, *packed_routing(routing))
+        torch.ops.dmoe._gate_route_out(*inputs, router_logits, *routed, schedule)
+        Cuda._experts(x, weights, routed.topk_ids, routed.topk_weights, schedule, True, y)
 
     @staticmethod
     def _experts(x, weights, topk_ids, topk_weights, schedule, scheduled: bool, y) -> None:
@@ -305,7 +298,7 @@ def _without_cuda():
 
 
 @functools.cache
-def _why_no_cuda(device: torch.device | None) -> str | None:
+def _cuda_unavailable_reason(device: torch.device | None) -> str | None:
     if _C is None:
         return f"the extension module {WHY_NO_C}"
     if not _C.cuda_architectures:
@@ -331,7 +324,7 @@ BACKENDS = {"reference": Reference, "cpp": Cpp, "triton": Triton, "cuda": Cuda}
 
 def missing() -> dict[str, str]:
     """Why each backend that this installation lacks is missing, by name."""
-    return {name: why for name, backend in BACKENDS.items() if (why := backend.why_not(None))}
+    return {name: why for name, backend in BACKENDS.items() if (why := backend.unavailable_reason(None))}
 
 
 def backend(x: torch.Tensor):
@@ -342,8 +335,8 @@ def backend(x: torch.Tensor):
     if x.dtype == torch.float64:  # for gradcheck; no kernel takes it
         return Reference
     if wanted == "auto":
-        return next(each for each in AUTO if each.why_not(x.device) is None)
-    if why := BACKENDS[wanted].why_not(x.device):
+        return next(each for each in AUTO if each.unavailable_reason(x.device) is None)
+    if why := BACKENDS[wanted].unavailable_reason(x.device):
         raise ValueError(f"DMOE_BACKEND={wanted}: {why}")
     return BACKENDS[wanted]
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
 
-from .routing import AGGREGATES, SCORES, SELECTS, BlockRouting
+from .routing import AGGREGATES, PACKED_FLOATS, PACKED_INTS, SCORES, SELECTS, BlockRouting
 
-ROUTING = (
-    "int num_experts, int top_k, int block_size, int n_group, int topk_group, str score, str aggregate, str select, "
-    "float top_p, int min_experts, int? max_experts, int? capacity, int? union_k, bool norm_topk_prob, "
-    "float routed_scaling_factor"
-)
+SCHEMA_TYPES = {"int": "int", "int | None": "int?", "float": "float", "str": "str", "bool": "bool"}
+ROUTING = ", ".join(f"{SCHEMA_TYPES[field.type]} {field.name}" for field in dataclasses.fields(BlockRouting))
 
 
 class Library(torch.library.Library):
@@ -190,7 +188,7 @@ def once_differentiable(backward):
 
 
 def contiguous(*tensors):
-    """What a backend may take for granted of everything but weights. None passes."""
+    """Makes non-weight arguments contiguous; None passes through."""
     return (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
@@ -201,19 +199,13 @@ def unpack_routing(args: tuple) -> BlockRouting:
 
 @functools.lru_cache(maxsize=1024)
 def packed_routing(routing: BlockRouting) -> tuple[list[int], list[float]]:
-    """The settings as csrc/routing.h reads them."""
-    ints = [
-        routing.top_k,
-        routing.block_size,
-        routing.n_group,
-        routing.topk_group,
-        SCORES.index(routing.score),
-        AGGREGATES.index(routing.aggregate),
-        SELECTS.index(routing.select),
-        routing.min_experts,
-        routing.max_experts or routing.num_experts,
-        routing.capacity or 0,
-        routing.union_k or 0,
-        int(routing.norm_topk_prob),
-    ]
-    return ints, [routing.top_p, routing.routed_scaling_factor]
+    """The settings as csrc/routing.h reads them, in the order of `PACKED_INTS` and `PACKED_FLOATS`."""
+    values = vars(routing) | dict(
+        score=SCORES.index(routing.score),
+        aggregate=AGGREGATES.index(routing.aggregate),
+        select=SELECTS.index(routing.select),
+        max_experts=routing.max_experts or routing.num_experts,
+        capacity=routing.capacity or 0,
+        union_k=routing.union_k or 0,
+    )
+    return [int(values[name]) for name in PACKED_INTS], [values[name] for name in PACKED_FLOATS]

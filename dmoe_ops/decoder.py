@@ -7,11 +7,13 @@ the torch forms.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from . import _backends, _library, reference
+from . import _backends, _library
 
 
-def add_rms_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(the RMS norm of x + delta, scaled by weight; x + delta). x and delta: [..., N], weight: [N], all of one dtype."""
     if _library.nobody_listens(x, delta, weight):
         return add_rms_norm_impl(x, delta, weight, eps)
     return torch.ops.dmoe.add_rms_norm(x, delta, weight, eps)
@@ -31,7 +33,25 @@ def add_rms_norm_impl(x, delta, weight, eps):
     return normed, total
 
 
-def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values) -> torch.Tensor:
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    rows: Tensor | None,
+    past: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Splits qkv [n, T, (heads + 2 kv_heads) D] into heads, normalises and rotates queries and keys, and appends keys and
+    values to a cache. Returns the queries [n, heads, T, D].
+
+    q_weight, k_weight: [D], or both None for no norm. cos, sin: [T, R], which rotate the first R dimensions of a head.
+    keys, values: the cache [bsz, kv_heads, capacity, D], written in place behind `past` int64 [1] tokens, in the sequences
+    `rows` int64 [n] (None: all).
+    """
     args = (qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, values)
     if _library.nobody_listens(qkv, q_weight, k_weight, cos, sin, rows, past, keys, values):
         return qk_norm_rope_impl(*args)
@@ -52,7 +72,9 @@ def qk_norm_rope_impl(qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, 
     return query
 
 
-def greedy(logits) -> tuple[torch.Tensor, torch.Tensor]:
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable token of each row of logits [T, V], int64 [T] (the lowest of equal ones), and its probability,
+    float32 [T], which is NaN where a row has a NaN or +inf, or only -inf."""
     if _library.nobody_listens(logits):
         return greedy_impl(logits)
     return torch.ops.dmoe.greedy(logits)
@@ -69,10 +91,6 @@ def greedy_impl(logits):
         _backends.backend(logits).greedy(logits, token, probability)
     return token, probability
 
-
-add_rms_norm.__doc__ = reference.add_rms_norm.__doc__
-qk_norm_rope.__doc__ = reference.qk_norm_rope.__doc__
-greedy.__doc__ = reference.greedy.__doc__
 
 for schema, impl, fake in (
     (

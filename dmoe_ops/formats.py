@@ -23,6 +23,7 @@ GROUP = 128
 NOT_LOADED = -2  # in an expert_map
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 QUANTIZED = tuple(FORMATS.values())
+MATRICES = ("w13", "w2", "shared_w13", "shared_w2")
 
 
 def stored_columns(dtype: torch.dtype, columns: int) -> int:

@@ -3,35 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import _backends, _checks, _library, reference, router
-from .formats import FORMATS, QUANTIZED, ExpertWeights, check_columns, empty
+from . import _backends, _checks, _library, hf_block, router
+from ._call import LayerCall
+from .formats import FORMATS, MATRICES, QUANTIZED, ExpertWeights, check_columns, empty
 from .quantize import check_form, quantize
 from .routing import BlockRouting, RoutingResult
 
 
 def block_moe(
-    x,
-    gate_weight,
-    expert_bias,
-    w13,
-    w2,
-    shared_w13,
-    shared_w2,
+    x: Tensor,
+    gate_weight: Tensor,
+    expert_bias: Tensor | None,
+    w13: Tensor,
+    w2: Tensor,
+    shared_w13: Tensor | None,
+    shared_w2: Tensor | None,
     *,
     routing: BlockRouting,
-    block_offsets=None,
-    w13_scale=None,
-    w2_scale=None,
-    shared_w13_scale=None,
-    shared_w2_scale=None,
-    activations=None,
-    expert_map=None,
-) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
+    block_offsets: Tensor | None = None,
+    w13_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    shared_w13_scale: Tensor | None = None,
+    shared_w2_scale: Tensor | None = None,
+    activations: Literal["int8"] | None = None,
+    expert_map: Tensor | None = None,
+) -> tuple[Tensor, RoutingResult, Tensor]:
+    """The whole MoE layer as one op: router logits, block routing, the routed experts and the shared expert.
+
+    Args:
+        x: [T, H] or [bsz, seq, H]; its dtypes, and those of the weights, are those of `moe_experts`.
+        gate_weight: [E, H], any float dtype; the router logits are computed in float32.
+        expert_bias, routing, block_offsets: see `block_route`.
+        w13, w2, w13_scale, w2_scale, activations: see `moe_experts`.
+        shared_w13: [2I_shared, H] and shared_w2: [H, I_shared], of an expert that takes every token with weight 1; both None
+            for a layer without one. Plain in the dtype of x, or quantised like w13 with shared_w13_scale, shared_w2_scale.
+        expert_map: see `moe_experts`; int32 [E]. Tokens are routed over all E experts, and y is the part of those that are
+            here. The shared expert is added whole.
+
+    Returns:
+        (y in the shape and dtype of x, `RoutingResult`, router_logits float32 [T, E]). y is rounded once, after the shared
+        expert. Differentiable once, with respect to x, gate_weight and weights that are not quantised.
+
+    Raises:
+        ValueError: a wrong argument. The message names it and its value.
+
+    `dmoe_ops.reference.block_moe` is the contract.
+    """
     _checks.routing(routing)
     _checks.activations(activations, w13)
     scales = (w13_scale, w2_scale, shared_w13_scale, shared_w2_scale)
@@ -40,29 +62,15 @@ def block_moe(
     if _library.nobody_listens(x, gate_weight, expert_bias, block_offsets, *weights.tensors()):
         _checks.once(_checks.layer_call, *arguments, routing)
         rows = x.reshape(-1, x.shape[-1])
-        y, *routed, router_logits = run(rows, *arguments[1:], x.shape[-2], routing)
+        y, *routed, router_logits = block_moe_run(rows, *arguments[1:], x.shape[-2], routing)
     else:
         _checks.layer_arguments(*arguments)
         rows = x.reshape(-1, x.shape[-1])
+        plain = (gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, x.shape[-2])
         y, *routed, router_logits = torch.ops.dmoe.block_moe(
-            rows,
-            gate_weight,
-            expert_bias,
-            w13,
-            w2,
-            shared_w13,
-            shared_w2,
-            block_offsets,
-            x.shape[-2],
-            *routing.args(),
-            *scales,
-            activations is not None,
-            expert_map,
+            rows, *plain, *routing.args(), *scales, activations is not None, expert_map
         )
-    return y.view(x.shape), router.result(routed), router_logits
-
-
-block_moe.__doc__ = reference.block_moe.__doc__
+    return y.view(x.shape), router.routing_result(routed), router_logits
 
 
 class Routed(NamedTuple):
@@ -80,13 +88,13 @@ def route(x, gate_weight, expert_bias, weights: ExpertWeights, *, routing: Block
     _checks.routing(routing)
     _checks.once(_checks.layer_call, x, gate_weight, expert_bias, weights, block_offsets, routing)
     rows, seq_len = x.reshape(-1, x.shape[-1]), x.shape[-2]
-    _, *routed, router_logits = allocate(rows, block_offsets, seq_len, routing)
+    _, *routed, router_logits = allocate_layer(rows, block_offsets, seq_len, routing)
     _checks.block_offset_values(block_offsets, rows.shape[0], routing.block_size)
-    result, rest = router.result(routed), None
+    result, rest = router.routing_result(routed), None
     if rows.shape[0]:
-        tensors = _library.contiguous(rows, gate_weight, expert_bias)
-        offsets = None if block_offsets is None else block_offsets.contiguous()
-        rest = _backends.backend(x).route(*tensors, weights, offsets, seq_len, routing, result, router_logits)
+        rows, gate, bias, offsets = _library.contiguous(rows, gate_weight, expert_bias, block_offsets)
+        call = LayerCall(rows, gate, bias, weights, offsets, seq_len, routing, None, result, router_logits)
+        rest = _backends.backend(x).route(call)
     return Routed(result, router_logits, rest)
 
 
@@ -121,51 +129,58 @@ def _adjoining(waves, n_experts: int):
 N_ROUTING = len(BlockRouting().args())
 
 
-def settings(experts: tuple, rest: tuple) -> tuple[ExpertWeights, BlockRouting]:
+def op_settings(experts: tuple, rest: tuple) -> tuple[ExpertWeights, BlockRouting]:
     """From the op's arguments w13 to shared_w2, and those behind seq_len, where torch leaves out trailing defaults."""
     return ExpertWeights(*experts, *rest[N_ROUTING:]), _library.unpack_routing(rest[:N_ROUTING])
 
 
-def allocate(x, block_offsets, seq_len, routing: BlockRouting) -> tuple:
+def allocate_layer(x: Tensor, block_offsets: Tensor | None, seq_len: int, routing: BlockRouting) -> tuple[Tensor, ...]:
     """The op's outputs, empty."""
     logits_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    routed = router.allocate(x.shape[0], seq_len, block_offsets, routing, x)
+    routed = router.allocate_routing(x.shape[0], seq_len, block_offsets, routing, x)
     router_logits = x.new_empty((x.shape[0], routing.num_experts), dtype=logits_dtype)
-    return x.new_empty(x.shape), *router.outputs(routed), router_logits
+    return x.new_empty(x.shape), *router.route_outputs(routed), router_logits
 
 
-def fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
-    weights, routing = settings((w13, w2, shared_w13, shared_w2), rest)
+def block_moe_fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
+    weights, routing = op_settings((w13, w2, shared_w13, shared_w2), rest)
     _checks.layer(x, gate_weight, expert_bias, weights, block_offsets, routing)
     router.check_seq_len(seq_len, x.shape[0])
-    return allocate(x, block_offsets, seq_len, routing)
+    return allocate_layer(x, block_offsets, seq_len, routing)
 
 
-def impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
-    weights, routing = settings((w13, w2, shared_w13, shared_w2), rest)
+def block_moe_impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
+    weights, routing = op_settings((w13, w2, shared_w13, shared_w2), rest)
     _checks.once(_checks.layer, x, gate_weight, expert_bias, weights, block_offsets, routing)
     router.check_seq_len(seq_len, x.shape[0])
-    return run(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing)
+    return block_moe_run(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing)
 
 
-def run(x, gate_weight, expert_bias, weights: ExpertWeights, block_offsets, seq_len, routing: BlockRouting) -> tuple:
+def block_moe_run(
+    x: Tensor,
+    gate_weight: Tensor,
+    expert_bias: Tensor | None,
+    weights: ExpertWeights,
+    block_offsets: Tensor | None,
+    seq_len: int,
+    routing: BlockRouting,
+) -> tuple[Tensor, ...]:
     """The op, once its arguments are checked but for the values that only the CPU may look at."""
-    out = allocate(x, block_offsets, seq_len, routing)
+    out = allocate_layer(x, block_offsets, seq_len, routing)
     _checks.block_offset_values(block_offsets, x.shape[0], routing.block_size)
     _checks.expert_map_values(weights)
     if x.shape[0]:
         y, *routed, router_logits = out
         x, gate_weight, expert_bias, block_offsets = _library.contiguous(x, gate_weight, expert_bias, block_offsets)
-        routed = router.result(routed)
-        _backends.backend(x).block_moe(
-            x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, routed, router_logits
-        )
+        inputs = (x, gate_weight, expert_bias, weights, block_offsets)
+        call = LayerCall(*inputs, seq_len, routing, y, router.routing_result(routed), router_logits)
+        _backends.backend(x).block_moe(call)
     return out
 
 
-def setup_context(ctx, inputs, output):
+def block_moe_setup_context(ctx, inputs, output):
     x, gate_weight = inputs[:2]
-    weights, ctx.routing = settings(inputs[3:7], inputs[9:])
+    weights, ctx.routing = op_settings(inputs[3:7], inputs[9:])
     _checks.differentiable(weights, x=x, gate_weight=gate_weight)
     ctx.n_inputs = len(inputs)
     _, topk_weights, topk_ids, coreset_ids, coreset_sizes, router_logits = output
@@ -175,7 +190,7 @@ def setup_context(ctx, inputs, output):
 
 
 @_library.once_differentiable
-def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_router_logits):
+def block_moe_backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_router_logits):
     x, gate_weight, topk_ids, topk_weights, router_logits, *weights = ctx.saved_tensors
     weights = ExpertWeights(*weights)
     needs = dict(zip(("x", "gate_weight", "bias", "w13", "w2", "shared_w13", "shared_w2"), ctx.needs_input_grad))
@@ -185,7 +200,7 @@ def backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_sizes, d_rou
     d_x, d_w13, d_w2, d_weights = expert_gradient(
         d_y, x, weights.w13, weights.w2, weights.local(topk_ids), topk_weights, of_weights, *scales
     )
-    d_logits = d_router_logits + router.weights_backward(
+    d_logits = d_router_logits + router.topk_weights_backward(
         d_weights + d_topk_weights, router_logits, topk_ids, ctx.routing
     )
     d_x = d_x + (d_logits @ gate_weight.to(d_logits.dtype)).to(x.dtype)
@@ -223,14 +238,11 @@ _library.define(
     "Tensor? w2_scale=None, Tensor? shared_w13_scale=None, Tensor? shared_w2_scale=None, "
     "bool quantize_activations=False, Tensor? expert_map=None) -> (Tensor y, Tensor topk_weights, Tensor topk_ids, "
     "Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
-    impl,
-    fake,
-    setup_context,
-    backward,
+    block_moe_impl,
+    block_moe_fake,
+    block_moe_setup_context,
+    block_moe_backward,
 )
-
-
-MATRICES = ("w13", "w2", "shared_w13", "shared_w2")
 
 
 class BlockMoE(nn.Module):
@@ -346,8 +358,8 @@ class BlockMoE(nn.Module):
         return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).long())
 
     @classmethod
-    def from_reference(cls, module: nn.Module, routing: BlockRouting) -> BlockMoE:
-        """Takes over the weights of a LLaDA2 sparse MoE block: `gate.weight`, `gate.expert_bias`,
+    def from_hf(cls, module: nn.Module, routing: BlockRouting) -> BlockMoE:
+        """Takes over the weights of a LLaDA2 sparse MoE block of Hugging Face: `gate.weight`, `gate.expert_bias`,
         `experts[i].{gate,up,down}_proj` (or stacked, as dFactory has them: `experts.{gate,up}_proj` [E, I, H] and
         `experts.down_proj` [E, H, I]) and, if there, `shared_experts`.
 
@@ -355,8 +367,8 @@ class BlockMoE(nn.Module):
         and the peak is one layer. Raises ValueError, naming the member, before anything is moved.
         """
         _checks.routing(routing)
-        check_reference(module, routing)
-        first = first_weight(module)
+        hf_block.check(module, routing)
+        first = hf_block.first_weight(module)
         shared = getattr(module, "shared_experts", None)
         layer = cls(
             first.shape[-1],
@@ -372,15 +384,20 @@ class BlockMoE(nn.Module):
             like = getattr(layer, name)
             if like is not None:
                 setattr(layer, name, nn.Parameter(torch.empty_like(like, device=first.device), first.requires_grad))
-        for owner, name, stacked, at in _places(module):
+        for owner, name, stacked, at in hf_block.places(module):
             weight = getattr(owner, name)
             weight.data = getattr(layer, stacked).data[at].copy_(weight.data)
         return layer.train(module.training)
 
+    @classmethod
+    def from_reference(cls, module: nn.Module, routing: BlockRouting) -> BlockMoE:
+        """The name of `from_hf` before 0.2."""
+        return cls.from_hf(module, routing)
+
     def check_give_back(self, module: nn.Module) -> None:
         """Raises ValueError, naming the weight, unless `give_back` can give everything to the module."""
         gate = [(module.gate, "weight", "gate_weight", ()), (module.gate, "expert_bias", "expert_bias", ())]
-        for owner, name, held, at in [*gate, *_places(module)]:
+        for owner, name, held, at in [*gate, *hf_block.places(module)]:
             weight = getattr(self, held, None)
             try:
                 fits = not weight.is_meta and weight[at].shape == getattr(owner, name).shape
@@ -393,16 +410,16 @@ class BlockMoE(nn.Module):
                 raise ValueError(f"{held} must still hold the weights that the layer took over, got {got}")
 
     def give_back(self, module: nn.Module) -> None:
-        """Gives a module that `from_reference` has taken the weights of what the layer holds now: values, dtype, device,
+        """Gives a module that `from_hf` has taken the weights of what the layer holds now: values, dtype, device,
         gradients and, where it has changed, requires_grad. The module's parameters stay the same objects; they are views
         of the stacked weights (stacked ones are copied where a view would have gaps).
         """
         self.check_give_back(module)
-        first = first_weight(module)
+        first = hf_block.first_weight(module)
         trained, dtype = first.requires_grad, first.dtype
-        _give(module.gate, "weight", self.gate_weight, (), module.gate.weight.requires_grad)
-        for owner, name, held, at in _places(module):
-            _give(owner, name, getattr(self, held), at, trained)
+        hf_block.give(module.gate, "weight", self.gate_weight, (), module.gate.weight.requires_grad)
+        for owner, name, held, at in hf_block.places(module):
+            hf_block.give(owner, name, getattr(self, held), at, trained)
         # Held in float32; the module's own dtype holds the same where nothing has changed.
         bias, own = self.expert_bias.detach(), module.gate.expert_bias
         narrow = bias.to(own.dtype)
@@ -412,134 +429,3 @@ class BlockMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.routing)
-
-
-def _give(owner: nn.Module, name: str, held, at: tuple, trained: bool) -> None:
-    """Lets a parameter be (a part of) what a layer holds; `trained`: the requires_grad that the layer began with."""
-    own = getattr(owner, name)
-    if own is held:
-        return
-    moved = own.dtype != held.dtype or own.device != held.device
-    data = held.data[at].contiguous()
-    own.grad = None if moved or held.grad is not None else own.grad
-    try:
-        own.data = data
-    except RuntimeError:  # of another kind of device
-        own = nn.Parameter(data, own.requires_grad)
-        setattr(owner, name, own)
-    if held.grad is not None:
-        own.grad = held.grad[at].contiguous()
-    if held.requires_grad != trained:
-        own.requires_grad_(held.requires_grad)
-
-
-def first_weight(module: nn.Module) -> torch.Tensor:
-    """gate_proj of the first expert [I, H], or of all [E, I, H]."""
-    experts = module.experts
-    return experts[0].gate_proj.weight if isinstance(experts, nn.ModuleList) else experts.gate_proj
-
-
-def _places(module: nn.Module) -> list[tuple[nn.Module, str, str, tuple]]:
-    """Where the matrices of a block go: (owner, its attribute, the weight of `BlockMoE`, the part of that)."""
-
-    def split(owners, names, stacked, intermediate, at):
-        parts = (slice(intermediate), slice(intermediate, None))
-        wide, narrow = stacked
-        spots = [(wide, (*at, parts[0])), (wide, (*at, parts[1])), (narrow, at)]
-        return [(owner, name, *spot) for owner, name, spot in zip(owners, names, spots)]
-
-    def mlp(owner, stacked, at):
-        owners = (owner.gate_proj, owner.up_proj, owner.down_proj)
-        return split(owners, 3 * ("weight",), stacked, owner.gate_proj.weight.shape[0], at)
-
-    experts, routed = module.experts, ("w13", "w2")
-    if isinstance(experts, nn.ModuleList):
-        places = [place for i, expert in enumerate(experts) for place in mlp(expert, routed, (i,))]
-    else:
-        intermediate = experts.gate_proj.shape[1]
-        places = split(3 * (experts,), PROJECTIONS, routed, intermediate, (slice(None),))
-    if getattr(module, "shared_experts", None) is not None:
-        places += mlp(module.shared_experts, ("shared_w13", "shared_w2"), ())
-    return places
-
-
-def taken_parameters(module: nn.Module) -> list[torch.Tensor]:
-    """The parameters that `from_reference` moves into stacked weights."""
-    return [getattr(owner, name) for owner, name, _, _ in _places(module)]
-
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-def is_reference(module: nn.Module) -> bool:
-    """Whether a module has the members of LLaDA2's sparse MoE block."""
-    gate, experts = getattr(module, "gate", None), getattr(module, "experts", None)
-    if not all(isinstance(getattr(gate, name, None), torch.Tensor) for name in ("weight", "expert_bias")):
-        return False
-    if isinstance(experts, nn.ModuleList):
-        return len(experts) > 0 and all(hasattr(experts[0], name) for name in PROJECTIONS)
-    return all(isinstance(getattr(experts, name, None), torch.Tensor) for name in PROJECTIONS)
-
-
-def num_experts(module: nn.Module) -> int:
-    experts = module.experts
-    return len(experts) if isinstance(experts, nn.ModuleList) else experts.gate_proj.shape[0]
-
-
-def check_reference(module: nn.Module, routing: BlockRouting) -> None:
-    """Raises ValueError, naming the member, unless `from_reference` can take over every weight of the module."""
-    if not is_reference(module):
-        raise ValueError(
-            "module must have the members of LLaDA2's sparse MoE block (gate.weight, gate.expert_bias, "
-            f"experts[i].gate_proj, up_proj, down_proj), got {type(module).__name__}"
-        )
-    activation = getattr(getattr(module, "config", None), "hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ValueError(f"config.hidden_act must be silu, got {activation!r}")
-    listed = isinstance(module.experts, nn.ModuleList)
-    first, name = first_weight(module), "experts[0].gate_proj.weight" if listed else "experts.gate_proj"
-    if first.dim() != (2 if listed else 3) or first.dtype not in _checks.WEIGHT_DTYPES or first.device.type == "meta":
-        raise ValueError(
-            f"{name} must be a loaded float {'matrix' if listed else 'tensor [E, I, H]'}, got {list(first.shape)} "
-            f"{first.dtype} on {first.device}"
-        )
-    if num_experts(module) != routing.num_experts:
-        raise ValueError(f"experts must be num_experts={routing.num_experts}, got {num_experts(module)}")
-    intermediate, hidden = first.shape[-2:]
-    _checks.tensor("gate.weight", module.gate.weight, [routing.num_experts, hidden], _checks.WEIGHT_DTYPES)
-    _checks.tensor("gate.expert_bias", module.gate.expert_bias, [routing.num_experts], _checks.WEIGHT_DTYPES)
-    if listed:
-        for i, expert in enumerate(module.experts):
-            _check_mlp(f"experts[{i}]", expert, first, intermediate)
-    else:
-        shapes = dict(
-            gate_proj=[intermediate, hidden], up_proj=[intermediate, hidden], down_proj=[hidden, intermediate]
-        )
-        for projection, shape in shapes.items():
-            weight = getattr(module.experts, projection)
-            shape = [routing.num_experts, *shape]
-            _checks.tensor(f"experts.{projection}", weight, shape, (first.dtype,), first.device)
-    if getattr(module, "shared_experts", None) is not None:
-        gate_proj = getattr(module.shared_experts, "gate_proj", None)
-        weight = getattr(gate_proj, "weight", None)
-        _checks.tensor("shared_experts.gate_proj.weight", weight, ["I_shared", hidden])
-        _check_mlp("shared_experts", module.shared_experts, first, weight.shape[0])
-    check_own([module])
-
-
-def check_own(modules) -> None:
-    """Raises ValueError where a parameter has more than one place: stacked, the places would come apart."""
-    parameters = [parameter for module in modules for parameter in taken_parameters(module)]
-    if len({id(parameter) for parameter in parameters}) != len(parameters):
-        raise ValueError("experts must each have weights of their own, got a parameter that occurs twice")
-
-
-def _check_mlp(name: str, mlp: nn.Module, like, intermediate: int) -> None:
-    hidden = like.shape[-1]
-    shapes = dict(gate_proj=[intermediate, hidden], up_proj=[intermediate, hidden], down_proj=[hidden, intermediate])
-    for projection, shape in shapes.items():
-        linear = getattr(mlp, projection, None)
-        weight = getattr(linear, "weight", None)
-        _checks.tensor(f"{name}.{projection}.weight", weight, shape, (like.dtype,), like.device)
-        if getattr(linear, "bias", None) is not None:
-            raise ValueError(f"{name}.{projection} must have no bias, got one of shape {list(linear.bias.shape)}")

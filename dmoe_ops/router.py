@@ -2,38 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import _backends, _checks, _library, reference
 from .routing import BlockRouting, RoutingResult
 
 
-def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None) -> RoutingResult:
+def block_route(
+    logits: Tensor,
+    expert_bias: Tensor | None = None,
+    *,
+    routing: BlockRouting,
+    block_offsets: Tensor | None = None,
+) -> RoutingResult:
+    """Picks a coreset of experts for every block of tokens, then the experts of every token inside its block's coreset.
+
+    Args:
+        logits: router logits, float32 [T, E] or [bsz, seq, E] (float64 for gradcheck). Each sequence is cut into blocks of
+            `routing.block_size` tokens; its last block may be shorter. An expert whose logit is NaN is never chosen.
+        expert_bias: float32 [E], added to the scores that select. It does not enter the weights.
+        routing: the settings; `BlockRouting.policy("dmoe")` has those of the paper.
+        block_offsets: int32 [n_blocks + 1], for blocks of different lengths: block i holds the tokens from offsets[i] up to
+            offsets[i + 1]. The values must rise from 0 to T by at most `block_size`, which is checked on the CPU only.
+
+    Returns:
+        `RoutingResult`, with T = bsz * seq rows. Only topk_weights has a gradient, with respect to logits.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or offset. The message names the argument and its value.
+
+    `dmoe_ops.reference.block_route` is the contract. Source: dMoE (arXiv 2605.30876), Algorithm 1.
+    """
     _checks.routing(routing)
     if _library.nobody_listens(logits, expert_bias, block_offsets):
         _checks.once(_checks.route_call, logits, expert_bias, block_offsets, routing)
         rows = logits.reshape(-1, logits.shape[-1])
-        return result(run(rows, expert_bias, block_offsets, logits.shape[-2], routing))
+        return routing_result(block_route_run(rows, expert_bias, block_offsets, logits.shape[-2], routing))
     _checks.route_arguments(logits, expert_bias, block_offsets, routing)
     rows = logits.reshape(-1, logits.shape[-1])
-    return result(torch.ops.dmoe.block_route(rows, expert_bias, block_offsets, logits.shape[-2], *routing.args()))
+    outputs = torch.ops.dmoe.block_route(rows, expert_bias, block_offsets, logits.shape[-2], *routing.args())
+    return routing_result(outputs)
 
 
-block_route.__doc__ = reference.block_route.__doc__
-
-
-def outputs(result: RoutingResult) -> tuple:
+def route_outputs(result: RoutingResult) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A result in the order of the op's outputs: the differentiable one first, as torch.library.opcheck adds all
     outputs up in the type of the first."""
     return result.topk_weights, result.topk_ids, result.coreset_ids, result.coreset_sizes
 
 
-def result(outputs) -> RoutingResult:
+def routing_result(outputs: Sequence[Tensor]) -> RoutingResult:
+    """The inverse of `route_outputs`."""
     topk_weights, topk_ids, coreset_ids, coreset_sizes = outputs
     return RoutingResult(topk_ids, topk_weights, coreset_ids, coreset_sizes)
 
 
-def allocate(tokens, seq_len, block_offsets, routing: BlockRouting, like) -> RoutingResult:
+def allocate_routing(
+    tokens: int, seq_len: int, block_offsets: Tensor | None, routing: BlockRouting, like: Tensor
+) -> RoutingResult:
     """Empty outputs for `tokens` rows in sequences of `seq_len`, on the device of `like`."""
     if block_offsets is not None:
         n_blocks = block_offsets.shape[0] - 1
@@ -50,36 +78,38 @@ def allocate(tokens, seq_len, block_offsets, routing: BlockRouting, like) -> Rou
     )
 
 
-def check_seq_len(seq_len, tokens) -> None:
+def check_seq_len(seq_len: int, tokens: int) -> None:
     if tokens != 0 and (seq_len < 1 or tokens % seq_len != 0):
         raise ValueError(f"seq_len must divide T={tokens}, got {seq_len}")
 
 
-def fake(logits, expert_bias, block_offsets, seq_len, *routing_args):
+def block_route_fake(logits, expert_bias, block_offsets, seq_len, *routing_args):
     routing = _library.unpack_routing(routing_args)
     _checks.route(logits, expert_bias, block_offsets, routing)
     check_seq_len(seq_len, logits.shape[0])
-    return outputs(allocate(logits.shape[0], seq_len, block_offsets, routing, logits))
+    return route_outputs(allocate_routing(logits.shape[0], seq_len, block_offsets, routing, logits))
 
 
-def impl(logits, expert_bias, block_offsets, seq_len, *routing_args):
+def block_route_impl(logits, expert_bias, block_offsets, seq_len, *routing_args):
     routing = _library.unpack_routing(routing_args)
     _checks.once(_checks.route, logits, expert_bias, block_offsets, routing)
     check_seq_len(seq_len, logits.shape[0])
-    return run(logits, expert_bias, block_offsets, seq_len, routing)
+    return block_route_run(logits, expert_bias, block_offsets, seq_len, routing)
 
 
-def run(logits, expert_bias, block_offsets, seq_len, routing: BlockRouting) -> tuple:
+def block_route_run(
+    logits: Tensor, expert_bias: Tensor | None, block_offsets: Tensor | None, seq_len: int, routing: BlockRouting
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op on arguments that have been checked."""
-    routed = allocate(logits.shape[0], seq_len, block_offsets, routing, logits)
+    result = allocate_routing(logits.shape[0], seq_len, block_offsets, routing, logits)
     _checks.block_offset_values(block_offsets, logits.shape[0], routing.block_size)
     if logits.shape[0]:
         logits, expert_bias, block_offsets = _library.contiguous(logits, expert_bias, block_offsets)
-        _backends.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, routed)
-    return outputs(routed)
+        _backends.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, result)
+    return route_outputs(result)
 
 
-def setup_context(ctx, inputs, output):
+def block_route_setup_context(ctx, inputs, output):
     logits = inputs[0]
     _, topk_ids, coreset_ids, coreset_sizes = output
     ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
@@ -87,7 +117,7 @@ def setup_context(ctx, inputs, output):
     ctx.save_for_backward(logits, topk_ids)
 
 
-def weights_backward(d_weights, logits, topk_ids, routing: BlockRouting):
+def topk_weights_backward(d_weights: Tensor, logits: Tensor, topk_ids: Tensor, routing: BlockRouting) -> Tensor:
     """d logits [T, E] of the weights of the chosen experts; the selection passes no gradient."""
     chosen, valid = topk_ids.clamp(min=0).long(), topk_ids >= 0
     score = reference.scores(logits, routing.score)
@@ -102,16 +132,16 @@ def weights_backward(d_weights, logits, topk_ids, routing: BlockRouting):
     return score * (d_score - (d_score * score).sum(1, keepdim=True))
 
 
-def backward(ctx, d_weights, _ids, _coreset_ids, _coreset_sizes):
+def block_route_backward(ctx, d_weights, _ids, _coreset_ids, _coreset_sizes):
     logits, topk_ids = ctx.saved_tensors
-    return weights_backward(d_weights, logits, topk_ids, ctx.routing), *[None] * (ctx.n_inputs - 1)
+    return topk_weights_backward(d_weights, logits, topk_ids, ctx.routing), *[None] * (ctx.n_inputs - 1)
 
 
 _library.define(
     "block_route(Tensor logits, Tensor? expert_bias, Tensor? block_offsets, SymInt seq_len, "
     f"{_library.ROUTING}) -> (Tensor topk_weights, Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes)",
-    impl,
-    fake,
-    setup_context,
-    backward,
+    block_route_impl,
+    block_route_fake,
+    block_route_setup_context,
+    block_route_backward,
 )

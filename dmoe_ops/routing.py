@@ -12,6 +12,22 @@ import torch
 SCORES = ("sigmoid", "softmax")
 AGGREGATES = ("topk_sum", "sum", "max", "union")
 SELECTS = ("top_p", "top_n", "nonzero", "all")
+# The order in which settings reach C++ and CUDA (csrc/routing.h), where a name of the three tuples above is its position.
+PACKED_INTS = (
+    "top_k",
+    "block_size",
+    "n_group",
+    "topk_group",
+    "score",
+    "aggregate",
+    "select",
+    "min_experts",
+    "max_experts",
+    "capacity",
+    "union_k",
+    "norm_topk_prob",
+)
+PACKED_FLOATS = ("top_p", "routed_scaling_factor")
 
 # Spec of each policy as a change to LLaDA2.0-mini's dMoE defaults. Sources: dMoE arXiv 2605.30876 (Algorithm 1, tables
 # 2 and 3), DES arXiv 2602.00879 (des_seq, des_vote), the LLaDA2.2 report (capacity).

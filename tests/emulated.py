@@ -200,7 +200,7 @@ class Backend:
         monkeypatch.setenv("DMOE_BACKEND", "cuda")
         monkeypatch.setattr(_backends, "_C", rules)
         monkeypatch.setattr(_backends, "_has_cuda_experts", lambda device: True)
-        monkeypatch.setattr(_backends.Cuda, "why_not", staticmethod(lambda device: None))
+        monkeypatch.setattr(_backends.Cuda, "unavailable_reason", staticmethod(lambda device: None))
         monkeypatch.setattr(_backends.Cuda, "block_route", staticmethod(self.block_route))
         ops = types.SimpleNamespace(_gate_route_out=self.gate_route_out, _block_dense_out=self.block_dense_out)
         fake = types.SimpleNamespace(dmoe=ops)

@@ -51,7 +51,7 @@ def test_the_layer_on_a_gpu_can_be_captured(tokens, mapped, no_launches):
     x, seen = torch.randn(tokens, 64), []
     for _ in range(3):
         with Log() as log:
-            layer.impl(x, *weights, None, None, None, tokens, *routing.args(), *[None] * 4, False, expert_map)
+            layer.block_moe_impl(x, *weights, None, None, None, tokens, *routing.args(), *[None] * 4, False, expert_map)
         seen.append(log.names)
     assert set(seen[0]) <= ALLOCATIONS | VIEWS and set(seen[0]) & ALLOCATIONS, set(seen[0])
     assert seen[0] == seen[1] == seen[2]

@@ -362,11 +362,11 @@ def eager(block, x, ids, router_logits):
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
-def test_from_reference_takes_over_a_block(shared, make_block):
+def test_from_hf_takes_over_a_block(shared, make_block):
     torch.manual_seed(shared)
     block = make_block(shared=shared)
     before = {name: value.clone() for name, value in block.state_dict().items()}
-    layer = BlockMoE.from_reference(block, BlockRouting(num_experts=8, top_k=2, n_group=2, topk_group=1, min_experts=4))
+    layer = BlockMoE.from_hf(block, BlockRouting(num_experts=8, top_k=2, n_group=2, topk_group=1, min_experts=4))
     x = torch.randn(2, 10, 16)
     with torch.no_grad():
         y, (router_logits, topk_ids) = layer(x)

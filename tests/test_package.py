@@ -27,12 +27,12 @@ LAYERS = [
     {"engines"},
     {"models"},
     {"layer"},
-    {"router", "experts", "decoder", "expert_memory"},
+    {"router", "experts", "decoder", "expert_memory", "hf_block"},
     {"_backends"},
     {"triton_kernels", "reference"},
     {"_library"},
     {"_C"},
-    {"_checks", "quantize"},
+    {"_checks", "_call", "quantize"},
     {"routing", "_files", "formats"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

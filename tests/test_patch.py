@@ -235,7 +235,7 @@ def test_undo_and_a_gradient_from_before(change, model):
 def test_stacked_experts_that_are_fewer_than_their_width(make_block):
     model = network(Block(make_block(intermediate=12, experts=4, top_k=2), FORMS["y"], stacked=True))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    layer = BlockMoE.from_reference(
+    layer = BlockMoE.from_hf(
         model.layers[1], BlockRouting(num_experts=4, top_k=2, n_group=2, topk_group=1, min_experts=2)
     )
     assert layer.w13.shape == (4, 24, H)
@@ -250,7 +250,7 @@ def test_a_block_that_lacks_a_tensor_is_none(missing, stacked, make_block):
     for module in [block.gate] if owner == "gate" else [block.experts] if stacked else block.experts:
         delattr(module, name)
     with pytest.raises(ValueError, match="module must have the members of LLaDA2's sparse MoE block"):
-        BlockMoE.from_reference(block, BlockRouting(num_experts=E, top_k=2, n_group=2, topk_group=1))
+        BlockMoE.from_hf(block, BlockRouting(num_experts=E, top_k=2, n_group=2, topk_group=1))
     with pytest.raises(ValueError, match="without any"):
         patch(network(block))
 
@@ -259,7 +259,7 @@ def test_a_weight_in_two_places_is_refused(make_block):
     block = make_block()
     block.experts[3].up_proj.weight = block.experts[5].up_proj.weight
     with pytest.raises(ValueError, match="experts must each have weights of their own"):
-        BlockMoE.from_reference(block, BlockRouting(num_experts=E, top_k=2, n_group=2, topk_group=1))
+        BlockMoE.from_hf(block, BlockRouting(num_experts=E, top_k=2, n_group=2, topk_group=1))
 
 
 def test_undo_keeps_what_was_trained_of_each_expert(model):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import dmoe_ops
-from dmoe_ops import BlockRouting
+from dmoe_ops import BlockRouting, _library
+from dmoe_ops.routing import AGGREGATES, PACKED_FLOATS, PACKED_INTS, SCORES, SELECTS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 FIELDS = tuple(
     """num_experts top_k block_size n_group topk_group score aggregate select top_p min_experts max_experts capacity
@@ -217,3 +222,26 @@ def test_the_limits_of_each_range_are_allowed(settings):
 )
 def test_coreset_width_is_the_largest_possible_coreset(settings, width):
     assert BlockRouting(**settings).coreset_width == width
+
+
+def test_the_settings_reach_cpp_in_one_order():
+    """The order is `PACKED_INTS` and `PACKED_FLOATS`; csrc/routing.h names what it reads at each position."""
+    source = (ROOT / "csrc/routing.h").read_text()
+    fields = re.findall(r"\.(\w+) = .*?\b(ints|floats)\[(\d+)\]", source)
+    for kind, names in (("ints", PACKED_INTS), ("floats", PACKED_FLOATS)):
+        assert [(name, int(at)) for name, of, at in fields if of == kind] == [(name, i) for i, name in enumerate(names)]
+    enums = dict(re.findall(r"enum class (\w+) : int32_t \{ (.*?) \}", source))
+    for name, values in (("Score", SCORES), ("Aggregate", AGGREGATES), ("Select", SELECTS)):
+        assert tuple(value.rstrip("_") for value in enums[name].split(", ")) == values  # union is a word of C++
+
+
+def test_the_settings_as_cpp_reads_them():
+    numbers = dict(
+        num_experts=60, top_k=3, block_size=17, n_group=6, topk_group=5, min_experts=7, capacity=11, union_k=13
+    )
+    choices = dict(score="softmax", aggregate="union", select="nonzero", norm_topk_prob=False)
+    routing = BlockRouting(**numbers, **choices, top_p=0.25, routed_scaling_factor=1.5)
+    ints, floats = _library.packed_routing(routing)
+    assert ints == [3, 17, 6, 5, 1, 3, 2, 7, 60, 11, 13, 0] and floats == [0.25, 1.5]
+    assert _library.unpack_routing(routing.args()) == routing
+    assert [part.split()[1] for part in _library.ROUTING.split(", ")] == list(vars(routing))

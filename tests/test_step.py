@@ -233,7 +233,7 @@ def taped(monkeypatch):
         return tape, out
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "why_not", lambda model, rule: None)
+    monkeypatch.setattr(graphs, "ungraphable_reason", lambda model, rule: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return captured
 
@@ -322,11 +322,11 @@ def test_why_there_are_no_graphs(monkeypatch):
     with pytest.raises(ValueError, match="use_graphs must not be True here: the model is on cpu"):
         model.generate(prompt(4), gen_length=4, use_graphs=True)
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
-    assert "random numbers" in graphs.why_not(on_gpu, dataclasses.replace(RULE, temperature=1.0))
+    assert "random numbers" in graphs.ungraphable_reason(on_gpu, dataclasses.replace(RULE, temperature=1.0))
     monkeypatch.setattr(graphs._backends, "name_for", lambda device: "reference")
-    assert "reference backend" in graphs.why_not(on_gpu, RULE)
+    assert "reference backend" in graphs.ungraphable_reason(on_gpu, RULE)
     on_gpu.mesh = None
-    assert "several ranks" in graphs.why_not(on_gpu, RULE)
+    assert "several ranks" in graphs.ungraphable_reason(on_gpu, RULE)
 
 
 def test_a_capture_that_fails_is_told_and_the_decode_goes_on(monkeypatch):
@@ -336,7 +336,7 @@ def test_a_capture_that_fails_is_told_and_the_decode_goes_on(monkeypatch):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", fails)
-    monkeypatch.setattr(graphs, "why_not", lambda model, rule: None)
+    monkeypatch.setattr(graphs, "ungraphable_reason", lambda model, rule: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     want = model.generate(ids, gen_length=20, use_graphs=False)
     with pytest.warns(UserWarning, match="the capture failed: operation not permitted when stream is capturing"):

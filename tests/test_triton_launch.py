@@ -58,6 +58,9 @@ def launches(function) -> list:
 def backend(name: str, *args):
     from dmoe_ops.triton_kernels.backend import Triton
 
+    from dmoe_ops._call import LayerCall
+
+    args = (LayerCall(*args),) if name == "block_moe" else args
     return launches(lambda: getattr(Triton, name)(*args))
 
 
@@ -110,7 +113,7 @@ def tensors(given) -> list:
 
 
 def layer(tokens: int, *, hidden=64, inner=32, shared=32, offsets=None, expert_map=False, **settings):
-    """Arguments of the backend's block_moe."""
+    """The fields of a `LayerCall`."""
     from dmoe_ops import BlockRouting, router
     from dmoe_ops.formats import ExpertWeights
 
@@ -126,7 +129,7 @@ def layer(tokens: int, *, hidden=64, inner=32, shared=32, offsets=None, expert_m
         expert_map=empty(experts, dtype=torch.int32) if expert_map else None,
     )
     offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
-    out = router.allocate(tokens, tokens, offsets, routing, x)
+    out = router.allocate_routing(tokens, tokens, offsets, routing, x)
     logits, bias = (empty(*shape, dtype=torch.float32) for shape in ((tokens, experts), (experts,)))
     return x, empty(experts, hidden), bias, weights, offsets, tokens, routing, empty(tokens, hidden), out, logits
 
@@ -220,7 +223,6 @@ def what_makes_another_call():
 @check
 def what_is_made_anew_every_time():
     from dmoe_ops.triton_kernels import launch, router, tiles
-    from dmoe_ops.triton_kernels.backend import Triton
 
     calls = []
 
@@ -266,7 +268,7 @@ def what_is_made_anew_every_time():
         assert len({len(each) for each in made}) == 1
 
     x, *rest = layer(32)
-    Triton.block_moe(x, *rest)
+    backend("block_moe", x, *rest)
     off = torch.zeros(32 * 64 + 1, dtype=torch.bfloat16)[1:].view(32, 64)
     made = backend("block_moe", off, *rest)
     assert made[0][3]["x_ptr"] is off  # Triton's own way, which compiles for this alignment

@@ -114,7 +114,7 @@ def check_routing(seed: int) -> str | None:
     packed = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
     found = {"reference": reference.block_route(*tensors, routing=routing, block_offsets=packed)}
     if "cpp" not in _backends.missing():
-        out = router.allocate(len(rows), logits.shape[-2], packed, routing, tensors[0])
+        out = router.allocate_routing(len(rows), logits.shape[-2], packed, routing, tensors[0])
         for tensor in out:
             tensor.fill_(-7)
         _backends.Cpp.block_route(torch.from_numpy(rows), tensors[1], packed, logits.shape[-2], routing, out)

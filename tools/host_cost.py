@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 
 from dmoe_ops import BlockMoE, BlockRouting, _backends, block_moe, block_route, moe_experts, router
+from dmoe_ops._call import LayerCall
 from dmoe_ops.formats import ExpertWeights
 
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
@@ -130,7 +131,7 @@ def cuda_backend():
         torch.ops.load_library(str(library))
     with (
         mock.patch.dict(os.environ, DMOE_BACKEND="cuda"),
-        mock.patch.object(_backends.Cuda, "why_not", lambda _: None),
+        mock.patch.object(_backends.Cuda, "unavailable_reason", lambda _: None),
         mock.patch.object(_backends, "_has_cuda_experts", lambda _: True),
     ):
         yield
@@ -159,16 +160,15 @@ def calls(backend: str, tokens: int) -> dict:
             torch.nn.init.normal_(weight)
     x = torch.zeros(1, tokens, hidden, dtype=torch.bfloat16)
     weights = [layer.gate_weight, layer.expert_bias, layer.w13, layer.w2, layer.shared_w13, layer.shared_w2]
-    rows, out = x[0], router.allocate(tokens, tokens, None, routing, x)
+    rows, out = x[0], router.allocate_routing(tokens, tokens, None, routing, x)
     logits, y, experts = torch.zeros(tokens, routing.num_experts), torch.empty_like(rows), ExpertWeights(*weights[2:])
     ids, scale = torch.zeros_like(out.topk_ids), torch.zeros_like(out.topk_weights)
+    call = LayerCall(rows, *weights[:2], experts, None, tokens, routing, y, out, logits)
     chosen = _backends.backend(x)
     timed = {
         "forward": lambda: layer(x),
         "block_moe": lambda: block_moe(x, *weights, routing=routing),
-        "backend": lambda: chosen.block_moe(
-            rows, layer.gate_weight, layer.expert_bias, experts, None, tokens, routing, y, out, logits
-        ),
+        "backend": lambda: chosen.block_moe(call),
         "moe_experts": lambda: moe_experts(rows, layer.w13, layer.w2, ids, scale),
         "block_route": lambda: block_route(logits, layer.expert_bias, routing=routing),
     }

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dmoe_ops import router
+from dmoe_ops._call import LayerCall
 from dmoe_ops.formats import FORMATS, ExpertWeights, scale_dtypes, scale_shape, stored_columns
 from dmoe_ops.routing import BlockRouting
 
@@ -114,7 +115,7 @@ def launches(
         weights = weights._replace(**{f"shared_{name}": value for name, value in own.items()})
     bias = empty(n_experts, dtype=torch.float32)
     logits = empty(n_tokens, n_experts, dtype=torch.float32)
-    out = router.allocate(n_tokens, n_tokens, None, routing, x)
+    out = router.allocate_routing(n_tokens, n_tokens, None, routing, x)
     table = tiles.for_name(chip.name, chip.shared_memory, chip.processors)
     with contextlib.ExitStack() as stack:
         calls = stack.enter_context(recorded())
@@ -127,7 +128,8 @@ def launches(
         if decoder:
             _decoder_ops(serve, empty, n_tokens, hidden)
         elif not ops:
-            serve.block_moe(x, empty(n_experts, hidden), bias, weights, None, n_tokens, routing, x, out, logits)
+            gate_weight = empty(n_experts, hidden)
+            serve.block_moe(LayerCall(x, gate_weight, bias, weights, None, n_tokens, routing, x, out, logits))
         else:
             serve.block_route(logits, bias, None, n_tokens, routing, out)
             experts = weights._replace(**{f"shared_{name}": None for name in own}) if shared else weights

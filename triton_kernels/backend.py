@@ -7,6 +7,7 @@ import functools
 import torch
 import triton
 
+from .._call import LayerCall
 from ..formats import ExpertWeights
 from . import decoder, experts, gradient, launch, router, schedule, tiles
 from .weights import stored
@@ -106,11 +107,14 @@ class Triton:
             gradient.experts_gradient(d_y, x, weights, topk_ids, topk_weights, plan, buffers, out)
 
     @staticmethod
-    @launch.repeated
-    def block_moe(
-        x, gate_weight, expert_bias, weights: ExpertWeights, block_offsets, seq_len, routing, y, out, router_logits
-    ) -> None:
+    def block_moe(call: LayerCall) -> None:
         """Four launches: gate, route, up, down; in the gathered form a fifth that combines."""
+        Triton._block_moe(*call)
+
+    @staticmethod
+    @launch.repeated
+    def _block_moe(*call) -> None:
+        x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits = call
         n_blocks = out.coreset_sizes.shape[0]
         with launch.on(x.device):
             weights = stored(weights, has_fp8(x.device))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..layer import BlockMoE, check_own, check_reference, first_weight, is_reference, num_experts
+from .. import hf_block
+from ..hf_block import check_own, first_weight, is_moe_block, num_experts
+from ..layer import BlockMoE
 from ..models.llada2 import OWN, own_policy, trained_for
 from ..routing import POLICIES, BlockRouting
 
@@ -72,7 +74,7 @@ def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
 
     policy: "own" is the one that the weights were trained for, as model.config says (core_threshold, expert_capacity), and
     dmoe where it says nothing.
-    A block is found by its members (see `BlockMoE.from_reference`), never by its class. Experts, top-k, groups and
+    A block is found by its members (see `BlockMoE.from_hf`), never by its class. Experts, top-k, groups and
     scaling are read from each block; `overrides` are fields of `BlockRouting` and win over both. The patched block returns
     what the original does: y, (y, router_logits) or (y, (router_logits, topk_ids)), found out by running the original once
     on zeros (LLaDA2's, the last, where it has no forward). A block that occurs twice in the model is one layer in both
@@ -91,7 +93,7 @@ def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
     if policy not in (OWN, *POLICIES):
         raise ValueError(f"policy must be one of {OWN}, {', '.join(POLICIES)}, got {policy!r}")
     named = model.named_modules(remove_duplicate=False)
-    originals = {name: module for name, module in named if name and is_reference(module)}
+    originals = {name: module for name, module in named if name and is_moe_block(module)}
     if not originals:
         again = " (it is patched already)" if any(isinstance(m, BlockMoE) for m in model.modules()) else ""
         raise ValueError(f"model must contain LLaDA2 sparse MoE blocks, got {type(model).__name__} without any{again}")
@@ -104,7 +106,7 @@ def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
         module = originals[name]
         try:
             routing = routing_of(module, policy, config, **overrides)
-            check_reference(module, routing)
+            hf_block.check(module, routing)
             found[id(module)] = routing, returned_by(module)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -113,7 +115,7 @@ def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
     for name, module in originals.items():
         if id(module) not in made:
             routing, (returns, flat) = found[id(module)]
-            layer = made[id(module)] = PatchedMoE.from_reference(module, routing)
+            layer = made[id(module)] = PatchedMoE.from_hf(module, routing)
             layer.returns, layer.flat = returns, flat
         layers[name] = made[id(module)]
         model.set_submodule(name, layers[name])

@@ -99,7 +99,7 @@ PREDICTED = {
 def cuda_parts(case: cases.Case, w: cases.Weights) -> dict:
     """The two launches of csrc/cuda, called as `_backends.Cuda` calls them, with what a part leaves out left out."""
     x, routing, tokens = case.x, case.routing, len(case.x)
-    out = router.allocate(tokens, tokens, None, routing, x)
+    out = router.allocate_routing(tokens, tokens, None, routing, x)
     logits = x.new_empty(tokens, routing.num_experts, dtype=torch.float32)
     schedule = _backends._cuda_schedule(x, w.w13)
     y = torch.empty_like(x)

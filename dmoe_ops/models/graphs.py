@@ -21,7 +21,7 @@ def of(model, rule: Rule, sequences: int, capacity: int, wanted: bool | None) ->
     steps run one op after the other. Raises ValueError, with the reason, where `wanted` is True and there can be none."""
     if wanted is False:
         return None
-    why = why_not(model, rule)
+    why = ungraphable_reason(model, rule)
     if why is None:
         bucket, room = 1 << (sequences - 1).bit_length(), CAPACITY
         while room < capacity:
@@ -50,7 +50,7 @@ def _kept(model) -> dict[tuple, StepGraphs]:
     return model.__dict__.setdefault("_step_graphs", {})
 
 
-def why_not(model, rule: Rule) -> str | None:
+def ungraphable_reason(model, rule: Rule) -> str | None:
     """Why the steps of a decode can't be captured."""
     if model.device.type != "cuda":
         return f"the model is on {model.device}, and graphs are CUDA's"

@@ -12,17 +12,17 @@ from dmoe_ops import BlockRouting, _backends, _library, block_moe, block_route, 
 from dmoe_ops.quantize import quantize
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     if not torch.cuda.is_available():
         return "needs a GPU; there is none here"
     device = torch.device("cuda", torch.cuda.current_device())
     if not _backends._has_cuda_experts(device):
         return f"needs compute capability 9.0 or 10.x, got {torch.cuda.get_device_capability()}"
-    return _backends.Cuda.why_not(device)
+    return _backends.Cuda.unavailable_reason(device)
 
 
 pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason())),
     pytest.mark.usefixtures("cuda_backend"),
 ]
 
@@ -158,7 +158,7 @@ def test_gate(x_dtype, gate_dtype, hidden, experts, tokens):
     """fp32 arithmetic for every pair of dtypes, whole tiles or not, and the routing of these logits."""
     routing = BlockRouting(num_experts=experts, n_group=4, topk_group=2, block_size=48)
     x, gate = activations(tokens, hidden, dtype=x_dtype), filled(experts, hidden, dtype=gate_dtype)
-    out = router.allocate(tokens, tokens, None, routing, x)
+    out = router.allocate_routing(tokens, tokens, None, routing, x)
     logits = torch.full((tokens, experts), torch.nan, device="cuda")
     torch.ops.dmoe._gate_route_out(x, gate, None, None, tokens, *_library.packed_routing(routing), logits, *out, None)
     exact, size = x.double() @ gate.double().T, x.double().abs() @ gate.double().abs().T

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU; there is none here
 
 @pytest.fixture(params=["cuda", "triton"])
 def model(request, monkeypatch):
-    if why := _backends.BACKENDS[request.param].why_not(torch.device("cuda", torch.cuda.current_device())):
+    if why := _backends.BACKENDS[request.param].unavailable_reason(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip(why)
     monkeypatch.setenv("DMOE_BACKEND", request.param)
     return build().to("cuda")

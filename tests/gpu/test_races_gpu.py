@@ -68,7 +68,7 @@ gpu_only = pytest.mark.skipif(not GPU, reason="needs a GPU; there is none here")
 def backend(request, monkeypatch):
     if GPU:
         device = torch.device("cuda", torch.cuda.current_device())
-        if why := _backends.BACKENDS[request.param].why_not(device):
+        if why := _backends.BACKENDS[request.param].unavailable_reason(device):
             pytest.skip(why)
         if request.param == "cuda" and not _backends._has_cuda_experts(device):
             pytest.skip(f"needs compute capability 9.0 or 10.x, got {torch.cuda.get_device_capability()}")
