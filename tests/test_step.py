@@ -96,16 +96,18 @@ def decode_free_reads(count) -> int:
     return checks.reads()
 
 
-def test_ops_of_a_forward():
-    """20 layers: what launches something."""
+@pytest.mark.parametrize("fixed", [False, True])
+def test_ops_of_a_forward(fixed):
+    """20 layers: what launches something; `fixed`: as in a graph, which replays every one of them."""
     model = build(dataclasses.replace(CONFIG, num_hidden_layers=20))
     with torch.no_grad():
         cache = model.new_cache(64)
+        cache.length = torch.tensor([32]) if fixed else 32
         with Count() as forward:
             model.hidden_states(prompt(32), kv_cache=cache, block_length=32)
         batch = Batch.empty(model, 32, 1, 64)
         with Count() as whole:
-            denoise(model, batch, dataclasses.replace(RULE, block_length=32), torch.tensor([0]), 32, False)
+            denoise(model, batch, dataclasses.replace(RULE, block_length=32), torch.tensor([0]), 32, False, fixed)
     print(f"\nforward {sum(forward.ops.values())} ops, step {sum(whole.ops.values())}: {whole.ops}")
     assert sum(forward.ops.values()) <= 250
     assert sum(whole.ops.values()) <= 320

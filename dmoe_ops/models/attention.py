@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -66,16 +67,13 @@ class KVCache:
         self.length += tokens
 
 
-def attend(query, keys, values, past: int | torch.Tensor, block_length: int) -> torch.Tensor:
+def attend(query, keys, values, past: int, block_length: int) -> torch.Tensor:
     """Block-causal attention, [n, heads, T, D]: a token sees its own block and all earlier ones.
 
     query [n, heads, T, D] at the positions from `past` on, the end of a block; keys, values [n, kv_heads, L, D] at those
-    from 0 on, L = past + T. With `past` int64 [1] on the device, L is the capacity. No mask of T x T is made: a chunk of
-    queries has its own call, over what it sees.
+    from 0 on, L = past + T. No mask of T x T is made: a chunk of queries has its own call, over what it sees.
     """
-    tokens, length = query.shape[2], keys.shape[2]
-    if isinstance(past, torch.Tensor):
-        return masked(query, keys, values, sees(past, 0, tokens, length, block_length))
+    tokens = query.shape[2]
     chunk = max(1, CHUNK // block_length) * block_length
     parts = []
     for begin in range(0, tokens, chunk):
@@ -94,11 +92,18 @@ def sees(past, begin: int, end: int, length: int, block_length: int, device=None
     return torch.arange(length, device=device) // block_length <= block[:, None]
 
 
+def bias_of(seen, groups: int, dtype) -> torch.Tensor:
+    """A mask bool [T, L] as what `masked` adds to the scores of `groups` query heads that share keys, [groups * T, L]: made
+    once, where every layer would make it again."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf).repeat(groups, 1)
+
+
 def masked(query, keys, values, mask=None) -> torch.Tensor:
-    """Attention under a mask bool [T, L]. The query heads that share keys become queries of one head: no copy of the keys,
-    and, without a mask, every fast form of attention serves."""
+    """Attention under a mask, bool [T, L] or that of `bias_of`. The query heads that share keys become queries of one head:
+    no copy of the keys, and, without a mask, every fast form of attention serves."""
     n, heads, tokens, size = query.shape
     groups = heads // keys.shape[1]
     query = query.reshape(n, keys.shape[1], groups * tokens, size)
-    mask = mask if mask is None or groups == 1 else mask.repeat(groups, 1)
+    if mask is not None and mask.shape[0] != groups * tokens:
+        mask = mask.repeat(groups, 1)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).reshape(n, heads, tokens, size)
