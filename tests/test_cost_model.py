@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-from cost import facts, machine_code, machines, model  # noqa: E402
+from cost import facts, forward, machine_code, machines, model  # noqa: E402
 
 H100 = machines.MACHINES["H100"]
 TOOL = [sys.executable, str(TOOLS / "cost_model.py")]
@@ -71,6 +71,20 @@ def test_what_is_rare_is_left_out():
     text = "".join(f"        /*{16 * n:04x}*/   {line} ;\n" for n, line in enumerate(lines))
     assert [loop.instructions for loop in machine_code.analyse(text)] == [4, 4]
     assert [loop.instructions for loop in machine_code.analyse(text, rare=True)] == [3]
+
+
+# --- a whole step
+
+
+def test_a_step_is_its_layers_and_all_other_launches():
+    parts = {part.name: part for part in forward.parts(H100, 50.0)}
+    assert parts["MoE"].us == 19 * 50
+    # 295 ops of a step in tests/test_step.py, of which 19 are layers of two launches.
+    assert sum(part.launches for part in parts.values()) == 295 + 19
+    start = H100.launch + H100.dram_us
+    assert parts["head"].us == pytest.approx(2 * 157184 * 2048 / 3e6 + start)
+    assert parts["qkv"].us == pytest.approx(20 * (2 * 3072 * 2048 / 3e6 + start))
+    assert parts["norms"].us == pytest.approx(40 * (start + forward.SMALL_US))
 
 
 # --- the model, by hand

@@ -1,6 +1,7 @@
 """Predicted microseconds of a layer, launch by launch, from the compiled kernels: no GPU needed. All of it is unconfirmed.
 
     python tools/cost_model.py [--gpu H100 …] [--tokens 32 …] [--unique 14.6 …] [--weights bf16 …] [--detail | --json]
+    python tools/cost_model.py --forward [--gpu H100 …]    a whole step of LLaDA2.0-mini as one graph, with these layers
     python tools/cost_model.py --facts     after a change to a kernel: compiles all anew into tools/cost/facts.json
     python tools/cost_model.py --check …   compiles most and compares with that file: sm_80, sm_90, sm_100, gfx942, cuda
 
@@ -14,7 +15,7 @@ import json
 import sys
 
 import triton_resources
-from cost import cuda_layer, facts, machines, triton_layer
+from cost import cuda_layer, facts, forward, machines, triton_layer
 from cost.model import Estimate, estimate
 
 TOKENS, UNIQUE = (32, 128, 512, 2048), (8, 15, 32, 70)
@@ -52,6 +53,17 @@ def predictions(args, store: facts.Store):
                         yield dict(at, us=us, floor_us=least, roofline=least / us, launches=parts)
 
 
+def print_forward(args, store: facts.Store) -> None:
+    for row in predictions(args, store):
+        parts = forward.parts(machines.of(row["gpu"]), row["us"])
+        us = sum(part.us for part in parts)
+        said = ", ".join(f"{part.name} {part.us:.0f} ({part.launches})" for part in parts)
+        print(
+            f"{row['gpu']}, {row['backend']}, U = {row['unique']:g}: {us / 1e3:.2f} ms; us (launches): {said}",
+            flush=True,
+        )
+
+
 def line(row: dict, detail: bool) -> str:
     launches = " + ".join(
         f"{one['name']} {one['us']:.1f}" + (f" ({one['bound']})" if detail else "") for one in row["launches"]
@@ -77,6 +89,7 @@ def main() -> int:
     parser.add_argument("--model", choices=triton_resources.MODELS, default="mini")
     parser.add_argument("--detail", action="store_true", help="what bounds each launch, and its parts")
     parser.add_argument("--json", action="store_true", help="one row per line, as JSON")
+    parser.add_argument("--forward", action="store_true", help="a whole step; T = 32, U = 14.6 unless said")
     parser.add_argument(
         "--facts", action="store_true", help="compile anew and keep: registers, instructions, latencies"
     )
@@ -99,6 +112,11 @@ def main() -> int:
         print(f"{len(store.used)} kernels in {facts.FILE}")
         return 0
     store = facts.Store()
+    if args.forward:
+        args.tokens = [forward.TOKENS]
+        args.unique = [14.6] if args.unique == list(UNIQUE) else args.unique
+        print_forward(args, store)
+        return 0
     if not args.json:
         print("| GPU | weights | T | U | backend | floor us | us | roofline | launches, us |\n" + "|---" * 9 + "|")
     for row in predictions(args, store):
