@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import re
 import types
 
 import pytest
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, decoding, graphs
-from dmoe_ops.models.step import Batch, Rule, denoise
+from dmoe_ops.models.step import Batch, Counter, Rule, denoise
 
 CONFIG = LLaDA2Config(**{**SIZES, "max_position_embeddings": 512})
 DATA_DEPENDENT = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "equal")
@@ -112,6 +113,85 @@ def test_ops_of_a_forward(fixed):
     assert sum(forward.ops.values()) <= 250
     assert sum(whole.ops.values()) <= 320
     assert forward.ops["add_rms_norm"] == 40 and forward.ops["qk_norm_rope"] == 20 and whole.ops["greedy"] == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_head_is_applied_to_masks_alone(temperature, monkeypatch):
+    """Unless tokens are drawn: what is drawn for a position depends on all before it."""
+    model, ids, wanted, rows = build(), torch.cat([prompt(40, seed) for seed in range(3)]), [], []
+    head = model.head
+
+    def counted(model, batch, rule, which, *args):
+        block = batch.x[which][:, int(batch.begin) : int(batch.begin) + 32]
+        masks = int(((block == MASK) & batch.active[which, None]).sum())
+        wanted.append(len(which) * 32 if temperature else masks)
+        return denoise(model, batch, rule, which, *args)
+
+    monkeypatch.setattr(decoding, "denoise", counted)
+    monkeypatch.setattr(model, "head", lambda hidden: rows.append(len(hidden)) or head(hidden))
+    options = dict(prompt_lengths=torch.tensor([40, 3, 17]), gen_length=50, threshold=0.5, temperature=temperature)
+    model.generate(ids, eos_id=None, **options)
+    assert rows == wanted and len(set(wanted)) > 2
+
+
+@pytest.mark.parametrize("length, before", [(40, []), (70, [64])])
+def test_a_finished_block_is_committed_by_the_next_ones_first_step(length, before, monkeypatch):
+    """And so is a prompt of one full block: neither takes a run of the layers of its own."""
+    model, tokens, forward = build(), [], build().hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, **how: tokens.append(ids.shape[1]) or forward(ids, **how))
+    stats = model.generate(prompt(length), gen_length=80, eos_id=None, threshold=0.5).stats
+    rides = stats.commit_forwards + (not before)
+    assert tokens[: len(before)] == before and tokens.count(64) == rides + len(before)
+    assert len(tokens) == stats.denoising_forwards + len(before) and stats.prefill_forwards == 1
+
+
+@pytest.mark.parametrize("budget, runs", [(64, [32, 32, 16]), (1, [16] * 5), (10**6, [80])])
+def test_a_long_prompt_is_prefilled_a_few_blocks_at_a_time(budget, runs, monkeypatch):
+    """So that memory is bounded: no more than a budget of tokens of all sequences, whole blocks, at least one."""
+    model, ids, tokens = build(), torch.cat([prompt(90), prompt(90, 1)]), []
+    options = dict(gen_length=10, block_length=16, eos_id=None)
+    want = model.generate(ids, **options)
+    forward = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, **how: tokens.append(ids.shape[1]) or forward(ids, **how))
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", budget)
+    got = model.generate(ids, **options)
+    assert torch.equal(got.tokens, want.tokens) and got.stats == want.stats and got.stats.prefill_forwards == 2
+    assert tokens[: len(runs) + 1] == [*runs, 16]
+
+
+def test_a_mask_that_the_model_predicts_is_a_token():
+    """It is left at the block's last step, and is part of the answer."""
+    model = build()
+    torch.nn.init.zeros_(model.lm_head.weight)  # token 0 is the first of the most probable ones
+    decoded = model.generate(prompt(8).clamp(min=1), gen_length=30, steps=4, mask_id=0, eos_id=None)
+    assert decoded.tokens.tolist() == [[0] * 30] and decoded.stats.denoising_forwards == 8
+
+
+def test_counts_are_integers_of_64_bits():
+    counter = Counter(4, 2, layers=3, device="meta")
+    assert [part.dtype for part in (counter.forwards, counter.blocks, counter.unique)] == [torch.int64] * 3
+    assert [part.device.type for part in (counter.forwards, counter.blocks, counter.unique)] == ["meta"] * 3
+
+
+def test_what_a_batch_holds():
+    """Empty, nothing is new or active, and a row without a sequence has one step. Filled, whatever it held is gone."""
+    batch = Batch.empty(build(), 16, 3, 16)
+    for name in ("x", "new", "length", "active", "begin", "step"):
+        assert not getattr(batch, name).any(), name
+        assert getattr(batch, name).dtype == (torch.bool if name in ("new", "active") else torch.int64), name
+    assert batch.x.shape == batch.new.shape == (3, 16) and batch.begin.shape == batch.step.shape == (1,)
+    assert batch.length.shape == batch.active.shape == (3,) and batch.steps.tolist() == [1, 1, 1]
+
+    batch.x.fill_(1), batch.new.fill_(True), batch.active.fill_(True)
+    batch.cache.commit(16)
+    batch.counter.forwards += 1
+    prompts, lengths = torch.tensor([[5, 6, 7], [8, 9, 9]]), torch.tensor([3, 1])
+    batch.fill(prompts, lengths, torch.tensor([2, 4]), torch.tensor([6, 7]), MASK)
+    assert batch.x[:, :4].tolist() == [[5, 6, 7, MASK], [8, MASK, MASK, MASK], [MASK] * 4]
+    assert (batch.x[:, 4:] == MASK).all() and not batch.active.any()
+    assert [row.nonzero()[:, 0].tolist() for row in batch.new] == [[3, 4], [1, 2, 3, 4], []]
+    assert batch.length.tolist() == [3, 1, 0] and batch.steps.tolist() == [6, 7, 1]
+    assert batch.cache.length == 0 and not batch.counter.forwards.any()
 
 
 # Captured --------------------------------------------------------------------------------------------------------------
@@ -296,6 +376,13 @@ def test_graphs_are_made_again_where_the_model_changes(taped):
     assert len(model._step_graphs) <= graphs.KEPT
 
 
+def test_the_first_graphs_of_a_block_length_serve_the_next_decode(taped):
+    model = build()
+    for _ in range(2):
+        model.generate(prompt(20), gen_length=20, block_length=16)
+        assert len(taped) == 2
+
+
 def test_a_capture_is_warmed_up_in_a_stream_of_its_own(monkeypatch):
     """What `capture` asks of torch.cuda, in order."""
     said = []
@@ -376,6 +463,17 @@ def test_a_stream_hands_out_what_generate_returns():
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(iterated, blocks, strict=True))
 
 
+def test_a_stream_keeps_gradients_off_while_it_computes_alone(monkeypatch):
+    model, modes = build(), []
+    forward = model.hidden_states
+    monkeypatch.setattr(
+        model, "hidden_states", lambda *a, **k: modes.append(torch.is_grad_enabled()) or forward(*a, **k)
+    )
+    for _ in model.stream(prompt(40), gen_length=50):
+        assert torch.is_grad_enabled()
+    assert len(modes) > 2 and not any(modes)
+
+
 def test_a_decode_is_cancelled_between_steps():
     model, ids = build(), prompt(40)
     want = model.generate(ids, gen_length=90, eos_id=None, threshold=0.5).tokens[0].tolist()
@@ -408,8 +506,20 @@ def test_every_row_has_a_length_of_its_own(replay, request):
     got = model.generate(ids, prompt_lengths=torch.tensor(lengths), gen_length=torch.tensor(gens), **options)
     for row, (length, gen) in enumerate(zip(lengths, gens)):
         alone = model.generate(ids[row : row + 1, :length], gen_length=gen, use_graphs=False, **options)
-        assert torch.equal(got.tokens[row, :gen], alone.tokens[0])
+        assert torch.equal(got.tokens[row, :gen], alone.tokens[0]) and not got.tokens[row, gen:].any()
     assert got.stats.tokens == sum(gens)
+
+
+def test_lengths_may_be_tensors_of_32_bits_and_each_has_to_fit():
+    model, ids = build(dataclasses.replace(CONFIG, max_position_embeddings=32)), torch.cat([prompt(20), prompt(20, 1)])
+    lengths = torch.tensor([20, 4], dtype=torch.int32)
+    for gens in ([1, 1], [12, 28]):
+        gens = torch.tensor(gens, dtype=torch.int32)
+        tokens = model.generate(ids, prompt_lengths=lengths, gen_length=gens, eos_id=None, threshold=0.1).tokens
+        assert tokens.shape == (2, int(gens.max()))
+    for gens, says in (([12, 29], "4 + 29"), ([13, 2], "20 + 13")):
+        with pytest.raises(ValueError, match=rf"max_position_embeddings=32 tokens, got {re.escape(says)}"):
+            model.generate(ids, prompt_lengths=lengths, gen_length=torch.tensor(gens))
 
 
 @pytest.mark.parametrize("gen_length", [torch.tensor([3]), torch.tensor([3.0, 3.0]), torch.tensor([0, 3])])

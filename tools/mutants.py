@@ -359,6 +359,19 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "dmoe_ops/models/decoding.py": {
         "prompts = input_ids.masked_fill(padding, 0) | 0 -> 1": "any token will do: padding is not looked at",
+        "PREFILL_TOKENS = 2048": "a bound of memory; a test sets others",
+        "if not all(finite": "a step tells it of all rows together",
+    },
+    "dmoe_ops/models/step.py": {
+        "logits.amax(-1).isfinite().all() # the largest of a row is NaN where the row holds one | -1 -> 1": (
+            "the largest of all are looked at, along whichever dimension"
+        ),
+        "logits.amax(-1).isfinite().all() # the largest of a row is NaN where the row holds one | 1 -> 2": (
+            "the largest of all are looked at, along whichever dimension"
+        ),
+        "if masks < masked.numel(): | masks < masked.numel() -> masks <= masked.numel()": "all positions, reordered",
+        "stable=True) -> masked.flatten().sort(descending=True)": "masks in any order: what fills up is not looked at",
+        "indices[:masks] | True -> False (2)": "masks in any order: what fills up is not looked at",
     },
     "dmoe_ops/models/sampling.py": {
         "top_k < logits.shape[1] -> top_k <= logits.shape[1]": "the k most probable of k tokens are all of them",

@@ -47,7 +47,7 @@ class DecodingStats:
 
 class Decoded(NamedTuple):
     """tokens: int64 [bsz, n], the new tokens up to and with the first eos; n is at most gen_length. A sequence that ends
-    earlier than another is filled up with eos."""
+    earlier than another is filled up with eos, with 0 where nothing ends a text."""
 
     tokens: torch.Tensor
     stats: DecodingStats
@@ -185,7 +185,7 @@ class Decode:
             rides = pending == size and active == going
             if pending and not rides:
                 self.prefill(going, begin)
-            left = [max(0, end - max(begin, self.lengths[row])) for row in active]
+            masks = sum(end - max(begin, self.lengths[row]) for row in active)
             over = dict.fromkeys(going, False)
             batch.begin.fill_(begin)
             batch.step.zero_()
@@ -193,15 +193,15 @@ class Decode:
                 [row in active for row in range(len(self.lengths))], device=batch.x.device
             )
             while active:
-                flags = self.step(active, sum(left), rides)
+                flags = self.step(active, masks, rides)
                 if rides:
                     batch.cache.commit(size)
                     rides = False
                 if not all(finite for _, _, finite in flags):
                     _raise_not_finite(self.model, begin)
                 over.update((row, bool(eos)) for row, (_, eos, _) in zip(active, flags))
-                active = [row for row, (masks, _, _) in zip(active, flags) if masks]
-                left = [masks for masks, _, _ in flags if masks]
+                active = [row for row, (left, _, _) in zip(active, flags) if left]
+                masks = sum(left for left, _, _ in flags)
                 yield begin, not active
             going = [row for row in going if end < self.stops[row] and not over[row]]
             if not going:
