@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from .formats import NOT_LOADED, QUANTIZED, ExpertWeights, scale_dtypes, scale_shape, stored_columns
-from .routing import BlockRouting
+from .routing import BlockRouting, is_number
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -135,6 +135,12 @@ def route(logits, expert_bias, offsets, settings: BlockRouting) -> None:
     if expert_bias is not None:
         tensor("expert_bias", expert_bias, [settings.num_experts], (logits.dtype,), logits.device)
     block_offsets(offsets, logits.shape[0], logits.device)
+
+
+def resident(value, bias, logits) -> None:
+    tensor("resident", value, [logits.shape[-1]], (torch.bool,), logits.device)
+    if not is_number(bias) or not 0 <= bias < float("inf"):
+        raise ValueError(f"resident_bias must be a number of at least 0, got {bias!r}")
 
 
 def activations(value, w13) -> None:

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="leave the model's chat template out")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored")
     parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--expert-memory", metavar="SIZE", help="keep experts in the files, so much in memory: 4GB, 25%%"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(codec.why_no_text)
         device = usable(args.device or default_device())
         print(f"loading {folder} on {device}", flush=True)
-        model = LLaDA2ForDiffusion.from_pretrained(folder, policy=args.policy, dtype=args.dtype, device=device)
-    except ValueError as error:
+        options = dict(policy=args.policy, dtype=args.dtype, expert_memory=args.expert_memory)
+        model = LLaDA2ForDiffusion.from_pretrained(folder, device=device, **options)
+    except (ValueError, OSError) as error:
         print(f"dmoe chat: {error}", file=sys.stderr)
         return 2
     with contextlib.suppress(ImportError):
@@ -83,7 +87,7 @@ class Chat:
                     print(self.command(*line.split()))
                 elif line:
                     self.answer(line)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 print(f"error: {error}")
 
     def command(self, name: str, *values: str) -> str:
@@ -155,6 +159,8 @@ class Chat:
     def status(self, tokens: int, steps: int, seconds: float, experts=None, stopped: bool = False) -> str:
         parts = [f"{tokens / seconds:.1f} tokens/s", f"{tokens} tokens in {steps} steps"]
         parts += [f"{experts:.1f} experts per block"] if experts is not None else []
+        memory = self.model.expert_memory
+        parts += [f"{memory.stats().hit_rate:.0%} of experts in memory"] if memory is not None else []
         parts += [f"policy {self.policy}"] + ["stopped"] * stopped
         return " · ".join(parts)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from . import _backends, _files
 from .bench import timing
+from .expert_memory import MemoryStats
 from .layer import BlockMoE
 from .models import Decoded, LLaDA2Config, LLaDA2ForDiffusion, TextCodec, hub
 from .models.devices import default_device, usable
@@ -39,6 +40,15 @@ PROMPTS = ("Why do diffusion language models decode several tokens at once?",)
 DTYPES = ("bfloat16", "float16", "float32")
 # Speeds are shown from so many rounds on: fewer have no spread to speak of.
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
+NUMBERS = {2: "two", 3: "three"}
+
+
+def add_expert_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expert-memory",
+        metavar="SIZE",
+        help="keep routed experts in the files, and so much of them in memory: 4GB, 25%% (default: all)",
+    )
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the weights (default: as stored; the shipped ones in float32)"
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
+    add_expert_memory(parser)
     parser.add_argument(
         "--seconds", metavar="S", type=float, default=20, help="for repeated, interleaved timing (default: 20; 0: none)"
     )
@@ -87,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             _files.check_writable(args.json)
         report = decode_three_ways(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"dmoe demo: {error}", file=sys.stderr)
         return 2
     print(table(report))
@@ -107,7 +118,9 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
 
     dtype = args.dtype or (None if args.model else "float32")
     print(f"loading {folder} on {device}", flush=True)
-    model = LLaDA2ForDiffusion.from_pretrained(folder, policy="token", dtype=dtype, device=device)
+    model = LLaDA2ForDiffusion.from_pretrained(
+        folder, policy="token", dtype=dtype, device=device, expert_memory=args.expert_memory
+    )
     about(model, ids, codec)
     input_ids, lengths = padded(ids)
     options = dict(block_length=args.block_length, gen_length=args.gen_length, threshold=args.threshold)
@@ -122,7 +135,7 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
     seconds = sum(way.first.seconds for way in ways)
     rounds = min(MAX_ROUNDS, int(args.seconds / seconds))
     if rounds >= MIN_ROUNDS:
-        print(f"timing {rounds} rounds of all three in turn, about {rounds * seconds:.0f} s", flush=True)
+        print(f"timing {rounds} rounds of all {NUMBERS[len(ways)]} in turn, about {rounds * seconds:.0f} s", flush=True)
         timing.take_turns(ways, rounds, "timing")
     runs = [figures(way, ways[0], codec, model.config.eos_token_id, args.stop) for way in ways]
     about_run = dict(model=str(folder), device=str(device), dtype=str(model.model.word_embeddings.weight.dtype))
@@ -188,12 +201,14 @@ class Way:
 
 def ways_of(model, policy: str, settings: dict, generate) -> list[Way]:
     ours = model.moe_layers
-    stock = [EagerMoE(moe) for moe in ours]
-    return [
-        Way(model, "stock", "token", {}, stock, "token routing, one expert after the other in eager torch", generate),
+    ways = [
         Way(model, "ours, token", "token", {}, ours, "token routing, dmoe_ops", generate),
         Way(model, f"ours, {policy}", policy, settings, ours, f"{policy} routing, dmoe_ops", generate),
     ]
+    if model.expert_memory is None:  # else eager torch, which takes all experts from memory, has no part
+        stock, what = [EagerMoE(moe) for moe in ours], "token routing, one expert after the other in eager torch"
+        ways.insert(0, Way(model, "stock", "token", {}, stock, what, generate))
+    return ways
 
 
 def figures(way: Way, stock: Way, codec: TextCodec, eos: int | None, stops: list[str]) -> dict:
@@ -230,9 +245,10 @@ def equal_share(answers: list[list[int]], others: list[list[int]]) -> float:
 
 
 def table(report: dict) -> str:
+    first = report["runs"][0]["name"].split()[-1]
     rows = [
-        ("", "tokens/s", "vs stock", "in MoE", "unique experts", "expert MB", "forwards", "tokens"),
-        ("", "(p10–p90)", "(p10–p90)", "", "per block", "per step", "", "as stock"),
+        ("", "tokens/s", f"vs {first}", "in MoE", "unique experts", "expert MB", "forwards", "tokens"),
+        ("", "(p10–p90)", "(p10–p90)", "", "per block", "per step", "", f"as {first}"),
     ]
     texts = []
     for entry in report["runs"]:
@@ -250,11 +266,14 @@ def table(report: dict) -> str:
             )
         )
         texts += ["", f"{entry['name']}:"]
+        if stats["expert_memory"]:
+            texts += [f"  {MemoryStats(**stats['expert_memory'])}"]
         texts += [f"  {question} {answer}" for question, answer in zip(report["prompts"], entry["texts"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     rounds, one = report["runs"][0]["rounds"], report["seconds_of_a_round"]
-    note = f"speeds: medians of {rounds} rounds, all three in turn; vs stock is taken within each round"
+    ways = NUMBERS[len(report["runs"])]
+    note = f"speeds: medians of {rounds} rounds, all {ways} in turn; vs {first} is taken within each round"
     if not rounds:
         enough = math.ceil(1.1 * MIN_ROUNDS * one)
         note = f"speeds: not measured, as one round took {one:.2g} s (--seconds {enough} is enough for {MIN_ROUNDS})"

@@ -18,10 +18,11 @@ import torch
 
 from ._library import _C, WHY_NO_C
 from .formats import NOT_LOADED
-from .routing import is_int
+from .routing import is_int, is_number
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 AHEAD = (None, "previous")
+IN_FILES = "the routed experts are in the checkpoint's files (expert_memory)"
 
 
 class Extents(NamedTuple):
@@ -38,6 +39,7 @@ class MemorySettings:
     """How experts are held. budget: bytes, or a text such as "4GB" or "25%" (of all experts), for the experts in memory.
     readers: threads that read. ahead: None, or "previous": while one layer computes, what the next one used at its last
     visit is read, at most ahead_budget at a time, and never in place of what is in use. direct: past the page cache.
+    resident_bias: see `reference.block_route_resident`; with one above 0, what is decoded depends on what came before.
 
     Raises ValueError that names the field.
     """
@@ -47,14 +49,22 @@ class MemorySettings:
     ahead: str | None = None
     ahead_budget: int | str = "64MB"
     direct: bool = True
+    resident_bias: float = 0.0
 
     def __post_init__(self):
         for name in ("budget", "ahead_budget"):
-            parse_bytes(getattr(self, name), 1, name)
+            parse_bytes(getattr(self, name), 1, "expert_memory" if name == "budget" else name)
         if not is_int(self.readers) or not 1 <= self.readers <= 64:
             raise ValueError(f"readers must be an integer from 1 to 64, got {self.readers!r}")
         if self.ahead not in AHEAD:
             raise ValueError(f"ahead must be None or 'previous', got {self.ahead!r}")
+        if not is_number(self.resident_bias) or not 0 <= self.resident_bias < math.inf:
+            raise ValueError(f"resident_bias must be a number of at least 0, got {self.resident_bias!r}")
+
+    @classmethod
+    def of(cls, value: MemorySettings | int | str) -> MemorySettings:
+        """Of a budget alone, too."""
+        return value if isinstance(value, cls) else cls(value)
 
 
 def parse_bytes(value: int | str, whole: int, name: str = "expert_memory") -> int:
@@ -69,11 +79,11 @@ def parse_bytes(value: int | str, whole: int, name: str = "expert_memory") -> in
     raise ValueError(f'{name} must be a number of bytes, "4GB" or "25%", got {value!r}')
 
 
-class MemoryStats(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MemoryStats:
     """What a pool has done. hits, misses: experts that a layer asked for, once a visit, that were in memory or had to be
     read; stall_seconds: waited for them. ahead_used of `ahead` experts that were read ahead were used in time. pool_bytes:
-    of the experts that fit in memory, all_bytes: of all. kept_mass: with `resident_bias`, the mean over blocks of the
-    coreset's share of the scores, over that of the coreset without it."""
+    of the experts that fit in memory, all_bytes: of all. mass, blocks: of `resident_bias`, see `kept_mass`."""
 
     hits: int = 0
     misses: int = 0
@@ -81,23 +91,30 @@ class MemoryStats(NamedTuple):
     stall_seconds: float = 0.0
     ahead: int = 0
     ahead_used: int = 0
+    mass: float = 0.0
+    blocks: int = 0
     pool_bytes: int = 0
     all_bytes: int = 0
-    kept_mass: float | None = None
 
     @property
     def hit_rate(self) -> float:
         return self.hits / max(1, self.hits + self.misses)
 
+    @property
+    def kept_mass(self) -> float | None:
+        """With a resident_bias: a coreset's share of the scores over that of the coreset without it, mean over blocks."""
+        return self.mass / self.blocks if self.blocks else None
+
     def since(self, before: MemoryStats) -> MemoryStats:
         """What came in between."""
-        names = ("hits", "misses", "bytes_read", "stall_seconds", "ahead", "ahead_used")
-        return self._replace(**{name: getattr(self, name) - getattr(before, name) for name in names})
+        counted = [field.name for field in dataclasses.fields(self)][:-2]
+        return dataclasses.replace(self, **{name: getattr(self, name) - getattr(before, name) for name in counted})
 
     def __str__(self) -> str:
+        kept = "" if self.kept_mass is None else f", {self.kept_mass:.1%} of the coresets' mass kept"
         return (
-            f"experts {self.pool_bytes / 1e9:.2g} of {self.all_bytes / 1e9:.2g} GB in memory, {self.hit_rate:.0%} hits, "
-            f"{self.bytes_read / 1e9:.2g} GB read, {self.stall_seconds:.1f} s waited"
+            f"{self.pool_bytes / 1e9:.2g} of {self.all_bytes / 1e9:.2g} GB of experts in memory, {self.hit_rate:.0%} hits, "
+            f"{self.bytes_read / 1e9:.3g} GB read, {self.stall_seconds:.1f} s waited{kept}"
         )
 
 
@@ -127,6 +144,7 @@ class ExpertMemory:
         self.weights = tuple(
             part if part is None else torch.empty((self.slots, *part.shape), dtype=part.dtype) for part in weights
         )
+        self.kept_mass = [0.0, 0]  # its sum, blocks
         held = [part for part in self.weights if part is not None]
         self.pool = _C.ExpertPool(
             memory=held,
@@ -194,14 +212,29 @@ class ExpertMemory:
         """bool [E]: which experts of a layer are in memory."""
         return torch.from_numpy(self.pool.resident(layer))
 
+    def check_move(self, fn) -> None:
+        """Raises ValueError where fn, of `torch.nn.Module._apply`, would cast the experts or move them elsewhere."""
+        part = self.weights[0][:0]
+        probe = part if self.weights[2] is None else part.view(torch.uint8)  # which no cast changes
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise ValueError(f"load the model anew to cast or move it: {IN_FILES}, as {part.dtype} for {part.device}")
+
+    def add_kept_mass(self, kept) -> None:
+        """kept: float [n_blocks], from `reference.block_route_resident`."""
+        self.kept_mass[0] += float(kept.double().sum())
+        self.kept_mass[1] += len(kept)
+
     def stats(self) -> MemoryStats:
         """Since the beginning."""
-        counts = self.pool.counts()
+        counts, (mass, blocks) = self.pool.counts(), self.kept_mass
         return MemoryStats(
             **{name: counts[name] for name in ("hits", "misses", "bytes_read", "ahead", "ahead_used")},
             stall_seconds=counts["stall_ns"] / 1e9,
             pool_bytes=self.slots * self.bytes_per_expert,
             all_bytes=self.all_bytes,
+            mass=mass,
+            blocks=blocks,
         )
 
 

@@ -337,10 +337,17 @@ class BlockMoE(nn.Module):
         topk_ids int64 [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_moe`."""
         bias_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         bias = None if self.expert_bias is None else self.expert_bias.to(bias_dtype)
-        y, routed, router_logits = block_moe(
-            hidden_states,
+        y, routed, router_logits = self.compute(hidden_states, bias, block_offsets)
+        lead = hidden_states.shape[:-1]
+        router_logits = router_logits.view(*lead, self.routing.num_experts)
+        return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).long())
+
+    def compute(self, x, expert_bias, block_offsets) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
+        """`block_moe` with what the layer holds."""
+        return block_moe(
+            x,
             self.gate_weight,
-            bias,
+            expert_bias,
             self.w13,
             self.w2,
             self.shared_w13,
@@ -353,9 +360,6 @@ class BlockMoE(nn.Module):
             shared_w2_scale=self.shared_w2_scale,
             expert_map=self.expert_map,
         )
-        lead = hidden_states.shape[:-1]
-        router_logits = router_logits.view(*lead, self.routing.num_experts)
-        return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).long())
 
     @classmethod
     def from_hf(cls, module: nn.Module, routing: BlockRouting) -> BlockMoE:

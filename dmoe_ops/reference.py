@@ -38,6 +38,25 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
     Raises ValueError, naming the argument and its value, for wrong shapes, dtypes, devices or offsets.
     Source: dMoE Algorithm 1, with every free slot filled from the coreset.
     """
+    return _block_route(logits, expert_bias, routing, block_offsets)[0]
+
+
+def block_route_resident(
+    logits, expert_bias=None, *, resident, resident_bias: float, routing: BlockRouting, block_offsets=None
+) -> tuple[RoutingResult, torch.Tensor]:
+    """`block_route` with experts that are in memory preferred: every block's experts are ordered by v (1 + resident_bias)
+    where `resident` bool [E] says so (and v > 0), by v elsewhere, v being the score of stage 1. top_p is a share of the true
+    sum of v all the same, so a coreset covers at least what it would without, but for min_experts and max_experts.
+
+    resident_bias: at least 0. Only the orders of top_p and top_n change. The rest, errors too, is `block_route`.
+
+    Returns (result, kept_mass float32 [n_blocks]): the coreset's sum of v over that of the coreset without the bias.
+    """
+    _checks.resident(resident, resident_bias, logits)
+    return _block_route(logits, expert_bias, routing, block_offsets, resident.to(logits.dtype) * resident_bias)
+
+
+def _block_route(logits, expert_bias, routing: BlockRouting, block_offsets, preference=None):
     _checks.routing(routing)
     _checks.logits(logits, routing)
     seq_len = logits.shape[-2]
@@ -50,7 +69,8 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
     with torch.no_grad():
         block_of, n_blocks = blocks(tokens, seq_len, routing.block_size, block_offsets, logits.device)
         selection = selection_scores(score.detach(), logits, expert_bias)
-        coreset = select(aggregate(score.detach(), selection, block_of, n_blocks, routing), routing)
+        value = aggregate(score.detach(), selection, block_of, n_blocks, routing)
+        coreset = select(value, routing, preference)
         chosen, valid = choose(selection.masked_fill(~coreset[block_of], -torch.inf), routing)
         width = routing.coreset_width
         members = torch.arange(num_experts, device=logits.device).expand(n_blocks, -1)
@@ -60,12 +80,13 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
     weights = score.gather(1, chosen).masked_fill(~valid, 0)
     if routing.norm_topk_prob:
         weights = weights / (round_sum(weights) + EPS)
-    return RoutingResult(
+    result = RoutingResult(
         chosen.masked_fill(~valid, -1).int(),
         weights * routing.routed_scaling_factor,
         coreset_ids.int(),
         coreset.sum(1).int(),
     )
+    return result, None if preference is None else share_of(coreset, select(value, routing), value)
 
 
 def moe_experts(
@@ -326,14 +347,22 @@ def aggregate(score, selection, block_of, n_blocks: int, routing: BlockRouting) 
     return total.index_add_(0, block_of, votes.double()).to(score.dtype)
 
 
-def select(value, routing: BlockRouting) -> torch.Tensor:
-    """Stage 2: the coreset as a mask [n_blocks, E]."""
+def share_of(coreset, other, value) -> torch.Tensor:
+    """The sum of v over a coreset, over that of another one; [n_blocks]. 1 where there is nothing to lose."""
+    mine, full = (round_sum(value.clamp(min=0).masked_fill(~members, 0))[:, 0] for members in (coreset, other))
+    return torch.where(full > 0, mine / full, 1)
+
+
+def select(value, routing: BlockRouting, preference=None) -> torch.Tensor:
+    """Stage 2: the coreset as a mask [n_blocks, E]. preference: [E], see `block_route_resident`."""
     n_blocks, num_experts = value.shape
     if routing.select == "all":
         return torch.ones_like(value, dtype=torch.bool)
     if routing.select == "nonzero":
         return value > 0
-    ordered, order = value.sort(descending=True, stable=True)
+    ranked = value if preference is None else value + preference * value.clamp(min=0)
+    order = ranked.sort(descending=True, stable=True).indices
+    ordered = value.gather(1, order)
     if routing.select == "top_n":
         size = torch.full((n_blocks, 1), routing.capacity, device=value.device)
     else:

@@ -26,6 +26,7 @@ LAYERS = [
     {"__init__"},
     {"engines"},
     {"models"},
+    {"pooled"},
     {"layer"},
     {"router", "experts", "decoder", "expert_memory", "hf_block"},
     {"_backends"},

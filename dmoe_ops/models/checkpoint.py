@@ -60,6 +60,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, storage: Storage | None = None):
         self.folder, self.storage = folder, storage
+        self._headers: dict[Path, tuple[dict, int]] = {}
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
         self.dtypes: dict[str, str] = {}
@@ -126,6 +127,13 @@ class Checkpoint:
     def nbytes(self, name: str) -> int:
         return math.prod(self.shapes[name]) * DTYPES.get(self.dtypes[name], torch.float64).itemsize
 
+    def extent(self, name: str) -> tuple[Path, int, int]:
+        """Where a tensor lies: (file, offset, bytes)."""
+        path = self.file_of[name]
+        header, begin = self._headers.get(path) or self._headers.setdefault(path, _header(path))
+        first, end = header[name]["data_offsets"]
+        return path, begin + first, end - first
+
     def stream(self, names) -> Iterator[tuple[str, torch.Tensor]]:
         """The names with their tensors as they are stored, layer by layer; a tensor is good until the next is asked for."""
         for group, get in self._layers(names):
@@ -191,6 +199,13 @@ def _open(path: Path):
     except (SafetensorError, OSError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{path} is truncated or corrupt: {_files.short(said)}") from None
+
+
+def _header(path: Path) -> tuple[dict, int]:
+    """The header of a safetensors file that has been opened before, and where its data begin."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
 
 
 def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from ..expert_memory import MemoryStats
 from ..routing import is_int, is_number
 from . import graphs
 from .checkpoint import is_finite
@@ -30,6 +32,7 @@ class DecodingStats:
     forwards; unique_experts_denoising: the paper's count, over denoising forwards alone. `_by_layer` keeps the layers
     apart (MoE layers, in order).
     expert_bytes_per_step: routed expert weights that a block reads in a denoising forward, on average, all layers together.
+    expert_memory: what the pool of a model with expert_memory did meanwhile, else None.
     """
 
     tokens: int
@@ -43,6 +46,7 @@ class DecodingStats:
     unique_experts_by_layer: tuple[float, ...]
     unique_experts_denoising_by_layer: tuple[float, ...]
     expert_bytes_per_step: float
+    expert_memory: MemoryStats | None = None
 
 
 class Decoded(NamedTuple):
@@ -103,6 +107,8 @@ def generate(
         for begin, done in decode.steps():
             if progress:
                 bar.update(decode.unmasked() - bar.n)
+                if said := decode.memory_stats():
+                    bar.set_postfix_str(str(said), refresh=False)
             if stream is not None and (done or every_step) and stream(decode.block(begin, done)):
                 decode.cut_short = True
                 break
@@ -161,6 +167,7 @@ class Decode:
         self.lengths = lengths.tolist()
         self.stops = (lengths + gen_lengths).tolist()
         self.cut_short = False
+        self.memory_before = None if model.expert_memory is None else model.expert_memory.stats()
         capacity = -(-max(self.stops) // size) * size
         model.use_block_length(size)
         self.graphs = graphs.of(model, rule, len(lengths), capacity, use_graphs)
@@ -241,6 +248,9 @@ class Decode:
     def unmasked(self) -> int:
         return int((self.batch.new & (self.batch.x != self.rule.mask_id)).sum())
 
+    def memory_stats(self) -> MemoryStats | None:
+        return None if self.memory_before is None else self.model.expert_memory.stats().since(self.memory_before)
+
     def result(self) -> Decoded:
         x, rule = self.batch.x, self.rule
         stops = self.stops
@@ -248,7 +258,8 @@ class Decode:
             masks = (self.batch.new & (x == rule.mask_id)).long()
             first = torch.where(masks.any(1), masks.argmax(1), x.shape[1]).tolist()
             stops = [min(stop, mask) for stop, mask in zip(stops, first)]
-        return _decoded(x, self.lengths, stops, rule.eos_id, self.batch.counter, self.model.bytes_per_expert)
+        decoded = _decoded(x, self.lengths, stops, rule.eos_id, self.batch.counter, self.model.bytes_per_expert)
+        return decoded._replace(stats=dataclasses.replace(decoded.stats, expert_memory=self.memory_stats()))
 
 
 def _decoded(x, lengths, stops, eos_id: int | None, counter: Counter, bytes_per_expert: int) -> Decoded:
@@ -277,9 +288,10 @@ def _stats(counter: Counter, tokens: int, bytes_per_expert: int) -> DecodingStat
 
 
 def _raise_not_finite(model, begin: int) -> None:
-    broken = (name for name, value in model.state_dict().items() if not is_finite(value))
-    name = next(broken, None)
-    why = f"weight {name} is not" if name else f"all weights are, so {model.dtype} is too narrow for this model"
+    weights = itertools.chain(model.named_parameters(), model.named_buffers())
+    name = next((name for name, value in weights if not is_finite(value)), None)
+    known = "all weights" if model.expert_memory is None else "all weights but those of experts, which lie in files,"
+    why = f"weight {name} is not" if name else f"{known} are, so {model.dtype} is too narrow for this model"
     raise ValueError(f"logits of the block at position {begin} must be finite: {why}".replace("torch.", ""))
 
 

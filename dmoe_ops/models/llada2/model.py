@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ... import decoder
+from ...expert_memory import MemorySettings
 from ...layer import BlockMoE
 from ...routing import BlockRouting, is_int
 from .. import attention, checkpoint, decoding, hub, quantized
@@ -21,6 +22,7 @@ from ..quantized import Matrix
 from .config import OWN, READ_BY_OTHERS, LLaDA2Config, own_policy
 from .layers import Attention, Decoder, rotary
 from .names import checkpoint_tensors
+from .pooled import keep_in_files
 
 
 class LLaDA2Output(NamedTuple):
@@ -40,7 +42,7 @@ class LLaDA2ForDiffusion(nn.Module):
 
     def __init__(self, config: LLaDA2Config, routing: BlockRouting | str = OWN, *, dtype=None, device=None):
         super().__init__()
-        self.config = config
+        self.config, self.expert_memory = config, None
         with torch.device("meta"):  # no time for an initialisation that nobody reads
             self.model = Decoder(config, config.routing("token"), dtype)
             if not config.tie_word_embeddings:
@@ -68,6 +70,11 @@ class LLaDA2ForDiffusion(nn.Module):
         """As it is held, scales included; the mean over the layers, where only some are quantised."""
         sizes = [moe.bytes_per_expert for moe in self.moe_layers]
         return round(sum(sizes) / len(sizes))
+
+    def _apply(self, fn, recurse=True):
+        if self.expert_memory is not None:
+            self.expert_memory.check_move(fn)  # before anything is moved
+        return super()._apply(fn, recurse)
 
     def set_routing(self, routing: BlockRouting | str, **overrides) -> None:
         """Routes all MoE layers by a `BlockRouting`, taken as it stands, or by a policy's name with `overrides`; "own" is
@@ -217,7 +224,16 @@ class LLaDA2ForDiffusion(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder, *, policy: str = OWN, dtype=None, torch_dtype=None, device=None, revision=None, **overrides
+        cls,
+        folder,
+        *,
+        policy: str = OWN,
+        dtype=None,
+        torch_dtype=None,
+        device=None,
+        revision=None,
+        expert_memory=None,
+        **overrides,
     ) -> LLaDA2ForDiffusion:
         """Reads a checkpoint folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
         "owner/model", where it is no folder, is a model on the Hugging Face hub (`revision`: which state of it); that takes
@@ -228,6 +244,9 @@ class LLaDA2ForDiffusion(nn.Module):
         of the stored embedding (expert_bias is fp32 always). device: by default torch's. Files are memory-mapped and read
         layer by layer, straight into the stacked weights.
 
+        expert_memory: bytes, "4GB", "25%" (of all experts) or a `MemorySettings`: routed experts then stay in the files, as
+        they are stored, and so much memory holds those in use (`model.expert_memory`); on the CPU, and not for training.
+
         Raises ValueError, one line that names the file, the key or the tensor, before any weight is read; a tensor that is
         not finite shows when it is read.
         """
@@ -235,17 +254,23 @@ class LLaDA2ForDiffusion(nn.Module):
             raise ValueError(f"dtype must be given alone, got dtype={dtype!r} and torch_dtype={torch_dtype!r}")
         dtype = checkpoint.dtype_of(torch_dtype if dtype is None else dtype)
         device = usable(device)
+        settings = None if expert_memory is None else MemorySettings.of(expert_memory)
         config = LLaDA2Config.from_pretrained(folder, revision=revision)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
         folder = hub.folder_of(folder, revision)
         stored, _ = open_checkpoint(config, folder)
         dtype = dtype or checkpoint.DTYPES.get(stored.dtypes.get("model.word_embeddings.weight"), torch.bfloat16)
         model = cls(config, dtype=dtype, device="meta")._quantize_like(stored)
-        model.to_empty(device=device or torch.get_default_device())
+        device = device or torch.get_default_device()
+        if settings:
+            if device.type != "cpu":
+                raise ValueError(f"expert_memory needs a model on the CPU, got {device}")
+            model.expert_memory = keep_in_files(model, stored, settings)
+        model.to_empty(device=device)
         model.set_routing(policy, **overrides)
         with torch.no_grad():
-            stored.read(model.checkpoint_tensors())
-        return model.eval()
+            stored.read(checkpoint_tensors(dict(model.named_parameters()) | dict(model.named_buffers())))
+        return model.eval() if settings is None else model.eval().requires_grad_(False)
 
     def _quantize_like(self, stored: checkpoint.Checkpoint) -> LLaDA2ForDiffusion:
         """Quantises the layers, which are on the meta device, whose experts a checkpoint has quantised, the shared expert

@@ -6,6 +6,9 @@ import torch
 
 from ..quantized import Matrix
 
+# What a stacked weight of `BlockMoE` holds, in order of its rows.
+PROJECTIONS = dict(w13=("gate_proj", "up_proj"), w2=("down_proj",))
+
 
 def checkpoint_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Matrix]:
     """A state dict, or a part of one, under the names of a checkpoint; see `LLaDA2ForDiffusion.checkpoint_tensors`."""
@@ -28,7 +31,7 @@ def checkpoint_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def _projections(prefix: str, stacked: str, weight, scale=None) -> dict[str, torch.Tensor | Matrix]:
     """w13 [2I, H] or w2 [H, I] under the names of the projections it holds."""
-    names = ["down_proj"] if stacked == "w2" else ["gate_proj", "up_proj"]
+    names = PROJECTIONS[stacked]
     weights = weight.chunk(len(names))
     if scale is not None:
         weights = map(Matrix, weights, scale.chunk(len(names)))

@@ -1,0 +1,92 @@
+"""PooledMoE: a `BlockMoE` whose routed experts lie in files, and in an `ExpertMemory` while they are used."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import layer, reference
+from .expert_memory import IN_FILES, ExpertMemory
+from .formats import ExpertWeights
+from .layer import BlockMoE
+from .routing import RoutingResult
+
+POOLED = ("w13", "w2", "w13_scale", "w2_scale")
+
+
+class PooledMoE(BlockMoE):
+    """Takes the place of a `BlockMoE`: its parameters and buffers, but for those of the routed experts, which are layer
+    `index` of `memory`. w13 and w2, with their scales, are the pool's slots. Same outputs, to the bit; no gradients.
+
+    state_dict, casts, other devices, quantize and training are refused by a ValueError.
+    """
+
+    def __init__(self, moe: BlockMoE, memory: ExpertMemory, index: int):
+        nn.Module.__init__(self)
+        self.routing, self.memory, self.index = moe.routing, memory, index
+        for name, parameter in moe._parameters.items():
+            if name not in POOLED:
+                self.register_parameter(name, parameter)
+        for name, buffer in moe._buffers.items():
+            if name not in POOLED:
+                self.register_buffer(name, buffer, persistent=name not in moe._non_persistent_buffers_set)
+        for name, pool in zip(POOLED, memory.weights):
+            setattr(self, name, pool)
+
+    def compute(self, x, expert_bias, block_offsets) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
+        gate_weight, shared = self.gate_weight, (self.shared_w13, self.shared_w2)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate_weight, *shared)):
+            raise ValueError(f"a gradient needs all experts in memory: {IN_FILES}; use torch.no_grad()")
+        weights = self.weights_at(torch.empty(self.routing.num_experts, dtype=torch.int32, device=x.device))
+        routed = layer.route(x, gate_weight, expert_bias, weights, routing=self.routing, block_offsets=block_offsets)
+        if self.memory.settings.resident_bias and x.numel():
+            self.prefer_resident(x, expert_bias, block_offsets, routed)
+        with self.memory.visit(self.index, routed.result.topk_ids) as (expert_map, waves):
+            y = layer.experts(x, self.weights_at(expert_map), routed, waves)
+        return y, routed.result, routed.router_logits
+
+    def weights_at(self, expert_map) -> ExpertWeights:
+        return ExpertWeights(
+            self.w13,
+            self.w2,
+            self.shared_w13,
+            self.shared_w2,
+            self.w13_scale,
+            self.w2_scale,
+            self.shared_w13_scale,
+            self.shared_w2_scale,
+            expert_map=expert_map,
+        )
+
+    def prefer_resident(self, x, expert_bias, block_offsets, routed) -> None:
+        """Routes again, with what is in memory preferred."""
+        memory = self.memory
+        result, kept = reference.block_route_resident(
+            routed.router_logits.view(*x.shape[:-1], -1),
+            expert_bias,
+            resident=memory.resident(self.index),
+            resident_bias=memory.settings.resident_bias,
+            routing=self.routing,
+            block_offsets=block_offsets,
+        )
+        for written, value in zip(routed.result, result):
+            written.copy_(value)
+        memory.add_kept_mass(kept)
+
+    def _apply(self, fn, recurse=True):
+        self.memory.check_move(fn)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> PooledMoE:
+        if mode:
+            raise ValueError(f"training needs all experts in memory: {IN_FILES}")
+        return super().train(mode)
+
+    def quantize(self, form: str, *, shared: bool = False) -> PooledMoE:
+        raise ValueError(f"quantize the checkpoint in place of the model (dmoe convert): {IN_FILES}")
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        raise ValueError(f"a state dict or a saved model would lack them: {IN_FILES}; copy those")
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        raise ValueError(f"a state dict has no place for them: {IN_FILES}")
