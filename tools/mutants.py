@@ -363,6 +363,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if not all(finite": "a step tells it of all rows together",
     },
     "dmoe_ops/models/step.py": {
+        "num_experts + 1, dtype=torch.bool) -> ": "ones and zeros sum up to the same counts in any dtype",
         "logits.amax(-1).isfinite().all() # the largest of a row is NaN where the row holds one | -1 -> 1": (
             "the largest of all are looked at, along whichever dimension"
         ),
