@@ -31,6 +31,7 @@ test: $(SETUP)
 lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # The tests against another torch (TORCH=newest: the newest that pip finds), in an environment of its own. Its packages are
 # several GB where PyPI's torch is a CUDA build; COMPAT=folder puts them elsewhere.

@@ -148,7 +148,10 @@ setup(
         "dmoe_ops.bench",
         "dmoe_ops.demo_checkpoint",  # no code: what `dmoe demo` decodes with
     ],
-    package_data={"dmoe_ops.demo_checkpoint": ["config.json", "model.safetensors", "tokenizer.json"]},
+    package_data={
+        "dmoe_ops": ["py.typed"],
+        "dmoe_ops.demo_checkpoint": ["config.json", "model.safetensors", "tokenizer.json"],
+    },
     ext_modules=[Extension("dmoe_ops._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -49,7 +49,7 @@ class Model:
             norm_topk_prob=self.norm_topk_prob,
             routed_scaling_factor=self.scale,
         )
-        return BlockRouting.of_model(policy, geometry, **overrides)
+        return BlockRouting.for_model(policy, geometry, **overrides)
 
     def expert_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one routed expert's three matrices, stored as `dtype` with their scales."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -253,9 +254,8 @@ class Cuda:
 
     @staticmethod
     def _experts(x, weights, topk_ids, topk_weights, schedule, scheduled: bool, y) -> None:
-        w13, w2, _, shared_w2 = weights[:4]
-        shared = 0 if shared_w2 is None else shared_w2.shape[1]
-        size = _C.cuda_workspace_bytes(*x.shape, w2.shape[2], shared, w13.shape[0], topk_ids.shape[1])
+        sizes = _intermediate_sizes(weights)
+        size = _C.cuda_workspace_bytes(*x.shape, *sizes, weights.w13.shape[0], topk_ids.shape[1])
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         torch.ops.dmoe._block_dense_out(x, *weights[:8], topk_ids, topk_weights, schedule, workspace, scheduled, y)
 
@@ -279,9 +279,13 @@ def _cuda_experts_refuse(x, weights: ExpertWeights, top_k: int) -> str | None:
         return "weights in int8 or int4, or in different formats"
     if not _has_cuda_experts(x.device):
         return "a GPU without bulk copies, or with less than 227 KB of shared memory per thread block"
-    w13, w2, _, shared_w2 = weights[:4]
-    shared = 0 if shared_w2 is None else shared_w2.shape[1]
-    return _C.cuda_experts_refuses(*x.shape, w2.shape[2], shared, w13.shape[0], top_k, x.element_size(), fp8)
+    sizes = _intermediate_sizes(weights)
+    return _C.cuda_experts_refuses(*x.shape, *sizes, weights.w13.shape[0], top_k, x.element_size(), fp8)
+
+
+def _intermediate_sizes(weights: ExpertWeights) -> tuple[int, int]:
+    """Of the routed experts and of the shared one, 0 without one."""
+    return weights.w2.shape[2], 0 if weights.shared_w2 is None else weights.shared_w2.shape[1]
 
 
 @functools.cache
@@ -317,9 +321,9 @@ def _cuda_unavailable_reason(device: torch.device | None) -> str | None:
 # Cuda is the faster one on Hopper by what was measured (bench/NOTES.md), but no GPU has run its thousands of replays (races)
 # yet; until one has (make gpu-check), the kernels with the weaker demands on memory ordering come first, and
 # DMOE_BACKEND=cuda asks for the others.
-AUTO = (Cpp, Triton, Cuda, Reference)
+AUTO: tuple[Any, ...] = (Cpp, Triton, Cuda, Reference)
 
-BACKENDS = {"reference": Reference, "cpp": Cpp, "triton": Triton, "cuda": Cuda}
+BACKENDS: dict[str, Any] = {"reference": Reference, "cpp": Cpp, "triton": Triton, "cuda": Cuda}
 
 
 def missing() -> dict[str, str]:

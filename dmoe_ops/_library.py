@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from .routing import AGGREGATES, PACKED_FLOATS, PACKED_INTS, SCORES, SELECTS, BlockRouting
 
 SCHEMA_TYPES = {"int": "int", "int | None": "int?", "float": "float", "str": "str", "bool": "bool"}
-ROUTING = ", ".join(f"{SCHEMA_TYPES[field.type]} {field.name}" for field in dataclasses.fields(BlockRouting))
+ROUTING: str = ", ".join(f"{SCHEMA_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(BlockRouting))
 
 
 class Library(torch.library.Library):
@@ -48,7 +48,7 @@ def _with_plain_backward(op_name: str, kernel):
     return run
 
 
-lib = Library("dmoe", "DEF")
+lib: Library = Library("dmoe", "DEF")
 
 
 def why_no_c(error: ImportError, package: Path = Path(__file__).parent) -> str:
@@ -98,7 +98,7 @@ lib.define(
 )
 
 try:
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]  # compiled
 
     WHY_NO_C = None
 except ImportError as error:  # the torch reference serves

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from . import _checks
 from .routing import BlockRouting
 
 
-def give(owner: nn.Module, name: str, held, at: tuple, trained: bool) -> None:
+def give(owner: Any, name: str, held, at: tuple, trained: bool) -> None:
     """Lets a parameter be (a part of) what a layer holds; `trained`: the requires_grad that the layer began with."""
     own = getattr(owner, name)
     if own is held:
@@ -28,13 +30,14 @@ def give(owner: nn.Module, name: str, held, at: tuple, trained: bool) -> None:
         own.requires_grad_(held.requires_grad)
 
 
-def first_weight(module: nn.Module) -> torch.Tensor:
+def first_weight(module: Any) -> torch.Tensor:
     """gate_proj of the first expert [I, H], or of all [E, I, H]."""
-    experts = module.experts
-    return experts[0].gate_proj.weight if isinstance(experts, nn.ModuleList) else experts.gate_proj
+    experts: Any = module.experts
+    listed = isinstance(module.experts, nn.ModuleList)
+    return experts[0].gate_proj.weight if listed else experts.gate_proj
 
 
-def places(module: nn.Module) -> list[tuple[nn.Module, str, str, tuple]]:
+def places(module: Any) -> list[tuple[Any, str, str, tuple]]:
     """Where the matrices of a block go: (owner, its attribute, the weight of `BlockMoE`, the part of that)."""
 
     def split(owners, names, stacked, intermediate, at):
@@ -58,7 +61,7 @@ def places(module: nn.Module) -> list[tuple[nn.Module, str, str, tuple]]:
     return places
 
 
-def taken_parameters(module: nn.Module) -> list[torch.Tensor]:
+def taken_parameters(module: Any) -> list[torch.Tensor]:
     """The parameters that `BlockMoE.from_hf` moves into stacked weights."""
     return [getattr(owner, name) for owner, name, _, _ in places(module)]
 
@@ -66,7 +69,7 @@ def taken_parameters(module: nn.Module) -> list[torch.Tensor]:
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def is_moe_block(module: nn.Module) -> bool:
+def is_moe_block(module: Any) -> bool:
     """Whether a module has the members of LLaDA2's sparse MoE block."""
     gate, experts = getattr(module, "gate", None), getattr(module, "experts", None)
     if not all(isinstance(getattr(gate, name, None), torch.Tensor) for name in ("weight", "expert_bias")):
@@ -76,12 +79,12 @@ def is_moe_block(module: nn.Module) -> bool:
     return all(isinstance(getattr(experts, name, None), torch.Tensor) for name in PROJECTIONS)
 
 
-def num_experts(module: nn.Module) -> int:
+def num_experts(module: Any) -> int:
     experts = module.experts
     return len(experts) if isinstance(experts, nn.ModuleList) else experts.gate_proj.shape[0]
 
 
-def check(module: nn.Module, routing: BlockRouting) -> None:
+def check(module: Any, routing: BlockRouting) -> None:
     """Raises ValueError, naming the member, unless `BlockMoE.from_hf` can take over every weight of the module."""
     if not is_moe_block(module):
         raise ValueError(
@@ -116,9 +119,9 @@ def check(module: nn.Module, routing: BlockRouting) -> None:
             _checks.tensor(f"experts.{projection}", weight, shape, (first.dtype,), first.device)
     if getattr(module, "shared_experts", None) is not None:
         gate_proj = getattr(module.shared_experts, "gate_proj", None)
-        weight = getattr(gate_proj, "weight", None)
-        _checks.tensor("shared_experts.gate_proj.weight", weight, ["I_shared", hidden])
-        _check_mlp("shared_experts", module.shared_experts, first, weight.shape[0])
+        shared: Any = getattr(gate_proj, "weight", None)
+        _checks.tensor("shared_experts.gate_proj.weight", shared, ["I_shared", hidden])
+        _check_mlp("shared_experts", module.shared_experts, first, shared.shape[0])
     check_own([module])
 
 
@@ -129,11 +132,11 @@ def check_own(modules) -> None:
         raise ValueError("experts must each have weights of their own, got a parameter that occurs twice")
 
 
-def _check_mlp(name: str, mlp: nn.Module, like, intermediate: int) -> None:
+def _check_mlp(name: str, mlp: Any, like, intermediate: int) -> None:
     hidden = like.shape[-1]
     shapes = dict(gate_proj=[intermediate, hidden], up_proj=[intermediate, hidden], down_proj=[hidden, intermediate])
     for projection, shape in shapes.items():
-        linear = getattr(mlp, projection, None)
+        linear: Any = getattr(mlp, projection, None)
         weight = getattr(linear, "weight", None)
         _checks.tensor(f"{name}.{projection}.weight", weight, shape, (like.dtype,), like.device)
         if getattr(linear, "bias", None) is not None:

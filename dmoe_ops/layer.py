@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -254,6 +254,18 @@ class BlockMoE(nn.Module):
     expert_map: where w13 and w2 hold some of the experts, see `block_moe`; the output is then a part of the sum.
     """
 
+    gate_weight: nn.Parameter
+    expert_bias: Tensor | None
+    w13: Tensor
+    w2: Tensor
+    shared_w13: Tensor | None
+    shared_w2: Tensor | None
+    w13_scale: Tensor | None
+    w2_scale: Tensor | None
+    shared_w13_scale: Tensor | None
+    shared_w2_scale: Tensor | None
+    expert_map: Tensor | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -262,8 +274,8 @@ class BlockMoE(nn.Module):
         *,
         shared_intermediate_size: int = 0,
         expert_bias: bool = True,
-        dtype=None,
-        device=None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
     ):
         _checks.routing(routing)
         super().__init__()
@@ -332,7 +344,9 @@ class BlockMoE(nn.Module):
 
         return super()._apply(move, recurse)
 
-    def forward(self, hidden_states, block_offsets=None):
+    def forward(
+        self, hidden_states: Tensor, block_offsets: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """hidden_states [bsz, seq, H] or [T, H], the dtype of w13 -> (y of that shape, (router_logits float32 [..., E],
         topk_ids int64 [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_moe`."""
         bias_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
@@ -342,7 +356,9 @@ class BlockMoE(nn.Module):
         router_logits = router_logits.view(*lead, self.routing.num_experts)
         return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).long())
 
-    def compute(self, x, expert_bias, block_offsets) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
+    def compute(
+        self, x: Tensor, expert_bias: Tensor | None, block_offsets: Tensor | None
+    ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
         """`block_moe` with what the layer holds."""
         return block_moe(
             x,
@@ -362,7 +378,7 @@ class BlockMoE(nn.Module):
         )
 
     @classmethod
-    def from_hf(cls, module: nn.Module, routing: BlockRouting) -> BlockMoE:
+    def from_hf(cls, module: Any, routing: BlockRouting) -> BlockMoE:
         """Takes over the weights of a LLaDA2 sparse MoE block of Hugging Face: `gate.weight`, `gate.expert_bias`,
         `experts[i].{gate,up,down}_proj` (or stacked, as dFactory has them: `experts.{gate,up}_proj` [E, I, H] and
         `experts.down_proj` [E, H, I]) and, if there, `shared_experts`.
@@ -398,11 +414,11 @@ class BlockMoE(nn.Module):
         """The name of `from_hf` before 0.2."""
         return cls.from_hf(module, routing)
 
-    def check_give_back(self, module: nn.Module) -> None:
+    def check_give_back(self, module: Any) -> None:
         """Raises ValueError, naming the weight, unless `give_back` can give everything to the module."""
         gate = [(module.gate, "weight", "gate_weight", ()), (module.gate, "expert_bias", "expert_bias", ())]
         for owner, name, held, at in [*gate, *hf_block.places(module)]:
-            weight = getattr(self, held, None)
+            weight: Any = getattr(self, held, None)
             try:
                 fits = not weight.is_meta and weight[at].shape == getattr(owner, name).shape
                 fits = fits and weight.dtype not in QUANTIZED
@@ -413,7 +429,7 @@ class BlockMoE(nn.Module):
                 got = f"{got}, quantised" if self.form else got
                 raise ValueError(f"{held} must still hold the weights that the layer took over, got {got}")
 
-    def give_back(self, module: nn.Module) -> None:
+    def give_back(self, module: Any) -> None:
         """Gives a module that `from_hf` has taken the weights of what the layer holds now: values, dtype, device,
         gradients and, where it has changed, requires_grad. The module's parameters stay the same objects; they are views
         of the stacked weights (stacked ones are copied where a view would have gaps).
@@ -425,7 +441,8 @@ class BlockMoE(nn.Module):
         for owner, name, held, at in hf_block.places(module):
             hf_block.give(owner, name, getattr(self, held), at, trained)
         # Held in float32; the module's own dtype holds the same where nothing has changed.
-        bias, own = self.expert_bias.detach(), module.gate.expert_bias
+        own_bias: Any = self.expert_bias
+        bias, own = own_bias.detach(), module.gate.expert_bias
         narrow = bias.to(own.dtype)
         same = self.w13.dtype == dtype and torch.equal(narrow.to(bias.dtype), bias)
         own.data = narrow if same else bias

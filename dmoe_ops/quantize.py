@@ -32,7 +32,8 @@ def quantize(weight, form: str, *, halves: int = 1) -> tuple[torch.Tensor, torch
         raise ValueError(f"weight must have rows in halves={halves!r} equal parts, got {list(weight.shape)}")
     check_columns(weight, form)
     if weight.dim() > 2:
-        return tuple(torch.stack(part) for part in zip(*(quantize(w, form, halves=halves) for w in weight)))
+        values, scales = zip(*(quantize(w, form, halves=halves) for w in weight))
+        return torch.stack(values), torch.stack(scales)
 
     half, columns = weight.shape[0] // halves, weight.shape[1]
     rows, width = {"fp8": (GROUP, GROUP), "int8": (1, columns), "int4": (1, GROUP)}[form]

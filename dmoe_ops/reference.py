@@ -11,6 +11,7 @@ then gives the same bits, equal logits give equal scores, and a backend can repr
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -246,12 +247,12 @@ def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights, carry=None, b
             raise ValueError(
                 f"expert_map must have a row for every expert that a token chose, got {row} for expert {expert}"
             )
-        scales = (scale if scale is None else scale[row] for scale in (weights.w13_scale, weights.w2_scale))
-        out = mlp(x[tokens], weights.w13[row], weights.w2[row], *scales, weights.quantize_activations)
+        w13_scale, w2_scale = (part if part is None else part[row] for part in (weights.w13_scale, weights.w2_scale))
+        out = mlp(x[tokens], weights.w13[row], weights.w2[row], w13_scale, w2_scale, weights.quantize_activations)
         y = y.index_add(0, tokens, topk_weights[tokens, slots, None] * out)
     if weights.shared_w13 is not None and end == experts:
-        scales = weights.shared_w13_scale, weights.shared_w2_scale
-        y = y + mlp(x, weights.shared_w13, weights.shared_w2, *scales, weights.quantize_activations)
+        shared = (weights.shared_w13, weights.shared_w2, weights.shared_w13_scale, weights.shared_w2_scale)
+        y = y + mlp(x, *shared, weights.quantize_activations)
     return y
 
 
@@ -339,7 +340,7 @@ def aggregate(score, selection, block_of, n_blocks: int, routing: BlockRouting) 
     if routing.aggregate == "sum":
         votes = score / (round_sum(score) + EPS)
     else:
-        k = routing.union_k if routing.aggregate == "union" else routing.top_k
+        k: Any = routing.union_k if routing.aggregate == "union" else routing.top_k
         in_top_k, valid = best(selection, k)
         votes = selection if routing.aggregate == "topk_sum" else torch.ones_like(selection)
         votes = torch.zeros_like(selection).scatter(1, in_top_k, votes.gather(1, in_top_k).masked_fill(~valid, 0))
@@ -364,7 +365,8 @@ def select(value, routing: BlockRouting, preference=None) -> torch.Tensor:
     order = ranked.sort(descending=True, stable=True).indices
     ordered = value.gather(1, order)
     if routing.select == "top_n":
-        size = torch.full((n_blocks, 1), routing.capacity, device=value.device)
+        capacity: Any = routing.capacity
+        size = torch.full((n_blocks, 1), capacity, device=value.device)
     else:
         share = ordered / (round_sum(value) + EPS)
         covered = share.double().cumsum(1).to(value.dtype)

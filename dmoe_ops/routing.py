@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,7 @@ PACKED_FLOATS = ("top_p", "routed_scaling_factor")
 
 # Spec of each policy as a change to LLaDA2.0-mini's dMoE defaults. Sources: dMoE arXiv 2605.30876 (Algorithm 1, tables
 # 2 and 3), DES arXiv 2602.00879 (des_seq, des_vote), the LLaDA2.2 report (capacity).
-POLICIES = {
+POLICIES: dict[str, dict[str, Any]] = {
     "token": dict(select="all"),
     "top4": dict(select="all", top_k=4),
     "des_seq": dict(aggregate="union", select="nonzero", union_k=3),
@@ -139,11 +139,16 @@ class BlockRouting:
         return cls(**values)
 
     @classmethod
-    def of_model(cls, policy: str, geometry: dict, **overrides) -> BlockRouting:
+    def for_model(cls, policy: str, geometry: dict, **overrides) -> BlockRouting:
         """The named policy with the fields of `geometry`, a model's own, but for those that make the policy (top4's top_k);
         `overrides` win over both. Raises ValueError for an unknown name or field."""
         fixed = POLICIES.get(policy, {})
         return cls.policy(policy, **{k: v for k, v in geometry.items() if k not in fixed} | overrides)
+
+    @classmethod
+    def of_model(cls, policy: str, geometry: dict, **overrides) -> BlockRouting:
+        """The name of `for_model` before 0.2."""
+        return cls.for_model(policy, geometry, **overrides)
 
     def args(self) -> tuple:
         """The fields in order: how the settings travel through an op's schema (`_library.ROUTING`)."""
@@ -152,13 +157,13 @@ class BlockRouting:
     @property
     def coreset_width(self) -> int:
         """The largest coreset that these settings allow: the second dimension of `coreset_ids`."""
-        limit = self.num_experts
+        limit: Any = self.num_experts  # the options that these settings use are integers, see __post_init__
         if self.select == "top_p" and self.max_experts is not None:
             limit = self.max_experts
         elif self.select == "top_n":
             limit = self.capacity
         elif self.select == "nonzero" and self.aggregate in ("union", "topk_sum"):
-            votes = self.union_k if self.aggregate == "union" else self.top_k
+            votes: Any = self.union_k if self.aggregate == "union" else self.top_k
             limit = self.block_size * votes
         return min(limit, self.num_experts)
 
@@ -166,34 +171,32 @@ class BlockRouting:
 FIELDS = tuple(field.name for field in dataclasses.fields(BlockRouting))
 
 
-def is_int(value) -> bool:
+def is_int(value: Any) -> bool:
     """NumPy's integers are integers too."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
     """An integer that no float can hold is none."""
-    return (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and not (is_int(value) and abs(value) >= 2**1023)
-    )
+    if is_int(value):
+        return abs(value) < 2**1023
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """The int or float of Python that a number of another type (NumPy's) equals; anything else as it is."""
     if isinstance(value, (bool, int)) or not is_number(value):
         return value
     return int(value) if is_int(value) else float(value)
 
 
-def int_rule(value, least: int) -> str | None:
+def int_rule(value: Any, least: int) -> str | None:
     """What a setting must be where `value` is not; C++ and CUDA count in 32 bits."""
     if not is_int(value) or value < least:
         return f"an integer of at least {least}"
     return "an integer below 2**31" if value >= 2**31 else None
 
 
-def _check_int(name: str, value, least: int) -> None:
+def _check_int(name: str, value: Any, least: int) -> None:
     if rule := int_rule(value, least):
         raise ValueError(f"{name} must be {rule}, got {value!r}")

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from dmoe_ops.bench import cases, compare, measure, peers, report, results, roofline, sweep, timing
-from dmoe_ops.bench.__main__ import main, make_weights
+from dmoe_ops.bench.__main__ import main
+from dmoe_ops.bench.commands import make_weights
 
 import dmoe_ops
 from dmoe_ops import reference

@@ -778,10 +778,11 @@ def test_no_forward_runs_for_no_sequence(monkeypatch):
         assert all(rows) and sum(rows) == stats.forwards
 
 
-def test_decoding_makes_its_tensors_on_the_models_device():
+@pytest.mark.parametrize("lengths", [None, [20, 3], [70, 40]])
+def test_decoding_makes_its_tensors_on_the_models_device(lengths):
     """Whatever torch makes them on by default."""
-    model, ids = build(), torch.cat([prompt(20), prompt(20, 1)])
-    options = dict(gen_length=20, prompt_lengths=torch.tensor([20, 3]))
+    model, ids = build(), torch.cat([prompt(70), prompt(70, 1)])
+    options = dict(gen_length=20, prompt_lengths=None if lengths is None else torch.tensor(lengths))
     wanted = model.generate(ids, **options)
     with torch.device("meta"):
         got = model.generate(ids, **options)

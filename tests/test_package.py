@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import runpy
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import dmoe_ops
+import dmoe_ops.models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +80,33 @@ def test_imports_run_one_way():
             if RANK[there] <= RANK[here]:
                 upward.append(f"{file.relative_to(ROOT)} imports {there}")
     assert not upward
+
+
+def public_functions(module) -> list[tuple[str, object]]:
+    """What a module exports: functions, and the public methods of classes."""
+    found = []
+    for name in module.__all__:
+        exported = getattr(module, name)
+        members = {name: exported}
+        if isinstance(exported, type):
+            members = {f"{name}.{key}": value for key, value in vars(exported).items() if not key.startswith("_")}
+            members[f"{name}.__init__"] = vars(exported).get("__init__")
+        for path, value in members.items():
+            function = inspect.unwrap(
+                getattr(getattr(value, "__func__", value), "fget", None) or getattr(value, "__func__", value)
+            )
+            if inspect.isfunction(function) and Path(function.__code__.co_filename).is_relative_to(ROOT):
+                found.append((path, function))
+    return found
+
+
+@pytest.mark.parametrize("path, function", public_functions(dmoe_ops) + public_functions(dmoe_ops.models))
+def test_public_functions_are_annotated(path, function):
+    signature = inspect.signature(function)
+    spread = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = [p for p in signature.parameters.values() if p.name not in ("self", "cls") and p.kind not in spread]
+    assert not [p.name for p in named if p.annotation is p.empty]
+    assert path.endswith("__init__") or signature.return_annotation is not signature.empty
 
 
 def test_every_subpackage_is_listed():

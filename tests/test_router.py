@@ -246,6 +246,22 @@ def test_a_group_of_one_candidate_ranks_last_even_where_that_one_is_infinite(rou
     assert route(logits, bias, routing=routing).topk_ids.tolist() == [[0, 2, -1]]
 
 
+@pytest.mark.parametrize("route", [block_route, reference.block_route])
+@pytest.mark.parametrize("aggregate", ["topk_sum", "sum", "max", "union"])
+@pytest.mark.parametrize(
+    "settings", [dict(select="top_n", capacity=3), dict(select="top_p", top_p=0.01, min_experts=3)]
+)
+def test_ties_in_a_coreset_go_to_the_lower_ids(route, aggregate, settings):
+    """Experts 2, 4, 5, 6 and 7 have the same votes of every token, the others fewer: the coreset takes the lowest three."""
+    logits = torch.tensor([-2.0, -2.0, 1.0, -2.0, 1.0, 1.0, 1.0, 1.0]).expand(6, 8)
+    routing = BlockRouting(
+        num_experts=8, top_k=5, block_size=6, n_group=1, topk_group=1, aggregate=aggregate, union_k=5, **settings
+    )
+    result = route(logits, routing=routing)
+    assert result.coreset_sizes.tolist() == [3] and result.coreset_ids[0, :3].tolist() == [2, 4, 5]
+    assert result.topk_ids.tolist() == [[2, 4, 5, -1, -1]] * 6
+
+
 def test_top_p_is_compared_as_the_nearest_float32():
     """3 of 5 votes are the float32 nearest to 0.6, which is above the double 0.6: they do not cross the threshold."""
     routing = BlockRouting(num_experts=4, top_k=1, block_size=5, n_group=1, topk_group=1, min_experts=0)

@@ -111,7 +111,7 @@ def test_an_override_wins_over_a_policy():
 
 def test_a_models_geometry_gives_way_to_what_makes_the_policy():
     geometry = dict(num_experts=64, top_k=6, n_group=4, topk_group=2)
-    found = {name: BlockRouting.of_model(name, geometry) for name in ("dmoe", "top4", "capacity")}
+    found = {name: BlockRouting.for_model(name, geometry) for name in ("dmoe", "top4", "capacity")}
     assert [(r.num_experts, r.top_k, r.n_group, r.topk_group) for r in found.values()] == [
         (64, 6, 4, 2),
         (64, 4, 4, 2),

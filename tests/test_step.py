@@ -337,9 +337,15 @@ def test_a_cancelled_decode_leaves_nothing_to_the_next(taped):
     model, ids = build(), torch.cat([prompt(20, seed) for seed in range(4)])
     model.generate(ids, gen_length=40, eos_id=None, stream=lambda block: True, every_step=True)
     for rows in (3, 4):
-        want = model.generate(ids[:rows], gen_length=40, eos_id=None, use_graphs=False)
-        got = model.generate(ids[:rows], gen_length=40, eos_id=None)
+        want, shapes = model.generate(ids[:rows], gen_length=40, eos_id=None, use_graphs=False), []
+        got = model.generate(
+            ids[:rows],
+            gen_length=40,
+            eos_id=None,
+            stream=lambda block, shapes=shapes: shapes.append(tuple(block.tokens.shape)),
+        )
         assert torch.equal(got.tokens, want.tokens) and got.stats == want.stats
+        assert shapes == [(rows, 32)] * 2
 
 
 def test_decodes_that_take_turns_have_graphs_of_their_own(taped):

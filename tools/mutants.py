@@ -22,6 +22,7 @@ TESTS = {
         "test_quantized_checkpoints",
         "test_expert_map",
     ],
+    "dmoe_ops/hf_block.py": ["test_layer", "test_bad_input", "test_patch"],
     "dmoe_ops/formats.py": [
         "test_quantized",
         "test_quantize",
@@ -349,13 +350,15 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "'bias' -> 'biasX'": "nobody asks for that name: the bias has no gradient",
         "ones = topk_weights.new_ones(x.shape[0], 1) | 1 -> 2": "all entries are 1, and the first T are read",
         "ctx.n_inputs - 7 -> ctx.n_inputs + 7": "autograd drops a None beyond the inputs",
+        "recurse=True): | True -> False": "a layer has no modules in it",
+        "device='me": "the result is the same; memory peaks higher",
+    },
+    "dmoe_ops/hf_block.py": {
         '3 * ("weight",)': "zip ends with the three projections",
         "3 * (experts,)": "zip ends with the three projections",
         "return False | return False -> return": "None is as false",
         "dict(gate_proj=[intermediate, hidden], up_proj": "the sizes are those of gate_proj",
         "setattr(owner, name, own) | ": "for a weight that moves between kinds of devices; the tests have the CPU alone",
-        "recurse=True): | True -> False": "a layer has no modules in it",
-        "device='me": "the result is the same; memory peaks higher",
     },
     "dmoe_ops/models/decoding.py": {
         "prompts = input_ids.masked_fill(padding, 0) | 0 -> 1": "any token will do: padding is not looked at",
@@ -363,6 +366,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if not all(finite": "a step tells it of all rows together",
     },
     "dmoe_ops/models/step.py": {
+        "num_experts + 1, dtype=torch.bool) -> ": "ones and zeros sum up to the same counts in any dtype",
         "logits.amax(-1).isfinite().all() # the largest of a row is NaN where the row holds one | -1 -> 1": (
             "the largest of all are looked at, along whichever dimension"
         ),

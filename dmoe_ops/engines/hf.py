@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,7 +18,8 @@ class PatchedMoE(BlockMoE):
     """A `BlockMoE` that returns what the block in its place did. returns: "y", "y, None", "y, logits" or
     "y, (logits, ids)"; flat: whether logits and ids are [T, ..] rather than [bsz, seq, ..]."""
 
-    returns, flat = "y, (logits, ids)", False
+    returns: str = "y, (logits, ids)"
+    flat: bool = False
 
     def forward(self, hidden_states, block_offsets=None):
         y, routed = super().forward(hidden_states, block_offsets)
@@ -97,7 +100,7 @@ def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
     if not originals:
         again = " (it is patched already)" if any(isinstance(m, BlockMoE) for m in model.modules()) else ""
         raise ValueError(f"model must contain LLaDA2 sparse MoE blocks, got {type(model).__name__} without any{again}")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model.config.quantization_config must be null, got {config.quantization_config!r:.200}")
     check_rotary(model)
@@ -115,7 +118,8 @@ def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
     for name, module in originals.items():
         if id(module) not in made:
             routing, (returns, flat) = found[id(module)]
-            layer = made[id(module)] = PatchedMoE.from_hf(module, routing)
+            layer: Any = PatchedMoE.from_hf(module, routing)
+            made[id(module)] = layer
             layer.returns, layer.flat = returns, flat
         layers[name] = made[id(module)]
         model.set_submodule(name, layers[name])
@@ -150,6 +154,7 @@ def returned_by(block: nn.Module) -> tuple[str, bool]:
     def has(value, columns=None):
         return isinstance(value, torch.Tensor) and value.dim() in (2, 3) and columns in (None, value.shape[-1])
 
+    rest: Any
     y, rest = out if isinstance(out, (tuple, list)) and len(out) == 2 else (out, ())
     if isinstance(y, torch.Tensor) and y.shape == x.shape:
         if rest == () and y is out:
@@ -224,7 +229,7 @@ def routing_of(module: nn.Module, policy: str, model_config=None, **overrides) -
     if top_k is None and "top_k" not in {**POLICIES[policy], **overrides}:
         raise ValueError("gate.top_k or config.num_experts_per_tok must be there, or top_k given, got neither")
     ungrouped = getattr(config, "expert_capacity", None)  # LLaDA2.2: its own code ignores groups then
-    geometry = dict(
+    geometry: dict[str, Any] = dict(
         num_experts=num_experts(module),
         top_k=top_k,
         n_group=1 if ungrouped else read(1, "n_group") or 1,
@@ -234,4 +239,4 @@ def routing_of(module: nn.Module, policy: str, model_config=None, **overrides) -
         norm_topk_prob=top_k != 1,
         routed_scaling_factor=float(read(1.0, "routed_scaling_factor")),
     )
-    return BlockRouting.of_model(policy, geometry, **{**trained_for(config, policy), **overrides})
+    return BlockRouting.for_model(policy, geometry, **{**trained_for(config, policy), **overrides})

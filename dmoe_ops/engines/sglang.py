@@ -62,9 +62,9 @@ def llada2_block(asked: serving.Asked, counted: bool = False):
             super().__init__(layer_id, config, quant_config, *args, **kwargs)
             self.left_alone = left_alone
             if left_alone is None:
-                self._take_over(routing)
+                self._copy_expert_weights(routing)
 
-        def _take_over(self, routing) -> None:
+        def _copy_expert_weights(self, routing) -> None:
             experts = self.experts
             self.routing = routing
             # Whatever a runner of SGLang would make of the weights (packed, permuted), ours reads them as they are loaded.

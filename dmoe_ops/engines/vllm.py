@@ -122,7 +122,7 @@ def routing_here(runner, asked: serving.Asked) -> BlockRouting:
         routed_scaling_factor=float(layer.routed_scaling_factor),
     )
     blocks = {} if vllm.diffusion_config is None else dict(block_size=vllm.diffusion_config.canvas_length)
-    routing = BlockRouting.of_model(policy, geometry, **blocks | trained_for(config, policy) | asked.overrides)
+    routing = BlockRouting.for_model(policy, geometry, **blocks | trained_for(config, policy) | asked.overrides)
     cached = vllm.cache_config.enable_prefix_caching and (vllm.cache_config.block_size or 0) % routing.block_size
     for refused, why in (
         (type(layer.quant_method) is not UnquantizedFusedMoEMethod, "quantised weights are not served"),

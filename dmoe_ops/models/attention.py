@@ -21,7 +21,17 @@ class KVCache:
     rows: int64 [n], the sequences that a forward is about; None: all, in order.
     """
 
-    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, *, dtype=None, device=None):
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+    ):
         shape = (layers, batch, heads, capacity, head_dim)
         # Zeros: a masked key has weight 0, and 0 times whatever memory holds may be NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -29,14 +39,14 @@ class KVCache:
         self.length: int | torch.Tensor = 0
         self.rows: torch.Tensor | None = None
 
-    def select(self, rows=None, length=None) -> KVCache:
+    def select(self, rows: torch.Tensor | None = None, length: int | torch.Tensor | None = None) -> KVCache:
         """The same buffers for some sequences, or with another length."""
         part = copy.copy(self)
         part.rows = rows
         part.length = self.length if length is None else length
         return part
 
-    def check(self, input_ids) -> None:
+    def check(self, input_ids: torch.Tensor) -> None:
         _, batch, _, capacity, _ = self.keys.shape
         batch = batch if self.rows is None else len(self.rows)
         if input_ids.shape[0] != batch:
@@ -46,7 +56,17 @@ class KVCache:
                 f"kv_cache has room for {capacity} tokens, got {self.length} and {input_ids.shape[1]} more"
             )
 
-    def extend(self, layer: int, qkv, query_weight, key_weight, eps: float, cos, sin, at) -> tuple:
+    def extend(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        query_weight: torch.Tensor | None,
+        key_weight: torch.Tensor | None,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        at: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalises and turns the heads of qkv [n, T, ...] (`reference.qk_norm_rope`) and writes keys and values behind the
         prefix of `at` int64 [1] tokens. Returns the queries, and keys and values of prefix and both, or the whole buffers
         where the length is on the device. Raises ValueError where they have a gradient, which the buffers would keep from
@@ -55,7 +75,8 @@ class KVCache:
             raise ValueError("kv_cache must be used under torch.no_grad(), got keys with a gradient")
         buffers = self.keys[layer], self.values[layer]
         query = decoder.qk_norm_rope(qkv, query_weight, key_weight, eps, cos, sin, self.rows, at, *buffers)
-        return query, *(self._upto(buffer, qkv.shape[1]) for buffer in buffers)
+        keys, values = (self._upto(buffer, qkv.shape[1]) for buffer in buffers)
+        return query, keys, values
 
     def _upto(self, buffer, tokens: int) -> torch.Tensor:
         if isinstance(self.length, torch.Tensor):

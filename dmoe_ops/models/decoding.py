@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from . import graphs
 from .checkpoint import is_finite
 from .step import KINDS, Batch, Counter, Rule, count_committed, denoise
 
-FROM_CONFIG = object()
+FROM_CONFIG: Any = object()
 PREFILL_TOKENS = 2048  # of all sequences together, at a time
 
 
@@ -60,10 +61,10 @@ class Decoded(NamedTuple):
 @torch.no_grad()
 def generate(
     self,
-    input_ids,
+    input_ids: torch.Tensor,
     *,
-    gen_length,
-    prompt_lengths=None,
+    gen_length: int | torch.Tensor,
+    prompt_lengths: torch.Tensor | None = None,
     block_length: int | None = None,
     steps: int = 32,
     threshold: float = 0.95,
@@ -76,7 +77,7 @@ def generate(
     progress: bool = False,
     generator: torch.Generator | None = None,
     use_graphs: bool | None = None,
-    stream=None,
+    stream: Callable[[Block], bool | None] | None = None,
     every_step: bool = False,
 ) -> Decoded:
     """Decodes up to `gen_length` new tokens by block diffusion.
@@ -115,11 +116,11 @@ def generate(
     return decode.result()
 
 
-def stream(self, input_ids, *, every_step: bool = False, **options):
+def stream(self, input_ids: torch.Tensor, *, every_step: bool = False, **options) -> Generator[Block, None, Decoded]:
     """Iterates over what `generate` decodes: a `Block` as soon as it is finished, and, with every_step, after every step.
     The options and errors are generate's. To stop iterating is to cancel. The generator returns `Decoded`."""
-    options = inspect.signature(generate).bind(self, input_ids, **options)
-    options.apply_defaults()
+    bound = inspect.signature(generate).bind(self, input_ids, **options)
+    bound.apply_defaults()
 
     @torch.no_grad()
     def blocks(decode):
@@ -128,7 +129,7 @@ def stream(self, input_ids, *, every_step: bool = False, **options):
                 yield decode.block(begin, done)
         return decode.result()
 
-    return blocks(start(**options.arguments))
+    return blocks(start(**bound.arguments))
 
 
 @torch.no_grad()

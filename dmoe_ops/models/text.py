@@ -23,7 +23,7 @@ class TextCodec:
     Raises ValueError, one line that names the file, when a file is corrupt.
     """
 
-    def __init__(self, folder, *, chat: bool = True):
+    def __init__(self, folder: str | Path, *, chat: bool = True) -> None:
         folder = Path(folder)
         self.tokenizer, self.why_no_text = None, None
         self.template, self._special = _template(folder) if chat else (None, {})
@@ -79,7 +79,7 @@ class TextCodec:
         )
         messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
         try:
-            template = environment.from_string(self.template)
+            template = environment.from_string(self.template or "")
             return template.render(messages=messages, add_generation_prompt=True, **self._special)
         except Exception as error:  # the template is a program: it may raise whatever it likes
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -98,7 +98,8 @@ class StopStrings:
 
     def __init__(self, codec: TextCodec, stops: list[str], lengths: list[int], eos_id: int | None):
         self.codec, self.stops, self.lengths, self.eos_id = codec, stops, lengths, eos_id
-        self.rows, self.begin = [], -1
+        self.rows: list[list[int]] = []
+        self.begin = -1
 
     def __call__(self, block) -> bool:
         if block.begin <= self.begin or not self.rows:  # the first of another decode

@@ -48,8 +48,8 @@ def denoising_loss(
         raise ValueError(f"block_length must be an integer of at least 1, got {block_length!r}")
     decoding.check_ids(clean, vocab_size, "clean")
     if clean.shape[1] % block_length or not clean.numel():
-        got = list(clean.shape)
-        raise ValueError(f"clean must be [bsz, T] with T a multiple of block_length={block_length}, got {got}")
+        shape = list(clean.shape)
+        raise ValueError(f"clean must be [bsz, T] with T a multiple of block_length={block_length}, got {shape}")
     if not isinstance(masked, torch.Tensor) or masked.shape != clean.shape or masked.dtype != torch.bool:
         got = f"{list(masked.shape)} {masked.dtype}" if isinstance(masked, torch.Tensor) else masked
         raise ValueError(f"masked must be a bool tensor of the shape of clean, {list(clean.shape)}, got {got}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 from ...routing import SCORES, BlockRouting, int_rule, is_number, plain
 from .. import checkpoint, hub, quantized
@@ -174,7 +175,7 @@ class LLaDA2Config:
         return cls(**{f.name: values[f.name] for f in fields if values.get(f.name) is not None})
 
     @classmethod
-    def from_pretrained(cls, folder, *, revision: str | None = None) -> LLaDA2Config:
+    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None) -> LLaDA2Config:
         """From FOLDER/config.json, or that of a model on the Hugging Face hub (owner/model). Raises ValueError that names
         the file and the key."""
         path = hub.folder_of(folder, revision, files=("config.json",)) / "config.json"
@@ -216,7 +217,7 @@ def routing_for(config, policy: str, **overrides) -> BlockRouting:
         norm_topk_prob=config.num_experts_per_tok != 1,
         routed_scaling_factor=float(getattr(config, "routed_scaling_factor", None) or 1.0),
     )
-    return BlockRouting.of_model(policy, geometry, **{**trained_for(config, policy), **overrides})
+    return BlockRouting.for_model(policy, geometry, **{**trained_for(config, policy), **overrides})
 
 
 def own_policy(config) -> str:

@@ -40,7 +40,14 @@ class LLaDA2ForDiffusion(nn.Module):
     empty and as floats: `from_pretrained` reads them, `init_weights` draws them, `quantize` rounds the experts.
     """
 
-    def __init__(self, config: LLaDA2Config, routing: BlockRouting | str = OWN, *, dtype=None, device=None):
+    def __init__(
+        self,
+        config: LLaDA2Config,
+        routing: BlockRouting | str = OWN,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+    ):
         super().__init__()
         self.config, self.expert_memory = config, None
         with torch.device("meta"):  # no time for an initialisation that nobody reads
@@ -116,7 +123,9 @@ class LLaDA2ForDiffusion(nn.Module):
         sizes = config.num_hidden_layers, batch, heads, capacity, config.head_dim
         return KVCache(*sizes, dtype=weight.dtype, device=weight.device)
 
-    def forward(self, input_ids, *, kv_cache: KVCache | None = None, block_length: int | None = None) -> LLaDA2Output:
+    def forward(
+        self, input_ids: torch.Tensor, *, kv_cache: KVCache | None = None, block_length: int | None = None
+    ) -> LLaDA2Output:
         """Logits of every token under block-causal attention: a token sees its own block and all earlier ones.
 
         input_ids: int64 [bsz, T], at the positions behind `kv_cache`'s committed tokens (from 0 without one); blocks of
@@ -129,7 +138,14 @@ class LLaDA2ForDiffusion(nn.Module):
         hidden, routed = self.hidden_states(input_ids, kv_cache=kv_cache, block_length=block_length)
         return LLaDA2Output(self.logits(hidden), routed)
 
-    def hidden_states(self, input_ids, *, kv_cache=None, block_length: int | None = None, layout=None):
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        kv_cache: KVCache | None = None,
+        block_length: int | None = None,
+        layout: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
         """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`.
 
         input_ids, kv_cache, block_length, errors: those of `forward`, which looks at the ids first.
@@ -182,11 +198,11 @@ class LLaDA2ForDiffusion(nn.Module):
                 routed.append(chosen)
         return self.model.norm(x, delta)[0], tuple(routed)
 
-    def logits(self, hidden) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits of hidden states [..., H]."""
         return self.head(hidden).float()
 
-    def head(self, hidden) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in the dtype of the hidden states."""
         head = self.model.word_embeddings if self.config.tie_word_embeddings else self.lm_head
         weight = head.weight
@@ -225,14 +241,14 @@ class LLaDA2ForDiffusion(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder,
+        folder: str | Path,
         *,
         policy: str = OWN,
-        dtype=None,
-        torch_dtype=None,
-        device=None,
-        revision=None,
-        expert_memory=None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        revision: str | None = None,
+        expert_memory: MemorySettings | int | str | None = None,
         **overrides,
     ) -> LLaDA2ForDiffusion:
         """Reads a checkpoint folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
@@ -285,7 +301,7 @@ class LLaDA2ForDiffusion(nn.Module):
                     layer.mlp.widen_scales()
         return self
 
-    def save_pretrained(self, folder, *, dtype: torch.dtype | str | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
         """Writes config.json and model.safetensors under a checkpoint's names, weights in `dtype` (by default the model's;
         the selection bias stays float32, quantised weights and their scales as they are), and two files of Python by which
         AutoConfig (SGLang asks it) and AutoModelForCausalLM read the folder under trust_remote_code=True. The tokenizer's

@@ -12,7 +12,7 @@ PROJECTIONS = dict(w13=("gate_proj", "up_proj"), w2=("down_proj",))
 
 def checkpoint_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Matrix]:
     """A state dict, or a part of one, under the names of a checkpoint; see `LLaDA2ForDiffusion.checkpoint_tensors`."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor | Matrix] = {}
     for name, value in state.items():
         prefix, _, last = name.rpartition(".")
         scale = state.get(f"{name}_scale")
