@@ -209,8 +209,7 @@ class Cuda:
 
     Two launches: router and experts, whose weights are plain or fp8. What the host rules refuse (csrc/cuda/router.h and
     experts.h: float32 experts, more than 64 tokens through experts, sizes that do not divide into its tiles) goes to
-    Triton, or to the reference where that is missing; so does every gradient, int8 and int4, and a layer with an
-    expert_map.
+    Triton, or to the reference where that is missing; so does every gradient, int8 and int4.
     """
 
     @staticmethod
@@ -229,35 +228,60 @@ class Cuda:
         if _cuda_experts_refuse(x, weights, topk_ids.shape[1]):
             _without_cuda().moe_experts(x, weights, topk_ids, topk_weights, y)
         else:
-            schedule = _cuda_schedule(x, weights.w13)
-            Cuda._experts(x, weights, weights.local(topk_ids), topk_weights, schedule, False, y)
+            schedule = _cuda_schedule(x, weights.experts)
+            Cuda._experts(x, weights, topk_ids, topk_weights, schedule, False, y)
 
     @staticmethod
     def moe_experts_backward(*args) -> None:
         _without_cuda().moe_experts_backward(*args)
 
     @staticmethod
+    def route(call: LayerCall):
+        if Cuda._refuses(call):
+            return _without_cuda().route(call)
+        schedule = Cuda._route(call, None)
+
+        def experts(x, weights, y, waves=None) -> None:
+            if waves is not None:
+                raise ValueError("waves must be None: the CUDA kernel needs all experts of a call at once")
+            Cuda._experts(x, weights, call.routed.topk_ids, call.routed.topk_weights, schedule, True, y)
+
+        return experts
+
+    @staticmethod
     def block_moe(call: LayerCall) -> None:
-        x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, routed, router_logits = call
-        if (
-            _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, x.shape[1])
-            or _cuda_experts_refuse(x, weights, routing.top_k)
-            or gate_weight.dtype == torch.float64
-            or weights.expert_map is not None  # the router's schedule speaks of the model's experts
-        ):
+        if Cuda._refuses(call):
             _without_cuda().block_moe(call)
             return
-        schedule = _cuda_schedule(x, weights.w13)
-        inputs = (x, gate_weight, expert_bias, block_offsets, seq_len, *packed_routing(routing))
-        torch.ops.dmoe._gate_route_out(*inputs, router_logits, *routed, schedule)
-        Cuda._experts(x, weights, routed.topk_ids, routed.topk_weights, schedule, True, y)
+        schedule = Cuda._route(call, call.weights.expert_map)
+        Cuda._experts(call.x, call.weights, call.routed.topk_ids, call.routed.topk_weights, schedule, True, call.y)
+
+    @staticmethod
+    def _refuses(call: LayerCall) -> bool:
+        routing = call.routing
+        return bool(
+            _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, call.x.shape[1])
+            or _cuda_experts_refuse(call.x, call.weights, routing.top_k)
+            or call.gate_weight.dtype == torch.float64
+        )
+
+    @staticmethod
+    def _route(call: LayerCall, expert_map) -> torch.Tensor:
+        """The schedule of the experts that the map says are here."""
+        schedule = _cuda_schedule(call.x, call.routing.num_experts)
+        inputs = (call.x, call.gate_weight, call.expert_bias, call.block_offsets, call.seq_len)
+        packed = packed_routing(call.routing)
+        torch.ops.dmoe._gate_route_out(*inputs, *packed, call.router_logits, *call.routed, schedule, expert_map)
+        return schedule
 
     @staticmethod
     def _experts(x, weights, topk_ids, topk_weights, schedule, scheduled: bool, y) -> None:
         sizes = _intermediate_sizes(weights)
-        size = _C.cuda_workspace_bytes(*x.shape, *sizes, weights.w13.shape[0], topk_ids.shape[1])
+        size = _C.cuda_workspace_bytes(*x.shape, *sizes, weights.experts, topk_ids.shape[1])
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        torch.ops.dmoe._block_dense_out(x, *weights[:8], topk_ids, topk_weights, schedule, workspace, scheduled, y)
+        torch.ops.dmoe._block_dense_out(
+            x, *weights.tensors(), topk_ids, topk_weights, schedule, workspace, scheduled, y
+        )
 
     @staticmethod
     def add_rms_norm(*args) -> None:
@@ -280,7 +304,7 @@ def _cuda_experts_refuse(x, weights: ExpertWeights, top_k: int) -> str | None:
     if not _has_cuda_experts(x.device):
         return "a GPU without bulk copies, or with less than 227 KB of shared memory per thread block"
     sizes = _intermediate_sizes(weights)
-    return _C.cuda_experts_refuses(*x.shape, *sizes, weights.w13.shape[0], top_k, x.element_size(), fp8)
+    return _C.cuda_experts_refuses(*x.shape, *sizes, weights.experts, top_k, x.element_size(), fp8)
 
 
 def _intermediate_sizes(weights: ExpertWeights) -> tuple[int, int]:
@@ -293,8 +317,8 @@ def _has_cuda_experts(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _cuda_schedule(x, w13) -> torch.Tensor:
-    return torch.empty(_C.cuda_schedule_words(w13.shape[0]), dtype=torch.int32, device=x.device)
+def _cuda_schedule(x, experts: int) -> torch.Tensor:
+    return torch.empty(_C.cuda_schedule_words(experts), dtype=torch.int32, device=x.device)
 
 
 def _without_cuda():

@@ -85,16 +85,16 @@ lib.define(
 )
 lib.define("_greedy_out(Tensor logits, Tensor(a!) token, Tensor(b!) probability) -> ()")
 # CUDA only: the router from x on, and the experts of few tokens. `schedule` int32 and `workspace` uint8 are scratch;
-# `scheduled` says that `schedule` comes from the router.
+# `scheduled` says that `schedule` comes from the router; it leaves out what the map says is elsewhere.
 lib.define(
     "_gate_route_out(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor? block_offsets, int seq_len, int[] ints, "
     "float[] floats, Tensor(a!) logits, Tensor(b!) topk_ids, Tensor(c!) topk_weights, Tensor(d!) coreset_ids, "
-    "Tensor(e!) coreset_sizes, Tensor(f!)? schedule) -> ()"
+    "Tensor(e!) coreset_sizes, Tensor(f!)? schedule, Tensor? expert_map=None) -> ()"
 )
 lib.define(
     "_block_dense_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor? w13_scale, "
-    "Tensor? w2_scale, Tensor? shared_w13_scale, Tensor? shared_w2_scale, Tensor topk_ids, Tensor topk_weights, "
-    "Tensor(a!) schedule, Tensor(b!) workspace, bool scheduled, Tensor(c!) y) -> ()"
+    "Tensor? w2_scale, Tensor? shared_w13_scale, Tensor? shared_w2_scale, Tensor? expert_map, Tensor topk_ids, "
+    "Tensor topk_weights, Tensor(a!) schedule, Tensor(b!) workspace, bool scheduled, Tensor(c!) y) -> ()"
 )
 
 try:

@@ -31,14 +31,14 @@ Experts = structure(
     ("tokens hidden intermediate experts top_k shared_intermediate", INT),
     ("dtype", ctypes.c_int32),
     ("x w13 w2 shared_w13 shared_w2 topk_ids topk_weights schedule workspace y", POINTER),
-    ("w13_scale w2_scale shared_w13_scale shared_w2_scale", POINTER),
+    ("w13_scale w2_scale shared_w13_scale shared_w2_scale expert_map", POINTER),
 )
 Router = structure(
     "Router",
     ("tokens hidden experts n_blocks coreset_width seq_len", INT),
     ("x gate_weight", POINTER),
     ("x_dtype gate_dtype", ctypes.c_int32),
-    ("logits expert_bias block_offsets topk_ids topk_weights coreset_ids coreset_sizes schedule", POINTER),
+    ("logits expert_bias block_offsets topk_ids topk_weights coreset_ids coreset_sizes schedule expert_map", POINTER),
 )
 Form = structure(
     "Form", ("cluster two_launches ctas rows stages splits resident", ctypes.c_int32), ("seed", ctypes.c_uint32)
@@ -98,7 +98,7 @@ class Emulator:
             getattr(library, name).restype = INT
         library.schedule_words.argtypes = [INT]
         library.cluster_size.argtypes = [INT, ctypes.c_int]
-        library.emulate_schedule.argtypes = [POINTER, INT, INT, POINTER, ctypes.c_uint32]
+        library.emulate_schedule.argtypes = [POINTER, INT, INT, POINTER, POINTER, ctypes.c_uint32]
         library.totals.argtypes = [ctypes.c_uint64, POINTER]
 
     @staticmethod
@@ -126,22 +126,24 @@ class Emulator:
         self.library.totals(base, out)
         return list(out)
 
-    def router(self, logits, bias, offsets, out, schedule, seq_len, x=None, gate=None) -> Router:
+    def router(self, logits, bias, offsets, out, schedule, seq_len, x=None, gate=None, expert_map=None) -> Router:
         """logits [tokens, experts]; out: a RoutingResult; offsets int32 or None."""
         return Router(
             *(logits.shape[0], 0 if x is None else x.shape[-1], logits.shape[1]), *out.coreset_ids.shape, seq_len,
             pointer(x), pointer(gate), *(0 if t is None else DTYPES.index(t.dtype) for t in (x, gate)),
-            *map(pointer, (logits, bias, offsets, *out, schedule)),
+            *map(pointer, (logits, bias, offsets, *out, schedule, expert_map)),
         )  # fmt: skip
 
     def experts(
-        self, x, w13, w2, shared_w13, shared_w2, ids, weights, schedule=None, workspace=None, y=None, scales=(None,) * 4
-    ) -> Experts:
+        self, x, w13, w2, shared_w13, shared_w2, ids, weights, schedule=None, workspace=None, y=None, scales=(None,) * 4,
+        expert_map=None,
+    ) -> Experts:  # fmt: skip
         """scales: of w13, w2, shared_w13 and shared_w2, where they are float8_e4m3fn."""
+        experts = len(w13 if expert_map is None else expert_map)
         shared = 0 if shared_w2 is None else shared_w2.shape[1]
         return Experts(
-            *x.shape, w2.shape[2], w13.shape[0], ids.shape[1], shared, DTYPES.index(x.dtype),
-            *map(pointer, (x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y, *scales)),
+            *x.shape, w2.shape[2], experts, ids.shape[1], shared, DTYPES.index(x.dtype),
+            *map(pointer, (x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y, *scales, expert_map)),
         )  # fmt: skip
 
     def workspace_of(self, args: Experts) -> torch.Tensor:
@@ -154,8 +156,9 @@ class Emulator:
     def run_packed_route(self, args: Router, ints, floats, how: Form) -> None:
         self._must(self.library.emulate_route(ctypes.byref(args), *packed(ints, floats), ctypes.byref(how)))
 
-    def run_schedule(self, topk_ids, experts: int, out, seed=0) -> None:
-        self._must(self.library.emulate_schedule(pointer(topk_ids), topk_ids.numel(), experts, pointer(out), seed))
+    def run_schedule(self, topk_ids, experts: int, out, seed=0, expert_map=None) -> None:
+        arguments = pointer(topk_ids), topk_ids.numel(), experts, pointer(expert_map), pointer(out), seed
+        self._must(self.library.emulate_schedule(*arguments))
 
     def run_experts(self, args: Experts, scheduled: bool, how: Form) -> None:
         self._must(self.library.emulate_experts(ctypes.byref(args), scheduled, ctypes.byref(how)))
@@ -211,13 +214,15 @@ class Backend:
         self.emulator.run_route(args, routing, self.how)
 
     def gate_route_out(self, x, gate, bias, offsets, seq_len, ints, floats, logits, *rest) -> None:
-        out, schedule = reference.RoutingResult(*rest[:4]), *rest[4:]
-        args = self.emulator.router(logits, bias, offsets, out, schedule, seq_len, x, gate)
+        out = reference.RoutingResult(*rest[:4])
+        schedule, expert_map = rest[4:]
+        args = self.emulator.router(logits, bias, offsets, out, schedule, seq_len, x, gate, expert_map)
         self.emulator.run_packed_route(args, ints, floats, self.how)
 
     def block_dense_out(self, x, w13, w2, shared_w13, shared_w2, *rest) -> None:
-        *scales, ids, weights, schedule, workspace, scheduled, y = rest
-        args = self.emulator.experts(x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y, scales)
+        *scales, expert_map, ids, weights, schedule, workspace, scheduled, y = rest
+        tensors = (x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y)
+        args = self.emulator.experts(*tensors, scales, expert_map)
         self.emulator.run_experts(args, scheduled, self.how)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pools import in_a_pool
 
 from dmoe_ops import BlockRouting, block_moe, formats, moe_experts, quantize, reference
 from dmoe_ops import layer as layers
@@ -74,18 +75,6 @@ def quantised(values, form, names=("w13", "w2")):
         halves = 2 if name.endswith("w13") else 1
         weights[name], weights[f"{name}_scale"] = quantize.quantize(values[name], form, halves=halves)
     return weights
-
-
-def in_a_pool(weights, seed=0, spare=5):
-    """The same experts anywhere in pools of more rows, and their map. The other rows hold NaN, or have a scale of NaN."""
-    experts = weights["w13"].shape[0]
-    rows = torch.randperm(experts + spare, generator=torch.Generator().manual_seed(seed))[:experts]
-    pools = {}
-    for name, value in weights.items():
-        pool = torch.full((experts + spare, value[0].nbytes), 0xFF, dtype=torch.uint8)
-        pool[rows] = value.view(torch.uint8).flatten(1)
-        pools[name] = pool.view(value.dtype).view(-1, *value.shape[1:])
-    return pools, rows.int()
 
 
 FORMS = [(None, None), ("fp8", None), ("int8", None), ("int4", None), ("int8", "int8")]

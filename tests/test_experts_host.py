@@ -7,8 +7,11 @@ import ctypes
 import emulated
 import pytest
 import torch
+from pools import in_a_pool
 
-from dmoe_ops import reference
+from dmoe_ops import BlockRouting, reference
+from dmoe_ops import layer as layers
+from dmoe_ops.formats import NOT_LOADED, ExpertWeights
 from dmoe_ops.quantize import quantize
 
 
@@ -22,12 +25,28 @@ def layer(tokens, hidden, inner, experts, top_k, shared, dtype=torch.bfloat16, u
     return torch.randn(tokens, hidden).to(dtype), w13, w2, shared_w13, shared_w2, ids, torch.rand(tokens, top_k)
 
 
-def run(emulator, x, w13, w2, shared_w13, shared_w2, ids, weights, *, scales=(None,) * 4, scheduled=False, **how):
+def run(
+    emulator,
+    x,
+    w13,
+    w2,
+    shared_w13,
+    shared_w2,
+    ids,
+    weights,
+    *,
+    scales=(None,) * 4,
+    expert_map=None,
+    scheduled=False,
+    **how,
+):
     """y, and how many bytes of weights were copied."""
-    schedule, y = emulator.schedule_of(w13.shape[0]), torch.full_like(x, torch.nan)
+    y = torch.full_like(x, torch.nan)
+    schedule = emulator.schedule_of(len(w13 if expert_map is None else expert_map))
     tensors = x, w13, w2, shared_w13, shared_w2, ids, weights, schedule
-    workspace = emulator.workspace_of(emulator.experts(*tensors))
-    emulator.run_experts(emulator.experts(*tensors, workspace, y, scales), scheduled, emulated.form(**how))
+    workspace = emulator.workspace_of(emulator.experts(*tensors, expert_map=expert_map))
+    args = emulator.experts(*tensors, workspace, y, scales, expert_map)
+    emulator.run_experts(args, scheduled, emulated.form(**how))
     assert (workspace[-64:] == 255).all()
     return y, emulator.totals()[3]
 
@@ -111,6 +130,47 @@ def test_an_overflow_stays_with_the_tokens_that_chose_the_expert(emulator):
     ids = torch.tensor([[0], [1], [2], [0], [1], [0], [1], [0]], dtype=torch.int32)
     y, _ = run(emulator, x, w13, w2, None, None, ids, weights)
     assert y[[0, 1, 3, 4, 5, 6, 7]].isfinite().all() and not y[2].isfinite().any()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_in_any_order_change_no_bit(emulator, fp8):
+    torch.manual_seed(5)
+    sizes = dict(tokens=17, hidden=192, inner=96, experts=9, top_k=3, shared=32)
+    (x, w13, w2, *rest), scales, _ = fp8_layer(**sizes) if fp8 else (layer(**sizes), [None] * 4, None)
+    stacks = dict(w13=w13, w2=w2, w13_scale=scales[0], w2_scale=scales[1])
+    y, copied = run(emulator, x, w13, w2, *rest, scales=scales)
+    for seed in range(3):
+        pools, expert_map = in_a_pool({name: stack for name, stack in stacks.items() if stack is not None}, seed)
+        mapped = [pools.get("w13_scale"), pools.get("w2_scale"), *scales[2:]]
+        again = run(emulator, x, pools["w13"], pools["w2"], *rest, scales=mapped, expert_map=expert_map)
+        assert torch.equal(again[0], y) and again[1] == copied
+
+
+@pytest.mark.parametrize("tokens", [16, 24])  # one block, and two
+def test_a_layer_with_an_expert_map(emulator, monkeypatch, tokens):
+    """Whole and in halves: the bits of the layer without a map; what is elsewhere adds nothing."""
+    emulated.Backend(emulator, emulated.form(cluster=2, ctas=3)).install(monkeypatch)
+    torch.manual_seed(6)
+    x, w13, w2, *shared, _, _ = layer(tokens=tokens, hidden=64, inner=32, experts=12, top_k=3, shared=32)
+    routing = BlockRouting(num_experts=12, top_k=3, block_size=16, n_group=3, topk_group=2, min_experts=5)
+    gate, bias = torch.randn(12, 64), torch.randn(12) / 10
+    y, result, _ = layers.block_moe(x, gate, bias, w13, w2, *shared, routing=routing)
+    pools, expert_map = in_a_pool(dict(w13=w13, w2=w2))
+    arguments = x, gate, bias, *pools.values(), *shared
+    assert torch.equal(layers.block_moe(*arguments, routing=routing, expert_map=expert_map)[0], y)
+    weights = ExpertWeights(*pools.values(), *shared, expert_map=torch.full_like(expert_map, NOT_LOADED))
+    routed = layers.route(x, gate, bias, weights, routing=routing)
+    weights.expert_map.copy_(expert_map)
+    assert torch.equal(layers.experts(x, weights, routed), y)
+    with pytest.raises(ValueError, match="waves must be None"):
+        layers.experts(x, weights, routed, [(0, 12)])
+    away = result.topk_ids[0, 0]
+    expert_map[away] = -1
+    part = layers.block_moe(*arguments, routing=routing, expert_map=expert_map)[0]
+    rest = result.topk_ids.where(result.topk_ids != away, -1)
+    wide = [t.double() for t in (x, w13, w2, *shared)]
+    expected = reference.moe_experts(*wide[:3], rest, result.topk_weights.double()) + reference.mlp(wide[0], *wide[3:])
+    torch.testing.assert_close(part.double(), expected, rtol=0.02, atol=0.02)
 
 
 # Weights in fp8 -----------------------------------------------------------------------------------------------------------

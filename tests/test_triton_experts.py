@@ -7,9 +7,13 @@ import json
 
 import pytest
 import torch
+from pools import in_a_pool
 from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, block_moe, moe_experts, reference
+from dmoe_ops import layer as layers
+from dmoe_ops.formats import NOT_LOADED, ExpertWeights
+from dmoe_ops.quantize import quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
@@ -262,6 +266,60 @@ def test_layer_with_an_expert_map(form):
     ids = torch.where(out.topk_ids >= 0, expert_map[out.topk_ids.clamp(min=0)], -1)
     want = reference.moe_experts(x, *local, ids, out.topk_weights) + reference.mlp(x, *shared)
     close(y, want.cpu(), 1e-6)
+
+
+def stacks_of(w13, w2, kind):
+    if kind is None:
+        return dict(w13=w13, w2=w2)
+    (w13, w13_scale), (w2, w2_scale) = quantize(w13, kind, halves=2), quantize(w2, kind)
+    return dict(w13=w13, w2=w2, w13_scale=w13_scale, w2_scale=w2_scale)
+
+
+def named_on_device(tensors):
+    return dict(zip(tensors, on_device(*tensors.values())))
+
+
+@pytest.mark.parametrize("kind", [None, "fp8", "int8", "int4"])
+def test_rows_in_any_order_change_no_bit(form, kind):
+    x, ids, weights = on_device(values(21, 32), some_ids(21, 16, 3), values(21, 3, seed=5))
+    stacks = stacks_of(*weights_of(), kind)
+    y = moe_experts(x, **named_on_device(stacks), topk_ids=ids, topk_weights=weights)
+    pools, expert_map = in_a_pool(stacks)
+    mapped = named_on_device(pools | dict(expert_map=expert_map))
+    assert torch.equal(moe_experts(x, **mapped, topk_ids=ids, topk_weights=weights), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [None, "fp8"])
+def test_a_layer_in_halves_and_in_waves(form, kind, dtype):
+    """The map is filled between the halves; in waves, a part of the pool at a time."""
+    (x, gate, bias, w13, w2, *shared), routing = layer((21,), dtype)
+    stacks = stacks_of(w13, w2, kind)
+    x, gate, bias, *shared = on_device(x, gate, bias, *shared)
+    placed = named_on_device(stacks)
+    y, result, _ = block_moe(x, gate, bias, placed.pop("w13"), placed.pop("w2"), *shared, routing=routing, **placed)
+    pools, expert_map = in_a_pool(stacks)
+    pools = named_on_device(pools)
+    rows, placed = expert_map.to(DEVICE), torch.full_like(expert_map, NOT_LOADED).to(DEVICE)
+    weights = ExpertWeights(
+        pools["w13"], pools["w2"], *shared, pools.get("w13_scale"), pools.get("w2_scale"), expert_map=placed
+    )
+    routed = layers.route(x, gate, bias, weights, routing=routing)
+    assert torch.equal(routed.result.topk_ids, result.topk_ids)
+
+    def waves():
+        for begin, end in [(0, 3), (3, 4), (4, 12), (12, 16)]:
+            placed.fill_(NOT_LOADED)
+            placed[begin:end] = rows[begin:end]
+            yield begin, end
+
+    if form == "dense":
+        with pytest.raises(ValueError, match="waves must be None"):
+            layers.experts(x, weights, routed, waves())
+    else:
+        assert torch.equal(layers.experts(x, weights, routed, waves()), y)
+    placed.copy_(rows)
+    assert torch.equal(layers.experts(x, weights, routed), y)
 
 
 @pytest.mark.parametrize("processors, splits", [(1, 1), (3, 3), (64, 8)])

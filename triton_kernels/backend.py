@@ -56,6 +56,79 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def plan_of(call: LayerCall) -> schedule.Dense | schedule.Gathered:
+    """Where `_route` writes the schedule of a layer call."""
+    x, routing, n_blocks = call.x, call.routing, call.routed.coreset_sizes.shape[0]
+    table = tiles.for_device(x.device)
+    if form_of(n_blocks, routing, table.dense_blocks) == "dense":
+        width = min(routing.num_experts, routing.coreset_width, routing.block_size * routing.top_k)
+        return schedule.Dense.empty(n_blocks, width, x.device)
+    words = n_blocks * router.route_constants(routing, table.route)["N_WORDS"]
+    tile = tile_tokens(x.shape[0], routing.top_k, least_experts(routing))
+    return schedule.Gathered.empty(x.shape[0], routing.num_experts, routing.top_k, words, tile, x.device)
+
+
+def _route(call: LayerCall, plan) -> None:
+    """Gate and route. Experts that the map of the weights says are elsewhere stay out of the plan."""
+    x, routing = call.x, call.routing
+    table, pdl = tiles.for_device(x.device), has_pdl(x.device)
+    score = torch.empty_like(call.router_logits) if routing.score == "sigmoid" else None
+    gate_tile = table.gate_for(x.shape[0], x.dtype, call.gate_weight.dtype)
+    router.gate(x, call.gate_weight, call.router_logits, score, plan.done, gate_tile, pdl)
+    router.route(
+        call.router_logits,
+        score,
+        call.expert_bias,
+        call.block_offsets,
+        call.seq_len,
+        routing,
+        call.routed,
+        plan,
+        table.route,
+        call.weights.expert_map,
+        pdl,
+    )
+
+
+def _experts(call: LayerCall, plan, waves=None) -> None:
+    """Up and down; in the gathered form combine, and where there are waves their rows one after the other before it."""
+    x, routed, block_size = call.x, call.routed, call.routing.block_size
+    weights = stored(call.weights, has_fp8(x.device))
+    table, pdl = tiles.for_device(x.device), has_pdl(x.device)
+    chosen = routed.topk_ids, routed.topk_weights
+    if plan.form == "dense":
+        buffers = experts.dense_buffers(x, weights, plan, block_size, table)
+        blocks = call.block_offsets, call.seq_len, block_size
+        experts.dense(x, weights, *chosen, *blocks, plan, buffers, call.y, table, pdl)
+        return
+    h, rows = experts.gathered_buffers(x, weights, call.routing.top_k)
+    for wave in (None,) if waves is None else waves:
+        experts.gathered(x, weights, *chosen, plan, h, rows, call.y, table, pdl, wave)
+
+
+@launch.repeated
+def _whole(*call) -> None:
+    call = LayerCall(*call)
+    with launch.on(call.x.device):
+        plan = plan_of(call)
+        _route(call, plan)
+        _experts(call, plan)
+
+
+@launch.repeated
+def _first_half(plan, *call) -> None:
+    call = LayerCall(*call)
+    with launch.on(call.x.device):
+        _route(call, plan)
+
+
+@launch.repeated
+def _second_half(plan, *call) -> None:
+    call = LayerCall(*call)
+    with launch.on(call.x.device):
+        _experts(call, plan)
+
+
 class Triton:
     """triton_kernels."""
 
@@ -109,48 +182,29 @@ class Triton:
     @staticmethod
     def block_moe(call: LayerCall) -> None:
         """Four launches: gate, route, up, down; in the gathered form a fifth that combines."""
-        Triton._block_moe(*call)
+        _whole(*call)
 
     @staticmethod
-    @launch.repeated
-    def _block_moe(*call) -> None:
-        x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, y, out, router_logits = call
-        n_blocks = out.coreset_sizes.shape[0]
-        with launch.on(x.device):
-            weights = stored(weights, has_fp8(x.device))
-            table, pdl = tiles.for_device(x.device), has_pdl(x.device)
-            if form_of(n_blocks, routing, table.dense_blocks) == "dense":
-                width = min(routing.num_experts, routing.coreset_width, routing.block_size * routing.top_k)
-                plan = schedule.Dense.empty(n_blocks, width, x.device)
+    def route(call: LayerCall):
+        """The first two launches of `block_moe`, with all experts in the plan, wherever they are; see `_backends`."""
+        with launch.on(call.x.device):
+            plan = plan_of(call)
+        call = call._replace(weights=call.weights._replace(expert_map=None))
+        _first_half(plan, *call)
+
+        def rest(x, weights, y, waves=None) -> None:
+            placed = call._replace(x=x, weights=weights, y=y)
+            if waves is None:
+                _second_half(plan, *placed)
+            elif plan.form == "dense":
+                raise ValueError(
+                    "waves must be None: the dense form, of few tokens, needs all experts of a call at once"
+                )
             else:
-                words = n_blocks * router.route_constants(routing, table.route)["N_WORDS"]
-                tile = tile_tokens(x.shape[0], routing.top_k, least_experts(routing))
-                plan = schedule.Gathered.empty(x.shape[0], routing.num_experts, routing.top_k, words, tile, x.device)
-            score = torch.empty_like(router_logits) if routing.score == "sigmoid" else None
-            gate_tile = table.gate_for(x.shape[0], x.dtype, gate_weight.dtype)
-            router.gate(x, gate_weight, router_logits, score, plan.done, gate_tile, pdl)
-            router.route(
-                router_logits,
-                score,
-                expert_bias,
-                block_offsets,
-                seq_len,
-                routing,
-                out,
-                plan,
-                table.route,
-                weights.expert_map,
-                pdl,
-            )
-            if plan.form == "dense":
-                buffers = experts.dense_buffers(x, weights, plan, routing.block_size, table)
-                experts.dense(
-                    x, weights, out.topk_ids, out.topk_weights, block_offsets, seq_len, routing.block_size, plan, buffers, y,
-                    table, pdl,
-                )  # fmt: skip
-            else:
-                h, rows = experts.gathered_buffers(x, weights, routing.top_k)
-                experts.gathered(x, weights, out.topk_ids, out.topk_weights, plan, h, rows, y, table, pdl)
+                with launch.on(x.device):
+                    _experts(placed, plan, waves)
+
+        return rest
 
     @staticmethod
     @launch.repeated

@@ -329,7 +329,7 @@ def dense_down_kernel(
             tl.store(y_ptr + at, rounded(total, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens", "begin", "end"])
 def gathered_up_kernel(
     x_ptr,
     w13_ptr,
@@ -345,6 +345,8 @@ def gathered_up_kernel(
     h_ptr,
     shared_h_ptr,
     n_tokens,
+    begin,
+    end,
     H: tl.constexpr,
     I: tl.constexpr,
     SHARED_I: tl.constexpr,
@@ -359,7 +361,8 @@ def gathered_up_kernel(
     SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h of every position [T * K, I], and shared_h [T, SHARED_I] by the first programs, which need no schedule."""
+    """h [T * K, I] of every position of the experts begin to end - 1, and shared_h [T, SHARED_I] by the first programs,
+    which need no schedule."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.arange(0, BLOCK_N)
@@ -393,14 +396,15 @@ def gathered_up_kernel(
         ids, weights = load_slots(token, there, ids_ptr, weights_ptr, K, KP)
         first_row = program % TILES * BLOCK_I
         x_cols = x_ptr + token.to(tl.int64)[None, :] * H
-        local = local_expert(expert, map_ptr, HAS_MAP)
-        out = up_product(
-            x_cols, there, w13_ptr, w13_scale_ptr, local, first_row, H, I, BLOCK_I, BLOCK_H, STAGES, FORMAT
-        )
-        out = weighted(out, expert, ids, weights)
-        i = first_row + row
-        at = position.to(tl.int64)[None, :] * I + i[:, None]
-        tl.store(h_ptr + at, rounded(out, h_ptr.dtype.element_ty), mask=there[None, :] & (i < I)[:, None])
+        if (expert >= begin) & (expert < end):
+            local = local_expert(expert, map_ptr, HAS_MAP)
+            out = up_product(
+                x_cols, there, w13_ptr, w13_scale_ptr, local, first_row, H, I, BLOCK_I, BLOCK_H, STAGES, FORMAT
+            )
+            out = weighted(out, expert, ids, weights)
+            i = first_row + row
+            at = position.to(tl.int64)[None, :] * I + i[:, None]
+            tl.store(h_ptr + at, rounded(out, h_ptr.dtype.element_ty), mask=there[None, :] & (i < I)[:, None])
 
 
 @triton.jit
@@ -429,7 +433,7 @@ def down_rows(
     tl.store(out_ptr + at, rounded(acc, out_ptr.dtype.element_ty), mask=(hidden < H)[:, None] & there[None, :])
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens", "begin", "end"])
 def gathered_down_kernel(
     h_ptr,
     shared_h_ptr,
@@ -443,6 +447,8 @@ def gathered_down_kernel(
     rows_ptr,
     shared_rows_ptr,
     n_tokens,
+    begin,
+    end,
     H: tl.constexpr,
     I: tl.constexpr,
     SHARED_I: tl.constexpr,
@@ -455,7 +461,7 @@ def gathered_down_kernel(
     SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """rows [T * K, H], one per position, and shared_rows [T, H]."""
+    """rows [T * K, H], one per position of the experts begin to end - 1, and shared_rows [T, H]."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -475,11 +481,12 @@ def gathered_down_kernel(
     program -= n_shared
     if (program >= 0) & (program < tl.load(n_tiles_ptr) * TILES):
         expert, position, there = load_positions(program // TILES, tiles_ptr, BLOCK_N)
-        expert = local_expert(expert, map_ptr, HAS_MAP)
-        down_rows(
-            w2_ptr, w2_scale_ptr, expert, h_ptr, position, there, hidden, rows_ptr,
-            H, I, BLOCK_H, BLOCK_I, STAGES, FORMAT,
-        )  # fmt: skip
+        if (expert >= begin) & (expert < end):
+            local = local_expert(expert, map_ptr, HAS_MAP)
+            down_rows(
+                w2_ptr, w2_scale_ptr, local, h_ptr, position, there, hidden, rows_ptr,
+                H, I, BLOCK_H, BLOCK_I, STAGES, FORMAT,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -575,9 +582,13 @@ def dense(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_size
     )
 
 
-def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pdl):
-    """y of tokens with a `schedule.Gathered`. h, rows: what `gathered_buffers` allocates; the rest: see `dense`."""
-    hidden, intermediate, shared = x.shape[1], weights.intermediate, weights.shared_intermediate
+def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pdl, wave=None):
+    """y of tokens with a `schedule.Gathered`. h, rows: what `gathered_buffers` allocates; the rest: see `dense`. wave: None,
+    or the experts begin to end - 1 alone; the shared expert, and the sum of the rows, come with the last of them."""
+    n_experts = schedule.words.shape[1]
+    begin, end = wave or (0, n_experts)
+    hidden, intermediate = x.shape[1], weights.intermediate
+    shared = weights.shared_intermediate if end == n_experts else 0
     n_tokens, top_k = topk_ids.shape
     stored = weights.up[0].dtype
     up, down = (tiles.fit(name, schedule.tile, x.dtype, stored) for name in ("gathered_up", "gathered_down"))
@@ -603,6 +614,8 @@ def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pd
         schedule.n_tiles,
         *h,
         n_tokens,
+        begin,
+        end,
         K=top_k,
         KP=triton.next_power_of_2(top_k),
         BLOCK_I=up.rows,
@@ -621,6 +634,8 @@ def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pd
         schedule.n_tiles,
         *rows,
         n_tokens,
+        begin,
+        end,
         BLOCK_H=down.rows,
         BLOCK_I=down.depth,
         STAGES=down.stages,
@@ -628,6 +643,8 @@ def gathered(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pd
         **common,
         **early,
     )
+    if end < n_experts:
+        return
     columns = min(COMBINE_COLUMNS, triton.next_power_of_2(hidden))
     combine_kernel[(n_tokens, triton.cdiv(hidden, columns))](
         *rows, schedule.position_of, y, H=hidden, K=top_k, BLOCK_H=columns, num_warps=4, **early

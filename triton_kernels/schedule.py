@@ -12,8 +12,7 @@ program to finish adds them up. Which one is last is decided by an integer count
 
 from __future__ import annotations
 
-import dataclasses
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 import triton
@@ -259,16 +258,15 @@ def order_kernel(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(NamedTuple):
     """Workspace of the dense form. used int32 [n_blocks, width], counts int32 [n_blocks], done int32 [1]."""
 
     used: torch.Tensor
     counts: torch.Tensor
     done: torch.Tensor
 
-    form: ClassVar[str] = "dense"
-    tile: ClassVar[int] = 1
+    form = "dense"
+    tile = 1
 
     @property
     def width(self) -> int:
@@ -286,8 +284,7 @@ class Dense:
         return cls(used.view(n_blocks, width), counts, done)
 
 
-@dataclasses.dataclass(frozen=True)
-class Gathered:
+class Gathered(NamedTuple):
     """Workspace of the gathered form, all int32; sizes follow from T, E, k and the block size alone.
 
     words, base [n_words, E]; token_word [T]; token_at [T * k]; position_of [T, k]; tiles [n, 3]; n_tiles, done [1].
@@ -303,8 +300,8 @@ class Gathered:
     done: torch.Tensor
     tile: int
 
-    form: ClassVar[str] = "gathered"
-    width: ClassVar[int] = 1
+    form = "gathered"
+    width = 1
 
     def dense_args(self) -> tuple:
         return None, None

@@ -17,7 +17,7 @@ struct Experts {
   int64_t shared_intermediate;  // 0 where there is no shared expert
   Dtype dtype;
   const void* x;              // [tokens, hidden]
-  const void* w13;            // [experts, 2 * intermediate, hidden], gate rows first
+  const void* w13;            // [experts, 2 * intermediate, hidden], gate rows first; with a map, any number of rows
   const void* w2;             // [experts, hidden, intermediate]
   const void* shared_w13;     // [2 * shared_intermediate, hidden] or null
   const void* shared_w2;      // [hidden, shared_intermediate] or null
@@ -30,6 +30,7 @@ struct Experts {
   const float* w2_scale;          // [experts, ceil(hidden / 128), ceil(intermediate / 128)] or null
   const float* shared_w13_scale;  // as those, without experts
   const float* shared_w2_scale;
+  const int32_t* expert_map;  // [experts] or null: the row of w13 and w2 that holds an expert of the schedule; else expert e is row e
 
   DMOE_BOTH bool fp8() const { return w13_scale; }
 };

@@ -139,7 +139,10 @@ DMOE_DEVICE void set_scales(Chunk& c, const float* scales, int64_t expert, int64
 template <bool kFp8>
 DMOE_DEVICE Chunk chunk(const Experts& a, const Plan<kFp8>& p, const ExpertsWorkspace& w, const Tile& tile, int i) {
   const char* work = static_cast<const char*>(a.workspace);
-  const auto expert = [&](int member) { return static_cast<int64_t>(a.schedule[kUsed + member]); };
+  const auto expert = [&](int member) {  // its row
+    const auto id = static_cast<int64_t>(a.schedule[kUsed + member]);
+    return a.expert_map ? static_cast<int64_t>(a.expert_map[id]) : id;
+  };
   const bool shared = tile.shared(p, i);
   const int64_t inner = shared ? p.shared_inner : p.inner, length = p.chunk(shared);
   Chunk c{};

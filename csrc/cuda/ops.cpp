@@ -70,7 +70,7 @@ void check_launch(const char* what, const char* kernel) {
 void route(const Tensor* x, const Tensor* gate_weight, const Tensor& logits, const std::optional<Tensor>& expert_bias,
            const std::optional<Tensor>& block_offsets, int64_t seq_len, const std::vector<int64_t>& ints,
            const std::vector<double>& floats, Tensor& topk_ids, Tensor& topk_weights, Tensor& coreset_ids,
-           Tensor& coreset_sizes, Tensor* schedule) {
+           Tensor& coreset_sizes, Tensor* schedule, const int32_t* expert_map) {
   Router args{};
   args.tokens = logits.size(0);
   args.experts = logits.size(1);
@@ -94,6 +94,7 @@ void route(const Tensor* x, const Tensor* gate_weight, const Tensor& logits, con
   if (schedule) {
     STD_TORCH_CHECK(schedule->numel() >= schedule_words(args.experts), "dmoe: the schedule is too small");
     args.schedule = static_cast<uint32_t*>(schedule->mutable_data_ptr());
+    args.expert_map = expert_map;
   }
   const dmoe::Routing routing = dmoe::unpack_routing(ints, floats);
   const char* why = refuses(args, routing);
@@ -103,21 +104,27 @@ void route(const Tensor* x, const Tensor* gate_weight, const Tensor& logits, con
   check_launch(block_route(args, routing, current_stream(logits.get_device_index())), "router");
 }
 
+const int32_t* map_of(const std::optional<Tensor>& map, int64_t experts) {
+  STD_TORCH_CHECK(!map || map->numel() == experts, "dmoe: expert_map must have an entry per expert");
+  return map ? static_cast<const int32_t*>(map->const_data_ptr()) : nullptr;
+}
+
 void block_route_out(const Tensor logits, const std::optional<Tensor> expert_bias,
                      const std::optional<Tensor> block_offsets, int64_t seq_len, const std::vector<int64_t> ints,
                      const std::vector<double> floats, Tensor topk_ids, Tensor topk_weights, Tensor coreset_ids,
                      Tensor coreset_sizes) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "dmoe: logits must be contiguous with 2 dimensions");
   route(nullptr, nullptr, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights, coreset_ids,
-        coreset_sizes, nullptr);
+        coreset_sizes, nullptr, nullptr);
 }
 
 void gate_route_out(const Tensor x, const Tensor gate_weight, const std::optional<Tensor> expert_bias,
                     const std::optional<Tensor> block_offsets, int64_t seq_len, const std::vector<int64_t> ints,
                     const std::vector<double> floats, Tensor logits, Tensor topk_ids, Tensor topk_weights,
-                    Tensor coreset_ids, Tensor coreset_sizes, std::optional<Tensor> schedule) {
+                    Tensor coreset_ids, Tensor coreset_sizes, std::optional<Tensor> schedule,
+                    const std::optional<Tensor> expert_map) {
   route(&x, &gate_weight, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights, coreset_ids,
-        coreset_sizes, schedule ? &*schedule : nullptr);
+        coreset_sizes, schedule ? &*schedule : nullptr, map_of(expert_map, logits.size(1)));
 }
 
 const float* scale_of(const std::optional<Tensor>& scale) {
@@ -127,8 +134,8 @@ const float* scale_of(const std::optional<Tensor>& scale) {
 void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const std::optional<Tensor> shared_w13,
                      const std::optional<Tensor> shared_w2, const std::optional<Tensor> w13_scale,
                      const std::optional<Tensor> w2_scale, const std::optional<Tensor> shared_w13_scale,
-                     const std::optional<Tensor> shared_w2_scale, const Tensor topk_ids, const Tensor topk_weights,
-                     Tensor schedule, Tensor workspace, bool scheduled, Tensor y) {
+                     const std::optional<Tensor> shared_w2_scale, const std::optional<Tensor> expert_map,
+                     const Tensor topk_ids, const Tensor topk_weights, Tensor schedule, Tensor workspace, bool scheduled, Tensor y) {
   Experts args{};
   args.x = aligned(x, "x", 2);
   args.w13 = aligned(w13, "w13", 3);
@@ -136,7 +143,8 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
   args.tokens = x.size(0);
   args.hidden = x.size(1);
   args.intermediate = w2.size(2);
-  args.experts = w13.size(0);
+  args.experts = expert_map ? expert_map->numel() : w13.size(0);
+  args.expert_map = map_of(expert_map, args.experts);
   args.top_k = topk_ids.size(1);
   args.dtype = dtype_of(x);
   if (shared_w13) {
@@ -167,7 +175,8 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = current_stream(x.get_device_index());
   if (!scheduled) {
-    check_launch(dmoe::cuda::schedule(args.topk_ids, args.tokens * args.top_k, args.experts, args.schedule, stream),
+    check_launch(dmoe::cuda::schedule(args.topk_ids, args.tokens * args.top_k, args.experts, args.expert_map, args.schedule,
+                                      stream),
                  "schedule");
   }
   check_launch(experts_forward(args, stream), "experts");

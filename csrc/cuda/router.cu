@@ -21,9 +21,9 @@ __global__ void __launch_bounds__(kRouterThreads, 1)
 }
 
 __global__ void __launch_bounds__(kRouterThreads, 1)
-    schedule_entry(const int32_t* topk_ids, int64_t slots, int experts, uint32_t* out) {
+    schedule_entry(const int32_t* topk_ids, int64_t slots, int experts, const int32_t* expert_map, uint32_t* out) {
   __shared__ __align__(128) char shared[128];
-  schedule_kernel(topk_ids, slots, experts, out, shared);
+  schedule_kernel(topk_ids, slots, experts, expert_map, out, shared);
 }
 
 // The cluster that is wanted, or the largest below it that fits: a part of a GPU (MIG) may have fewer multiprocessors side by
@@ -79,12 +79,13 @@ const char* block_route(const Router& args, const Routing& routing, void* stream
   return text(launch(kernel, {args.n_blocks * size, kRouterThreads, bytes, size, clusters}, stream, route, routing));
 }
 
-const char* schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, uint32_t* out, void* stream) {
+const char* schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, const int32_t* expert_map, uint32_t* out,
+                     void* stream) {
   int major = 0;
   const cudaError_t error = attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (error != cudaSuccess) return text(error);
   const Shape shape{1, kRouterThreads, 0, 1, major >= 9};
-  return text(launch(schedule_entry, shape, stream, topk_ids, slots, static_cast<int>(experts), out));
+  return text(launch(schedule_entry, shape, stream, topk_ids, slots, static_cast<int>(experts), expert_map, out));
 }
 
 }  // namespace dmoe::cuda

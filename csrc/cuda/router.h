@@ -31,6 +31,7 @@ struct Router {
   int32_t* coreset_ids;          // [n_blocks, coreset_width]
   int32_t* coreset_sizes;        // [n_blocks]
   uint32_t* schedule;            // [schedule_words(experts)] for the expert kernel, or null
+  const int32_t* expert_map;     // [experts] or null: the schedule leaves out those below 0
 };
 
 // The schedule: counters that the expert kernel starts from zero, the number of experts that some token chose, their ids in
@@ -99,6 +100,8 @@ DMOE_BOTH RouterShared router_shared(int experts, int block_size, int cluster, b
 const char* block_route(const Router& args, const Routing& routing, void* stream);
 
 // The schedule of ids that came without the router: one launch. topk_ids [slots]; ids outside [0, experts) add nothing.
-const char* schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, uint32_t* out, void* stream);
+// expert_map: see `Router`.
+const char* schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, const int32_t* expert_map, uint32_t* out,
+                     void* stream);
 
 }  // namespace dmoe::cuda

@@ -193,7 +193,11 @@ DMOE_DEVICE void write_used(const uint32_t* words, int experts, uint32_t* schedu
   }
 }
 
-DMOE_DEVICE void schedule_kernel(const int32_t* topk_ids, int64_t slots, int experts, uint32_t* out, char* shared) {
+// Whether the weights of an expert are here.
+DMOE_DEVICE bool is_here(const int32_t* expert_map, int expert) { return !expert_map || expert_map[expert] >= 0; }
+
+DMOE_DEVICE void schedule_kernel(const int32_t* topk_ids, int64_t slots, int experts, const int32_t* expert_map, uint32_t* out,
+                                 char* shared) {
   uint32_t* words = reinterpret_cast<uint32_t*>(shared);
   dev::launch_dependents();
   dev::wait_for_primary();
@@ -202,7 +206,7 @@ DMOE_DEVICE void schedule_kernel(const int32_t* topk_ids, int64_t slots, int exp
   dev::sync();
   for (int64_t i = dev::thread(); i < slots; i += kRouterThreads) {
     const int id = topk_ids[i];
-    if (id >= 0 && id < experts) dev::atomic_or(&words[id >> 5], 1u << (id & 31));
+    if (id >= 0 && id < experts && is_here(expert_map, id)) dev::atomic_or(&words[id >> 5], 1u << (id & 31));
   }
   dev::sync();
   write_used(words, experts, out);
@@ -555,7 +559,7 @@ DMOE_DEVICE void experts_of_tokens(const Router& a, const Routing& routing, cons
       const int64_t slot = (p.rows.begin + token) * p.top_k + lane;
       a.topk_ids[slot] = e;
       a.topk_weights[slot] = weight;
-      if (a.schedule && e >= 0) dev::atomic_or(&dev::remote(p.used, 0)[e >> 5], 1u << (e & 31));
+      if (a.schedule && e >= 0 && is_here(a.expert_map, e)) dev::atomic_or(&dev::remote(p.used, 0)[e >> 5], 1u << (e & 31));
     }
   });
 }

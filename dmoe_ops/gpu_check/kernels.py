@@ -101,7 +101,7 @@ def cuda_parts(case: cases.Case, w: cases.Weights) -> dict:
     x, routing, tokens = case.x, case.routing, len(case.x)
     out = router.allocate_routing(tokens, tokens, None, routing, x)
     logits = x.new_empty(tokens, routing.num_experts, dtype=torch.float32)
-    schedule = _backends._cuda_schedule(x, w.w13)
+    schedule = _backends._cuda_schedule(x, len(w.w13))
     y = torch.empty_like(x)
 
     def route(schedule=schedule):
@@ -147,13 +147,13 @@ def stand_in() -> None:
     """C++ under the names of the CUDA ops, so that a rehearsal takes the way of a GPU."""
     library = stand_in.library = torch.library.Library("dmoe", "IMPL")  # it lasts as long as it is held
 
-    def gate_route(x, gate, bias, offsets, seq_len, ints, floats, logits, ids, weights, coreset_ids, sizes, _s):
+    def gate_route(x, gate, bias, offsets, seq_len, ints, floats, logits, ids, weights, coreset_ids, sizes, *_):
         torch.ops.dmoe._gate_out(x, gate, logits)
         torch.ops.dmoe._block_route_out(logits, bias, offsets, seq_len, ints, floats, ids, weights, coreset_ids, sizes)
 
     def block_dense(x, *rest):
-        *weights, ids, topk_weights, _schedule, _workspace, _scheduled, y = rest
-        torch.ops.dmoe._moe_experts_out(x, *weights, False, None, ids, topk_weights, y)
+        *weights, expert_map, ids, topk_weights, _schedule, _workspace, _scheduled, y = rest
+        torch.ops.dmoe._moe_experts_out(x, *weights, False, expert_map, ids, topk_weights, y)
 
     library.impl("_gate_route_out", gate_route, "CPU")
     library.impl("_block_dense_out", block_dense, "CPU")

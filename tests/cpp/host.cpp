@@ -29,9 +29,10 @@ const char* emulate_route(const dmoe::cuda::Router* args, const int64_t* ints, c
                              cuda::route_memory(*args, routing), way->resident, way->seed));
 }
 
-const char* emulate_schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, uint32_t* out, uint32_t seed) {
+const char* emulate_schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, const int32_t* expert_map, uint32_t* out,
+                             uint32_t seed) {
   using namespace dmoe;
-  return report(emulate::run({cuda::schedule_launch(topk_ids, slots, static_cast<int>(experts), out)},
+  return report(emulate::run({cuda::schedule_launch(topk_ids, slots, static_cast<int>(experts), expert_map, out)},
                              {{topk_ids, 4 * slots, "topk_ids"}, {out, 4 * cuda::schedule_words(experts), "schedule"}}, 0,
                              seed));
 }
@@ -43,7 +44,7 @@ const char* emulate_experts(const dmoe::cuda::Experts* a, int scheduled, const W
   cuda::Launches stream;
   if (!scheduled) {
     const int experts = static_cast<int>(a->experts);
-    stream.push_back(cuda::schedule_launch(a->topk_ids, a->tokens * a->top_k, experts, a->schedule));
+    stream.push_back(cuda::schedule_launch(a->topk_ids, a->tokens * a->top_k, experts, a->expert_map, a->schedule));
   }
   stream.push_back(cuda::experts_launch(*a, way->ctas, {way->rows, way->stages, way->splits}));
   return report(emulate::run(stream, cuda::experts_memory(*a), way->resident, way->seed));

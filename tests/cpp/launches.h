@@ -49,9 +49,10 @@ inline Memories route_memory(const Router& a, const Routing& routing) {
           {a.schedule, 4 * schedule_words(a.experts), "schedule"}};
 }
 
-inline emulate::Launch schedule_launch(const int32_t* topk_ids, int64_t slots, int experts, uint32_t* out) {
+inline emulate::Launch schedule_launch(const int32_t* topk_ids, int64_t slots, int experts, const int32_t* expert_map,
+                                       uint32_t* out) {
   return {1, kRouterThreads, 1, 128, true,
-          [=](char* shared) { schedule_kernel(topk_ids, slots, experts, out, shared); }};
+          [=](char* shared) { schedule_kernel(topk_ids, slots, experts, expert_map, out, shared); }};
 }
 
 template <bool kHalf, bool kFp8>
