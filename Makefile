@@ -31,6 +31,7 @@ test: $(SETUP)
 lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -c "import clang_format as c, subprocess as s, sys; files = s.check_output(['git', 'ls-files', '*.cpp', '*.h', '*.cu'], text=True).split(); sys.exit(s.call([c.get_executable('clang-format'), '--dry-run', '--Werror', *files]))"
 	$(PY) -m mypy
 
 # The tests against another torch (TORCH=newest: the newest that pip finds), in an environment of its own. Its packages are

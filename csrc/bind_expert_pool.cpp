@@ -29,9 +29,10 @@ std::vector<int32_t> list_of(const Ids& ids) { return {ids.data(), ids.data() + 
 // memory: what keeps the parts alive. parts: (address, bytes of a slot). pieces: [layers, experts, n, 5], the fields of Piece
 // in the order file, part, offset, bytes, at.
 std::unique_ptr<Held> make_pool(py::object memory, std::vector<std::string> files,
-                                const std::vector<std::pair<uintptr_t, int64_t>>& parts, int64_t slots, const Pieces& pieces,
-                                int readers, int64_t ahead_slots, bool direct) {
-  if (pieces.ndim() != 4 || pieces.shape(3) != 5) throw std::invalid_argument("pieces must have shape [layers, experts, n, 5]");
+                                const std::vector<std::pair<uintptr_t, int64_t>>& parts, int64_t slots,
+                                const Pieces& pieces, int readers, int64_t ahead_slots, bool direct) {
+  if (pieces.ndim() != 4 || pieces.shape(3) != 5)
+    throw std::invalid_argument("pieces must have shape [layers, experts, n, 5]");
   dmoe::cpu::PoolLayout layout;
   layout.files = std::move(files);
   for (const auto& [address, stride] : parts) layout.parts.push_back({reinterpret_cast<char*>(address), stride});
@@ -79,19 +80,22 @@ void add_expert_pool(py::module_& m) {
     }
   });
   py::class_<PyLease>(m, "Lease")
-      .def("wait", [](PyLease& self, py::array_t<int32_t, py::array::c_style> map) { wait(self.lease, map, self.experts); },
-           "Fills map int32 [experts] when all experts of the lease are whole. Raises OSError that names file and offset.")
+      .def(
+          "wait",
+          [](PyLease& self, py::array_t<int32_t, py::array::c_style> map) { wait(self.lease, map, self.experts); },
+          "Fills map int32 [experts] when all experts of the lease are whole. Raises OSError that names file and offset.")
       .def("release", [](PyLease& self) { self.lease.release(); });
   py::class_<Held>(m, "ExpertPool")
       .def(py::init(&make_pool), py::kw_only(), py::arg("memory"), py::arg("files"), py::arg("parts"), py::arg("slots"),
            py::arg("pieces"), py::arg("readers"), py::arg("ahead_slots"), py::arg("direct"))
-      .def("request",
-           [](Held& self, int64_t layer, const Ids& ids, bool new_visit) {
-             auto list = list_of(ids);
-             py::gil_scoped_release released;
-             return PyLease{self.pool.request(layer, std::move(list), new_visit), self.pool.experts()};
-           },
-           py::arg("layer"), py::arg("ids"), py::arg("new_visit") = true, py::keep_alive<0, 1>())
+      .def(
+          "request",
+          [](Held& self, int64_t layer, const Ids& ids, bool new_visit) {
+            auto list = list_of(ids);
+            py::gil_scoped_release released;
+            return PyLease{self.pool.request(layer, std::move(list), new_visit), self.pool.experts()};
+          },
+          py::arg("layer"), py::arg("ids"), py::arg("new_visit") = true, py::keep_alive<0, 1>())
       .def("ahead", [](Held& self, int64_t layer, const Ids& ids) { self.pool.ahead(layer, list_of(ids)); })
       .def("last_used", [](const Held& self, int64_t layer) { return self.pool.last_used(layer); })
       .def("resident",

@@ -84,13 +84,15 @@ void check_blocks(const std::optional<Tensor>& offsets, int64_t tokens, int64_t 
   if (!offsets) {
     const bool whole = tokens == 0 || (seq_len >= 1 && tokens % seq_len == 0);
     const int64_t want = whole && tokens ? tokens / seq_len * ((seq_len - 1) / block_size + 1) : 0;
-    STD_TORCH_CHECK(whole && n_blocks == want, "dmoe: seq_len must divide the tokens, and coreset_ids have a row per block");
+    STD_TORCH_CHECK(whole && n_blocks == want,
+                    "dmoe: seq_len must divide the tokens, and coreset_ids have a row per block");
     return;
   }
   check(*offsets, "block_offsets", {n_blocks + 1}, ScalarType::Int);
   const auto* begin = static_cast<const int32_t*>(offsets->const_data_ptr());
   bool rises = begin[0] == 0 && begin[n_blocks] == tokens;
-  for (int64_t b = 0; b < n_blocks; ++b) rises = rises && begin[b] < begin[b + 1] && begin[b + 1] - begin[b] <= block_size;
+  for (int64_t b = 0; b < n_blocks; ++b)
+    rises = rises && begin[b] < begin[b + 1] && begin[b + 1] - begin[b] <= block_size;
   STD_TORCH_CHECK(rises, "dmoe: block_offsets must rise from 0 to ", tokens, " by at most ", block_size);
 }
 
@@ -182,7 +184,8 @@ void check_weight(const Tensor& x, const char* name, const Tensor& weight, const
 // The intermediate size of a pair of weights.
 int64_t check_experts(const Tensor& x, const char* w13_name, const Tensor& w13, const std::optional<Tensor>& w13_scale,
                       const char* w2_name, const Tensor& w2, const std::optional<Tensor>& w2_scale, int64_t experts) {
-  STD_TORCH_CHECK(w13.dim() == (experts < 0 ? 2 : 3), "dmoe: ", w13_name, " must have ", experts < 0 ? 2 : 3, " dimensions");
+  STD_TORCH_CHECK(w13.dim() == (experts < 0 ? 2 : 3), "dmoe: ", w13_name, " must have ", experts < 0 ? 2 : 3,
+                  " dimensions");
   const int64_t hidden = x.size(1), rows = w13.size(w13.dim() - 2);
   STD_TORCH_CHECK(rows % 2 == 0, "dmoe: ", w13_name, " must have gate and up rows");
   STD_TORCH_CHECK(w13.scalar_type() == w2.scalar_type(), "dmoe: ", w13_name, " and ", w2_name, " must have one dtype");
@@ -276,8 +279,10 @@ void qk_norm_rope_out(const Tensor qkv, const std::optional<Tensor> q_weight, co
   check(sin, "sin", {args.tokens, args.rotary}, dtype);
   check(past, "past", {1}, ScalarType::Long);
   args.past = *static_cast<const int64_t*>(past.const_data_ptr());
-  STD_TORCH_CHECK(args.rotary % 2 == 0 && args.rotary <= args.size, "dmoe: cos must have an even number of columns, at most head_dim");
-  STD_TORCH_CHECK(args.past >= 0 && args.past + args.tokens <= args.capacity, "dmoe: keys have no room for these tokens");
+  STD_TORCH_CHECK(args.rotary % 2 == 0 && args.rotary <= args.size,
+                  "dmoe: cos must have an even number of columns, at most head_dim");
+  STD_TORCH_CHECK(args.past >= 0 && args.past + args.tokens <= args.capacity,
+                  "dmoe: keys have no room for these tokens");
   STD_TORCH_CHECK(q_weight.has_value() == k_weight.has_value(), "dmoe: q_weight and k_weight go together");
   if (q_weight) {
     check(*q_weight, "q_weight", {args.size}, dtype);
@@ -307,9 +312,10 @@ void greedy_out(const Tensor logits, Tensor token, Tensor probability) {
   check(logits, "logits", {-1, -1});
   check(token, "token", {logits.size(0)}, ScalarType::Long);
   check(probability, "probability", {logits.size(0)}, ScalarType::Float);
-  dmoe::cpu::greedy({logits.size(0), logits.size(1), dtype_of(logits), logits.const_data_ptr(),
-                     static_cast<int64_t*>(token.mutable_data_ptr()), static_cast<float*>(probability.mutable_data_ptr())},
-                    parallel_for);
+  dmoe::cpu::greedy(
+      {logits.size(0), logits.size(1), dtype_of(logits), logits.const_data_ptr(),
+       static_cast<int64_t*>(token.mutable_data_ptr()), static_cast<float*>(probability.mutable_data_ptr())},
+      parallel_for);
 }
 
 }  // namespace
@@ -333,6 +339,7 @@ PYBIND11_MODULE(_C, m) {
   dmoe::cuda::add_rules(m);
 #endif
   dmoe::add_expert_pool(m);
-  m.def("cpu_isa", [] { return dmoe::cpu::name_of(dmoe::cpu::isa()); },
-        "The body of the CPU kernels that runs here: amx, avx512_bf16, avx512, avx2 or plain.");
+  m.def(
+      "cpu_isa", [] { return dmoe::cpu::name_of(dmoe::cpu::isa()); },
+      "The body of the CPU kernels that runs here: amx, avx512_bf16, avx512, avx2 or plain.");
 }

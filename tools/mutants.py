@@ -195,7 +195,7 @@ HAND = {
         ("sum * (scale * block.x_scale[slot + t])", "sum * scale"),
         ("4 * part * width, width, 4 * width * kLines", "4 * part * width, width, 4 * width"),
         ("block.tiles[at] * bytes + 4 * part * width", "block.tiles[at] * bytes + 8 * part * width"),
-        ("else if (tile + 1 < block.n_tiles) columns", "else columns"),
+        ("else if (tile + 1 < block.n_tiles)\n    columns", "else\n    columns"),
         ("side_by_side + j * columns[0].count", "side_by_side + j * kMostTile"),
         ("row + i * kTileRows, block.tiles[tile]", "row, block.tiles[tile]"),
         ("kTiles = 2 / lines_of(parts)", "kTiles = 2"),
@@ -267,7 +267,7 @@ HAND = {
         ("static_cast<float>(lower + covered[i]) <= routing", "static_cast<float>(lower + covered[i]) < routing"),
         ("limit < routing.max_experts ? limit : routing.max_experts", "limit"),
         ("const uint32_t word = dev::ballot(in && e < p.experts);", "const uint32_t word = dev::ballot(in);"),
-        ("if (id >= 0 && id < experts)", "if (id >= 0)"),
+        ("if (id >= 0 && id < experts && is_here", "if (id >= 0 && is_here"),
         ("row + block_size < a.seq_len ? row + block_size : a.seq_len", "row + block_size"),
     ],
     ("csrc/cuda/experts_kernel.h", "test_experts_host"): [

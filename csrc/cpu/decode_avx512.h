@@ -24,9 +24,9 @@ struct Int4 {
   }
   void operator()(const char* q, __m512i out[1]) const {
     // Each 64 bits take the 16 that hold their four nibbles, then each word the bits of its own.
-    const __m512i copies = _mm512_permutexvar_epi64(
-        _mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0),
-        _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
+    const __m512i copies =
+        _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0),
+                                 _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
     const auto four = [](int64_t bit) { return (bit + 12) << 48 | (bit + 8) << 32 | (bit + 4) << 16 | bit; };
     const __m512i bits = _mm512_set_epi64(four(48), four(32), four(16), four(0), four(48), four(32), four(16), four(0));
     out[0] = _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(bits, copies), _mm512_load_si512(table));

@@ -60,13 +60,16 @@ void add_rms_norm(const AddRmsNorm& args, const ParallelFor& parallel) {
 void qk_norm_rope(const QkNormRope& a, const ParallelFor& parallel) {
   const int64_t bytes = a.size * size_of(a.dtype), heads = a.heads + 2 * a.kv_heads, half = a.rotary / 2;
   parallel(a.sequences * a.tokens, 1 + kGrain / (heads * a.size), [&](int64_t begin, int64_t end) {
-    Row x(a.size), q_weight(a.size), k_weight(a.size), cos(a.rotary), sin(a.rotary), straight(a.rotary), across(a.rotary);
+    Row x(a.size), q_weight(a.size), k_weight(a.size), cos(a.rotary), sin(a.rotary), straight(a.rotary),
+        across(a.rotary);
     Buffer<char> rounded = uninitialized<char>(padded(a.rotary) * 4);
     if (a.q_weight) q_weight.read(a.q_weight, a.dtype, a.size);
     if (a.q_weight) k_weight.read(a.k_weight, a.dtype, a.size);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sequence = i / a.tokens, token = i % a.tokens, row = a.rows ? a.rows[sequence] : sequence;
-      const auto turning = [&](const void* from) { return static_cast<const char*>(from) + token * a.rotary * size_of(a.dtype); };
+      const auto turning = [&](const void* from) {
+        return static_cast<const char*>(from) + token * a.rotary * size_of(a.dtype);
+      };
       cos.read(turning(a.cos), a.dtype, a.rotary);
       sin.read(turning(a.sin), a.dtype, a.rotary);
       for (int64_t head = 0; head < heads; ++head) {

@@ -28,13 +28,13 @@ struct QkNormRope {
   const void* q_weight;  // [size]; null: no norm
   const void* k_weight;  // [size]
   float eps;
-  const void* cos;  // [tokens, rotary]
-  const void* sin;  // [tokens, rotary]
+  const void* cos;      // [tokens, rotary]
+  const void* sin;      // [tokens, rotary]
   const int64_t* rows;  // [sequences], of the cache; null: all, in order
   int64_t past;         // tokens of the prefix
-  void* query;   // [sequences, heads, tokens, size]
-  void* keys;    // [batch, kv_heads, capacity, size]
-  void* values;  // [batch, kv_heads, capacity, size]
+  void* query;          // [sequences, heads, tokens, size]
+  void* keys;           // [batch, kv_heads, capacity, size]
+  void* values;         // [batch, kv_heads, capacity, size]
 };
 void qk_norm_rope(const QkNormRope& args, const ParallelFor& parallel);
 

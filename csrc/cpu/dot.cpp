@@ -13,9 +13,9 @@ namespace {
 
 // Tuned on 2 cores of AMD Zen 4 (1 MiB of L2 each); `dmoe bench layer --device cpu --tokens 32` and
 // `dmoe bench experts --device cpu --tokens 128,512` repeat it.
-constexpr int64_t kUpTokens = 96;       // of a task of up: with the weights of its rows, their activations stay in L2
-constexpr int64_t kChunkTokens = 512;   // of a task of down: its sums stay in L2
-constexpr int64_t kDownRows = 64;       // of a task of down
+constexpr int64_t kUpTokens = 96;      // of a task of up: with the weights of its rows, their activations stay in L2
+constexpr int64_t kChunkTokens = 512;  // of a task of down: its sums stay in L2
+constexpr int64_t kDownRows = 64;      // of a task of down
 
 // UNMEASURED: tokens of an expert from which its weights go through AMX. A product of tiles takes 16 cycles whatever the
 // number of its tokens, and the same weights take vdpbf16ps 16 for each; memory brings them in 50 and more, so one token is
@@ -34,9 +34,9 @@ const DotKernels* kernels_of(const Group& group, const DotKernels& kernels) {
 
 // The slots of every group cut into tiles that do not cross a chunk of tokens.
 struct Tiles {
-  int64_t chunk, chunks;              // tokens of a chunk
-  std::vector<int64_t> begin;         // the first slot of every tile, and the end
-  std::vector<int64_t> first;         // first[group * chunks + chunk]: its first tile, and the end
+  int64_t chunk, chunks;                   // tokens of a chunk
+  std::vector<int64_t> begin;              // the first slot of every tile, and the end
+  std::vector<int64_t> first;              // first[group * chunks + chunk]: its first tile, and the end
   std::vector<const DotKernels*> kernels;  // of every tile
 
   Tiles(const Slots& slots, int64_t tokens, const DotKernels& vectors)
@@ -69,7 +69,9 @@ struct Packed {
         routed_bytes(routed_bytes),
         shared_bytes(shared_bytes),
         data(uninitialized<char>(routed * routed_bytes + (slots.token.size() - routed) * shared_bytes)) {}
-  char* at(int64_t slot) const { return data.get() + (slot < routed ? slot * routed_bytes : base_of_shared() + slot * shared_bytes); }
+  char* at(int64_t slot) const {
+    return data.get() + (slot < routed ? slot * routed_bytes : base_of_shared() + slot * shared_bytes);
+  }
   // What DotBlock::x of a group is: as if slot 0 had the group's depth.
   const char* base(int64_t slot) const { return data.get() + (slot < routed ? 0 : base_of_shared()); }
 
@@ -158,7 +160,8 @@ void pack_tokens(Call& call) {
       call.x_rounding.scale[slot + t] = rounding.scale[token[t]];
       std::copy_n(&rounding.sum[2 * token[t]], 2, &call.x_rounding.sum[2 * (slot + t)]);
     }
-    pack_integers(kernels, width, a.hidden, parts, [&](int64_t t) { return q.get() + token[t] * row; }, call.x.at(slot));
+    pack_integers(
+        kernels, width, a.hidden, parts, [&](int64_t t) { return q.get() + token[t] * row; }, call.x.at(slot));
   });
 }
 

@@ -83,7 +83,8 @@ void transpose(Vec (&v)[16]) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       w[2 * i] = __builtin_shufflevector(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      w[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      w[2 * i + 1] =
+          __builtin_shufflevector(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
     std::memcpy(v, w, sizeof w);
   }
@@ -107,7 +108,8 @@ struct Columns {
 
 // sums[row tile][column tile] = 16 rows of numbers.
 template <int row_tiles, int column_tiles, bool integers>
-void multiply_tiles(const Rows& weights, const Columns (&columns)[2], int64_t steps, Ahead& next, Vec (&sums)[2][2][16]) {
+void multiply_tiles(const Rows& weights, const Columns (&columns)[2], int64_t steps, Ahead& next,
+                    Vec (&sums)[2][2][16]) {
   const char *upper = weights.first, *lower = upper + kTileRows * weights.stride;
   const char *left = columns[0].x, *right = columns[1].x;
   const int64_t stride = weights.stride, left_stride = columns[0].stride, right_stride = columns[1].stride;
@@ -148,7 +150,8 @@ void add_columns(const DotBlock& block, int64_t row, int64_t slot, int64_t token
       return __builtin_convertvector(reinterpret_cast<VectorOf<int32_t, 16>::type>(columns[column]), Vec);
     };
     Vec scale{};
-    for (int64_t r = 0; r < kTileRows && row + r < block.rows; ++r) scale[r] = block.matrix->scale_at(block.row + row + r);
+    for (int64_t r = 0; r < kTileRows && row + r < block.rows; ++r)
+      scale[r] = block.matrix->scale_at(block.row + row + r);
     for (int64_t t = 0; t < tokens; ++t) {
       const Vec sum = parts == Parts::int8 ? number(t) : number(2 * t) * 256.f + number(2 * t + 1);
       put_sums<down>(block, row, slot + t, sum * (scale * block.x_scale[slot + t]));
@@ -168,18 +171,24 @@ void multiply_patch(const DotBlock& block, const Rows& weights, int64_t row, int
     return Columns{block.x + block.tiles[at] * bytes + 4 * part * width, width, 4 * width * kLines};
   };
   Columns columns[2] = {columns_of(tile, 0), {}};
-  if (kLines == 2) columns[1] = columns_of(tile, 1);
-  else if (tile + 1 < block.n_tiles) columns[1] = columns_of(tile + 1, 0);
+  if (kLines == 2)
+    columns[1] = columns_of(tile, 1);
+  else if (tile + 1 < block.n_tiles)
+    columns[1] = columns_of(tile + 1, 0);
 
   const int64_t rows[2] = {weights.count < kTileRows ? weights.count : kTileRows,
                            weights.count < kTileRows ? 0 : weights.count - kTileRows};
   registers.shape(TileShapes(rows, {columns[0].count, columns[1].count}));
   Vec sums[2][2][16] = {};
   const auto run = [&](auto multiply) { multiply(weights, columns, steps, next, sums); };
-  if (rows[1] && columns[1].count) run(multiply_tiles<2, 2, kIntegers>);
-  else if (rows[1]) run(multiply_tiles<2, 1, kIntegers>);
-  else if (columns[1].count) run(multiply_tiles<1, 2, kIntegers>);
-  else run(multiply_tiles<1, 1, kIntegers>);
+  if (rows[1] && columns[1].count)
+    run(multiply_tiles<2, 2, kIntegers>);
+  else if (rows[1])
+    run(multiply_tiles<2, 1, kIntegers>);
+  else if (columns[1].count)
+    run(multiply_tiles<1, 2, kIntegers>);
+  else
+    run(multiply_tiles<1, 1, kIntegers>);
 
   const int64_t tokens = (columns[0].count + columns[1].count) / kLines;
   for (int64_t i = 0; i < 2 && rows[i]; ++i) {
@@ -214,7 +223,8 @@ void multiply(const DotBlock& block, const DotBlock& next) {
 
 }  // namespace
 
-const DotKernels kDotAmx = {kMostTile, false, pack, multiply<false>, multiply<true>, hidden, hidden_f32, quantize, narrow};
+const DotKernels kDotAmx = {kMostTile, false,      pack,     multiply<false>, multiply<true>,
+                            hidden,    hidden_f32, quantize, narrow};
 
 }  // namespace dmoe::cpu
 #endif

@@ -130,7 +130,6 @@ Four add_up(Vec a, Vec b, Vec c, Vec d) {
   return __builtin_shufflevector(halves, halves, 0, 1, 2, 3) + __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
 }
 
-
 // Adds up the parts of a token's sums, and puts them where they go.
 template <bool down>
 void add_sums(const DotBlock& block, int64_t row, int64_t slot, const Vec (&parts)[kRows]) {
@@ -209,7 +208,8 @@ __attribute__((noinline)) void integer_tile(const DotBlock& block, const Rows& s
 #ifndef DMOE_EMULATE
 // The same with weights that are decoded on the way, of whole groups: where a block has one tile, so each is decoded once.
 template <class Decoder, int width, bool down>
-__attribute__((noinline)) void decoding_tile(const DotBlock& block, int64_t row, int64_t slot, const char* x, Ahead& next) {
+__attribute__((noinline)) void decoding_tile(const DotBlock& block, int64_t row, int64_t slot, const char* x,
+                                             Ahead& next) {
   constexpr int kSteps = Decoder::kWeights / kStepDepth;
   const Matrix& matrix = *block.matrix;
   const int64_t count = block.rows - row < kRows ? block.rows - row : kRows;
@@ -296,7 +296,8 @@ void multiply(const DotBlock& block, const DotBlock& next) {
 
 }  // namespace
 
-const DotKernels kDotAvx512 = {kTile, true, pack, multiply<false>, multiply<true>, hidden, hidden_f32, quantize, narrow};
+const DotKernels kDotAvx512 = {kTile,  true,       pack,     multiply<false>, multiply<true>,
+                               hidden, hidden_f32, quantize, narrow};
 
 }  // namespace dmoe::cpu
 #endif

@@ -19,7 +19,8 @@ constexpr int64_t kStepBytes = 64;
 constexpr int64_t kStepDepth = 32;  // bf16 numbers
 constexpr int64_t kMostTile = 16;   // tokens of a tile
 constexpr int64_t kPanelRows = 32;  // at most
-constexpr int64_t kUpRows = 32;     // rows of gate, and as many of up, of a task of up: as hidden values, those are one step
+constexpr int64_t kUpRows =
+    32;  // rows of gate, and as many of up, of a task of up: as hidden values, those are one step
 
 // How activations are stored.
 enum class Parts { bf16 = 0, int8 = 1, int16 = 2 };
@@ -30,7 +31,9 @@ constexpr int64_t steps_of(int64_t depth, Parts parts) {
   return (depth + depth_of_step(parts) - 1) / depth_of_step(parts);
 }
 // Bytes of a packed token.
-constexpr int64_t packed_bytes(int64_t depth, Parts parts) { return steps_of(depth, parts) * lines_of(parts) * kStepBytes; }
+constexpr int64_t packed_bytes(int64_t depth, Parts parts) {
+  return steps_of(depth, parts) * lines_of(parts) * kStepBytes;
+}
 
 // Bytes from row to row of a panel: rows that are 4 KiB apart would share a few sets of L1.
 constexpr int64_t panel_stride(int64_t depth) { return packed_bytes(depth, Parts::bf16) + kStepBytes; }

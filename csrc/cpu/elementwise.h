@@ -31,7 +31,7 @@ void store(void* to, V value) {
 
 Eight exp(Eight x) {
   x = x < -87.f ? Eight{} - 87.f : x;
-  x = x > 89.f ? Eight{} + 89.f : x;  // infinity, as 2^128
+  x = x > 89.f ? Eight{} + 89.f : x;                    // infinity, as 2^128
   const Eight shifted = x * 0x1.715476p0f + 0x1.8p23f;  // rounds x / ln 2 to an integer in the low bits
   const Eight n = shifted - 0x1.8p23f;
   const Eight r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;

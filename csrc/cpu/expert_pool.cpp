@@ -16,8 +16,8 @@ namespace dmoe::cpu {
 
 namespace {
 
-constexpr int64_t kAlign = 4096;        // of offsets, sizes and memory past the page cache
-constexpr int64_t kBounce = 4l << 20;   // bytes of a reader's buffer
+constexpr int64_t kAlign = 4096;       // of offsets, sizes and memory past the page cache
+constexpr int64_t kBounce = 4l << 20;  // bytes of a reader's buffer
 
 const Fault kClosed{ECANCELED, "", "expert memory was closed"};
 
@@ -51,7 +51,7 @@ struct ExpertPool::File {
   std::string path;
   int fd, direct_fd = -1;
   std::atomic<bool> direct{false};  // false from the first time that the file system refuses
-  struct stat opened {};
+  struct stat opened{};
 };
 
 struct ExpertPool::Bounce {
@@ -85,8 +85,9 @@ ExpertPool::ExpertPool(PoolLayout layout)
     }
     const File& file = *files_[piece.file];
     if (piece.offset + piece.bytes > file.opened.st_size) {
-      throw ReadError({EIO, file.path, "the file ends" + at_byte(file.opened.st_size) + ", before an expert does" +
-                                           at_byte(piece.offset + piece.bytes)});
+      throw ReadError({EIO, file.path,
+                       "the file ends" + at_byte(file.opened.st_size) + ", before an expert does" +
+                           at_byte(piece.offset + piece.bytes)});
     }
   }
   slots_.resize(layout_.slots);
@@ -294,7 +295,8 @@ bool Lease::wait(int32_t* map, const std::function<bool()>& interrupted) {
   const auto begin = std::chrono::steady_clock::now();
   std::unique_lock lock(pool.mutex_);
   const auto whole = [&] {
-    return pool.closed_ || std::all_of(slots_.begin(), slots_.end(), [&](int32_t i) { return pool.slots_[i].left == 0; });
+    return pool.closed_ ||
+           std::all_of(slots_.begin(), slots_.end(), [&](int32_t i) { return pool.slots_[i].left == 0; });
   };
   bool stop = false;
   // By the system's clock: what the steady one calls is unknown to older thread sanitizers.
@@ -358,8 +360,9 @@ std::optional<Fault> ExpertPool::read(const Job& job, Bounce& bounce) {
   char* to = part.data + job.slot * part.stride + piece.at;
   const auto fail = [&](int code, int64_t offset, const std::string& what) {
     const int64_t key = job.piece / per_expert_;
-    return Fault{code, file.path, what + at_byte(offset) + " (expert " + std::to_string(key % layout_.experts) +
-                                      " of MoE layer " + std::to_string(key / layout_.experts) + ")"};
+    return Fault{code, file.path,
+                 what + at_byte(offset) + " (expert " + std::to_string(key % layout_.experts) + " of MoE layer " +
+                     std::to_string(key / layout_.experts) + ")"};
   };
   for (int64_t done = 0; done < piece.bytes;) {
     const int64_t offset = piece.offset + done, left = piece.bytes - done;
@@ -368,7 +371,8 @@ std::optional<Fault> ExpertPool::read(const Job& job, Bounce& bounce) {
     const int64_t want = direct ? std::min(bounce.bytes, (skip + left + kAlign - 1) / kAlign * kAlign) : left;
     char* into = direct ? bounce.data : to + done;
     const int fd = direct ? file.direct_fd : file.fd;
-    const ssize_t got = layout_.read ? layout_.read(fd, into, want, offset - skip) : ::pread(fd, into, want, offset - skip);
+    const ssize_t got =
+        layout_.read ? layout_.read(fd, into, want, offset - skip) : ::pread(fd, into, want, offset - skip);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && errno == EINVAL && direct) {
       file.direct = false;
@@ -381,7 +385,7 @@ std::optional<Fault> ExpertPool::read(const Job& job, Bounce& bounce) {
     done += fresh;
   }
   // Looked at afterwards: what was read before a change is right.
-  struct stat now {};
+  struct stat now{};
   if (::fstat(file.fd, &now) != 0) return fail(errno, piece.offset, std::strerror(errno));
   if (!same(now, file.opened)) return fail(ESTALE, piece.offset, "the file has changed since it was opened,");
   return {};

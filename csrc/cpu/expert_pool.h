@@ -67,7 +67,7 @@ struct PoolLayout {
 struct PoolCounts {
   int64_t hits = 0, misses = 0;  // experts of all leases, there or not when they were asked for
   int64_t bytes_read = 0;
-  int64_t stall_ns = 0;  // spent in Lease::wait
+  int64_t stall_ns = 0;               // spent in Lease::wait
   int64_t ahead = 0, ahead_used = 0;  // experts read ahead, and those of them that were used in time
   int64_t pinned = 0, resident = 0;   // slots, now
 };
@@ -124,10 +124,10 @@ class ExpertPool {
   struct Slot {
     int64_t key = -1;  // layer * experts + expert
     State state = State::empty;
-    bool ahead = false;              // read ahead, and not used yet
-    int32_t pins = 0, left = 0;      // left: pieces still to be read
-    uint64_t visit = 0, clock = 0;   // of its layer, and of all, at its last use
-    std::optional<Fault> error;      // of its first piece that failed
+    bool ahead = false;             // read ahead, and not used yet
+    int32_t pins = 0, left = 0;     // left: pieces still to be read
+    uint64_t visit = 0, clock = 0;  // of its layer, and of all, at its last use
+    std::optional<Fault> error;     // of its first piece that failed
   };
   struct Job {
     int32_t slot;
@@ -150,10 +150,10 @@ class ExpertPool {
   mutable std::mutex mutex_;
   std::condition_variable work_, done_;
   std::vector<Slot> slots_;
-  std::vector<int32_t> slot_of_;  // of every key, or -1
-  std::vector<uint64_t> visits_;  // of every layer
+  std::vector<int32_t> slot_of_;            // of every key, or -1
+  std::vector<uint64_t> visits_;            // of every layer
   std::vector<std::vector<int32_t>> used_;  // at the last visit of every layer
-  int64_t owed_ = 0;  // slots that requests which wait for them have been promised
+  int64_t owed_ = 0;                        // slots that requests which wait for them have been promised
   std::deque<Job> urgent_, later_;
   uint64_t clock_ = 0;
   int64_t held_ahead_ = 0;  // slots with `ahead`

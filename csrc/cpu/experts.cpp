@@ -15,8 +15,8 @@ namespace {
 int64_t row_of(const Experts& a, int64_t expert) {
   const int64_t row = a.expert_map ? a.expert_map[expert] : expert;
   if (row < -1)
-    throw std::invalid_argument("expert_map must have a row for every expert that a token chose, got " + std::to_string(row) +
-                                " for expert " + std::to_string(expert));
+    throw std::invalid_argument("expert_map must have a row for every expert that a token chose, got " +
+                                std::to_string(row) + " for expert " + std::to_string(expert));
   return row;
 }
 

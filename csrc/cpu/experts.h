@@ -32,11 +32,11 @@ struct Weight {
 struct Experts {
   int64_t tokens, hidden, intermediate, experts, top_k;
   Dtype dtype;
-  const void* x;              // [tokens, hidden]
-  Weight w13;                 // [experts, 2 * intermediate, hidden], gate rows first
-  Weight w2;                  // [experts, hidden, intermediate]
-  const int32_t* topk_ids;    // [tokens, top_k]; -1 adds nothing
-  const float* topk_weights;  // [tokens, top_k]
+  const void* x;                // [tokens, hidden]
+  Weight w13;                   // [experts, 2 * intermediate, hidden], gate rows first
+  Weight w2;                    // [experts, hidden, intermediate]
+  const int32_t* topk_ids;      // [tokens, top_k]; -1 adds nothing
+  const float* topk_weights;    // [tokens, top_k]
   int64_t shared_intermediate;  // 0 where there is no shared expert
   Weight shared_w13;            // [2 * shared_intermediate, hidden] or null
   Weight shared_w2;             // [hidden, shared_intermediate] or null

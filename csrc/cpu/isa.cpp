@@ -29,11 +29,12 @@ bool tiles_granted() {
 
 Isa best() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::plain;  // F16C is older than both
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
-      !__builtin_cpu_supports("avx512dq"))
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return Isa::avx2;
   // Whatever multiplies bf16 has the dot products of bytes and, but for one generation of Xeons, lookups of bytes as well.
-  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi"))
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni") ||
+      !__builtin_cpu_supports("avx512vbmi"))
     return Isa::avx512;
   // GCC 12 knows no name for AMX here: CPUID 7.0, EDX bits 22 (AMX-BF16), 24 (AMX-TILE) and 25 (AMX-INT8).
   unsigned a = 7, b, c = 0, d;

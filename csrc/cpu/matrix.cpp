@@ -10,7 +10,8 @@ void scaled(const Matrix& matrix, int64_t r, int64_t begin, int64_t end, float* 
   const int64_t scales = matrix.scales_of(r), per_group = matrix.weight.format == Format::int8 ? 0 : 1;
   for (int64_t k = begin; k < end;) {
     const float scale = matrix.scale_at(scales + k / kScaleGroup * per_group);
-    for (const int64_t stop = std::min(end, (k / kScaleGroup + 1) * kScaleGroup); k < stop; ++k) *to++ = value(k) * scale;
+    for (const int64_t stop = std::min(end, (k / kScaleGroup + 1) * kScaleGroup); k < stop; ++k)
+      *to++ = value(k) * scale;
   }
 }
 
@@ -36,7 +37,8 @@ void dequantize(const Matrix& matrix, int64_t r, int64_t begin, int64_t end, flo
       return scaled(matrix, r, begin, end, to,
                     [&](int64_t k) { return bytes[k] & 128 ? -kFp8.value[bytes[k] & 127] : kFp8.value[bytes[k]]; });
     case Format::int8:
-      return scaled(matrix, r, begin, end, to, [&](int64_t k) { return static_cast<float>(static_cast<int8_t>(bytes[k])); });
+      return scaled(matrix, r, begin, end, to,
+                    [&](int64_t k) { return static_cast<float>(static_cast<int8_t>(bytes[k])); });
     case Format::int4:
       return scaled(matrix, r, begin, end, to,
                     [&](int64_t k) { return static_cast<float>((bytes[k / 2] >> k % 2 * 4 & 15) - 8); });

@@ -49,7 +49,8 @@ struct Matrix {
   Matrix at(int64_t e) const {
     Matrix one = *this;
     one.weight.data = static_cast<const char*>(weight.data) + e * rows * row_bytes();
-    if (quantized()) one.weight.scale = static_cast<const char*>(weight.scale) + e * scales() * (weight.scale_bf16 ? 2 : 4);
+    if (quantized())
+      one.weight.scale = static_cast<const char*>(weight.scale) + e * scales() * (weight.scale_bf16 ? 2 : 4);
     return one;
   }
 };

@@ -39,7 +39,8 @@ class Best {
 // nor is a NaN r, which is above nothing.
 void score_row(const float* logits, const float* bias, int64_t experts, Score kind, float* score, float* selection) {
   if (kind == Score::sigmoid) {
-    for (int64_t e = 0; e < experts; ++e) score[e] = static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(logits[e]))));
+    for (int64_t e = 0; e < experts; ++e)
+      score[e] = static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(logits[e]))));
   } else {
     double top = -std::numeric_limits<double>::infinity();
     for (int64_t e = 0; e < experts; ++e) {
@@ -113,7 +114,8 @@ void select_coreset(const Routing& routing, const float* value, int64_t experts,
   }
   std::vector<int32_t> order(experts);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return value[a] > value[b]; });  // none is NaN
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return value[a] > value[b]; });  // none is NaN
   int64_t size = routing.capacity;
   if (routing.select == Select::top_p) {
     const float sum = static_cast<float>(std::accumulate(value, value + experts, 0.0));
@@ -133,7 +135,10 @@ void select_coreset(const Routing& routing, const float* value, int64_t experts,
 class Chooser {
  public:
   Chooser(const Routing& routing, int64_t experts)
-      : routing_(routing), experts_(experts), groups_(routing.topk_group), kept_(routing.n_group),
+      : routing_(routing),
+        experts_(experts),
+        groups_(routing.topk_group),
+        kept_(routing.n_group),
         best_group_(routing.topk_group, groups_.data()) {}
 
   // Fills ids[top_k]; -1 marks a slot for which the coreset has no member left.

@@ -33,7 +33,8 @@ struct Piece : Block {
 };
 
 // Appends rows [first, last) of a matrix, in blocks. `unpack`: whatever its format, it is multiplied as fp32.
-void append_blocks(Block block, const Matrix& matrix, bool unpack, int64_t first, int64_t last, std::vector<Piece>& pieces) {
+void append_blocks(Block block, const Matrix& matrix, bool unpack, int64_t first, int64_t last,
+                   std::vector<Piece>& pieces) {
   const bool few = block.count <= kFewTokens;
   float* out = block.out;
   block.dtype = unpack ? Dtype::f32 : matrix.dtype;
@@ -70,7 +71,8 @@ struct Activations {
   const float* row(int64_t t) const { return data.get() + t * stride; }
 };
 
-Activations widen(const void* x, Dtype dtype, int64_t tokens, int64_t hidden, Dtype weight, const ParallelFor& parallel) {
+Activations widen(const void* x, Dtype dtype, int64_t tokens, int64_t hidden, Dtype weight,
+                  const ParallelFor& parallel) {
   // Rows a multiple of 4 KiB apart would all fall into the same few sets of L1.
   const int64_t stride = padded(hidden) + (padded(hidden) % 1024 ? 0 : kBlockDepth);
   Activations wide{stride, uninitialized<float>(tokens * stride)};
@@ -165,8 +167,7 @@ void up_projection(const Experts& a, const Slots& slots, const Inputs& x, const 
       for (int64_t i = 0; i < task.count; ++i) {
         float* gate = sums.data() + i * kSums;
         widen_kernels().silu_mul(gate, gate + kUpRows, std::min(kUpRows, stride - task.row),
-                           unpack ? Dtype::f32 : a.dtype,
-                           h.row(task.begin + i) + task.row);
+                                 unpack ? Dtype::f32 : a.dtype, h.row(task.begin + i) + task.row);
         std::fill_n(gate, kSums, 0.f);
       }
     }
@@ -279,7 +280,7 @@ void linear_f32(const void* x, Dtype x_dtype, const void* weight, Dtype weight_d
   block.out = out;
   const int64_t chunks = ceil_div(tokens, kChunk);
   run_tasks<Piece>(ceil_div(rows, kLinearRows) * chunks, ceil_div(tokens, chunks) * kLinearRows * hidden, parallel,
-            [&] { return Worker{block, matrix, chunks, Multiplier()}; });
+                   [&] { return Worker{block, matrix, chunks, Multiplier()}; });
 }
 
 }  // namespace dmoe::cpu

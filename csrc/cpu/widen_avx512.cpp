@@ -2,5 +2,6 @@
 #define DMOE_LANES 16
 #include "widen_body.h"
 
-const dmoe::cpu::WidenKernels dmoe::cpu::kWidenAvx512 = {"avx512", multiply_any, silu_mul, widen, narrow, max_of, sum_exp};
+const dmoe::cpu::WidenKernels dmoe::cpu::kWidenAvx512 = {"avx512", multiply_any, silu_mul, widen,
+                                                         narrow,   max_of,       sum_exp};
 #endif

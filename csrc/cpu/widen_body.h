@@ -59,7 +59,9 @@ Vec repeat(const float* four) {
 // 16 bytes from each of the rows of one vector.
 Bits gather(const char* const* row, int64_t offset) {
 #if defined(DMOE_ZMM) || defined(DMOE_YMM)
-  const auto quad = [&](int q) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[q * kVectors] + offset)); };
+  const auto quad = [&](int q) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[q * kVectors] + offset));
+  };
   const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(quad(0)), quad(1), 1);
 #if defined(DMOE_YMM)
   return reinterpret_cast<Bits>(low);
@@ -69,7 +71,8 @@ Bits gather(const char* const* row, int64_t offset) {
 #endif
 #else
   Bits value;
-  for (int q = 0; q < kQuads; ++q) std::memcpy(reinterpret_cast<char*>(&value) + 16 * q, row[q * kVectors] + offset, 16);
+  for (int q = 0; q < kQuads; ++q)
+    std::memcpy(reinterpret_cast<char*>(&value) + 16 * q, row[q * kVectors] + offset, 16);
   return value;
 #endif
 }
@@ -86,7 +89,9 @@ F half_to_float(U half) {
 Vec gather_halves(const char* const* row, int64_t offset) {
 #if defined(DMOE_ZMM) || defined(DMOE_YMM)
   const auto pair = [&](int q) {
-    const auto four = [&](int p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row[p * kVectors] + offset)); };
+    const auto four = [&](int p) {
+      return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row[p * kVectors] + offset));
+    };
     return _mm_unpacklo_epi64(four(q), four(q + 1));
   };
 #if defined(DMOE_YMM)
@@ -131,7 +136,8 @@ Vec add_pairs(Vec a, Vec b, std::index_sequence<i...>) {  // in every quad: a0+a
 
 template <size_t... i>
 GroupRows add_halves(Vec a, std::index_sequence<i...>) {  // from every quad: a0+a2, a1+a3
-  return __builtin_shufflevector(a, a, (i / 2 * 4 + i % 2)...) + __builtin_shufflevector(a, a, (i / 2 * 4 + i % 2 + 2)...);
+  return __builtin_shufflevector(a, a, (i / 2 * 4 + i % 2)...) +
+         __builtin_shufflevector(a, a, (i / 2 * 4 + i % 2 + 2)...);
 }
 
 // The group of rows that comes next. tile() asks for it a cache line at a time, so that memory works while it computes:
@@ -204,12 +210,18 @@ void tile(const Source& source, int64_t depth, const Token* tokens, int64_t widt
           int64_t rows, Ahead<size> ahead) {
   static_assert(kTile == 6);
   switch (width) {
-    case 1: return tile<1>(source, depth, tokens, begin, out, rows, ahead);
-    case 2: return tile<2>(source, depth, tokens, begin, out, rows, ahead);
-    case 3: return tile<3>(source, depth, tokens, begin, out, rows, ahead);
-    case 4: return tile<4>(source, depth, tokens, begin, out, rows, ahead);
-    case 5: return tile<5>(source, depth, tokens, begin, out, rows, ahead);
-    default: return tile<6>(source, depth, tokens, begin, out, rows, ahead);
+    case 1:
+      return tile<1>(source, depth, tokens, begin, out, rows, ahead);
+    case 2:
+      return tile<2>(source, depth, tokens, begin, out, rows, ahead);
+    case 3:
+      return tile<3>(source, depth, tokens, begin, out, rows, ahead);
+    case 4:
+      return tile<4>(source, depth, tokens, begin, out, rows, ahead);
+    case 5:
+      return tile<5>(source, depth, tokens, begin, out, rows, ahead);
+    default:
+      return tile<6>(source, depth, tokens, begin, out, rows, ahead);
   }
 }
 
@@ -287,9 +299,12 @@ void multiply(const Block& block, const Block& next) {
 
 void multiply_any(const Block& block, const Block& next) {
   switch (block.dtype) {
-    case Dtype::f32: return multiply<Dtype::f32>(block, next);
-    case Dtype::bf16: return multiply<Dtype::bf16>(block, next);
-    case Dtype::f16: return multiply<Dtype::f16>(block, next);
+    case Dtype::f32:
+      return multiply<Dtype::f32>(block, next);
+    case Dtype::bf16:
+      return multiply<Dtype::bf16>(block, next);
+    case Dtype::f16:
+      return multiply<Dtype::f16>(block, next);
   }
 }
 

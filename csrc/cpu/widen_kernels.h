@@ -26,9 +26,9 @@ struct Token {
 // out[token.out + r] += token.scale * sum_k weight[r, k] * token.x[k] for r < rows and k in [begin, end), tokens in order.
 struct Block {
   Dtype dtype;
-  const void* weight;         // row 0, from depth 0
-  int64_t stride;             // elements from row to row
-  int64_t rows, begin, end;   // rows <= kBlockRows; end - begin <= kBlockDepth unless tokens are few; begin % kPad == 0
+  const void* weight;        // row 0, from depth 0
+  int64_t stride;            // elements from row to row
+  int64_t rows, begin, end;  // rows <= kBlockRows; end - begin <= kBlockDepth unless tokens are few; begin % kPad == 0
   const Token* tokens;
   int64_t count;
   float* out;

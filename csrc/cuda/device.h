@@ -43,7 +43,9 @@ DMOE_DEVICE int popcount(uint32_t value) { return __popc(value); }
 
 // --- a thread block, and named barriers for some of its warps
 DMOE_DEVICE void sync() { __syncthreads(); }
-DMOE_DEVICE void sync_some(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+DMOE_DEVICE void sync_some(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 // --- a cluster; before sm_90 every block is a cluster of one
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -185,7 +187,9 @@ DMOE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
   }
 }
 
-DMOE_DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+DMOE_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
 
 // Four 8x8 matrices of 16-bit numbers; lane i names row i % 8 of matrix i / 8.
 DMOE_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
@@ -235,8 +239,8 @@ template <bool kOnce>
 DMOE_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(kOnce ? kEvictFirst : kEvictNormal)
       : "memory");
 }

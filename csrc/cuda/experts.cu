@@ -21,8 +21,8 @@ using Kernel = void (*)(Experts, Form);
 
 // By tokens / 16, rounded up.
 template <bool kHalf, bool kFp8>
-constexpr Kernel kKernels[] = {experts_entry<kHalf, kFp8, 1>, experts_entry<kHalf, kFp8, 2>, experts_entry<kHalf, kFp8, 3>,
-                               experts_entry<kHalf, kFp8, 4>};
+constexpr Kernel kKernels[] = {experts_entry<kHalf, kFp8, 1>, experts_entry<kHalf, kFp8, 2>,
+                               experts_entry<kHalf, kFp8, 3>, experts_entry<kHalf, kFp8, 4>};
 static_assert(kMaxTokens == 64);
 
 }  // namespace

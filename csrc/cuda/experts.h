@@ -26,11 +26,12 @@ struct Experts {
   uint32_t* schedule;         // of topk_ids, by `block_route` or `schedule`; its counters are used up
   void* workspace;            // [experts_workspace().bytes]
   void* y;                    // [tokens, hidden]
-  const float* w13_scale;         // [experts, 2 * ceil(intermediate / 128), ceil(hidden / 128)] or null
-  const float* w2_scale;          // [experts, ceil(hidden / 128), ceil(intermediate / 128)] or null
+  const float* w13_scale;     // [experts, 2 * ceil(intermediate / 128), ceil(hidden / 128)] or null
+  const float* w2_scale;      // [experts, ceil(hidden / 128), ceil(intermediate / 128)] or null
   const float* shared_w13_scale;  // as those, without experts
   const float* shared_w2_scale;
-  const int32_t* expert_map;  // [experts] or null: the row of w13 and w2 that holds an expert of the schedule; else expert e is row e
+  const int32_t*
+      expert_map;  // [experts] or null: the row of w13 and w2 that holds an expert of the schedule; else expert e is row e
 
   DMOE_BOTH bool fp8() const { return w13_scale; }
 };
@@ -39,8 +40,9 @@ struct Experts {
 // phase that many columns of y. Weights and tokens come in chunks of 256 along k, weights in fp8 of 512: 512 bytes of a row.
 // Chunks of half as much took 18 % longer at 70 experts, of twice as much as long (bf16, H100, T = 32, bench/NOTES.md).
 constexpr int kChunk = 256, kMaxStages = 8, kMaxTokens = 64, kMaxRows = 128;
-constexpr int kScaleBlock = 128, kScaleBlocks = 2 * kChunk / kScaleBlock;  // rows and columns under one scale; of them in a chunk
-constexpr unsigned kPollPause = 32;  // ns between two looks at a counter. Not measured.
+constexpr int kScaleBlock = 128,
+              kScaleBlocks = 2 * kChunk / kScaleBlock;  // rows and columns under one scale; of them in a chunk
+constexpr unsigned kPollPause = 32;                     // ns between two looks at a counter. Not measured.
 
 // A warp multiplies 16 rows. Eight warps fill the ring, because a warp hands its copies to the copy engine one lane at a time.
 constexpr int kProducers = 256, kProducerWarps = kProducers / 32;

@@ -48,13 +48,17 @@ struct Plan {
   DMOE_DEVICE bool fp8(bool shared) const { return kFp8 && (!shared || shared_fp8); }
   DMOE_DEVICE int weight_bytes(bool shared) const { return fp8(shared) ? 1 : 2; }
   DMOE_DEVICE int chunk(bool shared) const { return fp8(shared) ? 2 * kChunk : kChunk; }
-  DMOE_DEVICE int chunks(int64_t k, bool shared) const { return static_cast<int>((k + chunk(shared) - 1) / chunk(shared)); }
+  DMOE_DEVICE int chunks(int64_t k, bool shared) const {
+    return static_cast<int>((k + chunk(shared) - 1) / chunk(shared));
+  }
 
   // The down phase's k: the shared expert's chunks, then the members'. Chunks before a split, and before a member (-1: shared).
   DMOE_DEVICE int split_begin(int split) const {
     return (chunks_of_shared + members * chunks_of_member) * split / form.splits;
   }
-  DMOE_DEVICE int member_begin(int member) const { return member < 0 ? 0 : chunks_of_shared + member * chunks_of_member; }
+  DMOE_DEVICE int member_begin(int member) const {
+    return member < 0 ? 0 : chunks_of_shared + member * chunks_of_member;
+  }
   // Up tiles of the experts that a split reads.
   DMOE_DEVICE int awaited(int split) const {
     const int begin = split_begin(split), end = split_begin(split + 1);
@@ -77,13 +81,7 @@ struct Tile {
 
   template <bool kFp8>
   DMOE_DEVICE Tile(const Plan<kFp8>& p, int i)
-      : up(i < p.up_tiles),
-        down(!up && i < p.down_end),
-        member(-1),
-        row(0),
-        split(0),
-        first(0),
-        chunks(p.up_chunks) {
+      : up(i < p.up_tiles), down(!up && i < p.down_end), member(-1), row(0), split(0), first(0), chunks(p.up_chunks) {
     if (!up && !down) {
       split = (i - p.down_end) / p.down_rows;
       row = (i - p.down_end) % p.down_rows * p.form.rows;
@@ -129,9 +127,10 @@ struct Chunk {
 
 // Points a chunk to its scales: of an expert's matrix [rows, columns], or of two of them, one above the other, from `row` and
 // `column` on.
-DMOE_DEVICE void set_scales(Chunk& c, const float* scales, int64_t expert, int64_t rows, int64_t columns, int matrices, int row,
-                            int64_t column) {
-  const int64_t across = (columns + kScaleBlock - 1) / kScaleBlock, all = (rows + kScaleBlock - 1) / kScaleBlock * across;
+DMOE_DEVICE void set_scales(Chunk& c, const float* scales, int64_t expert, int64_t rows, int64_t columns, int matrices,
+                            int row, int64_t column) {
+  const int64_t across = (columns + kScaleBlock - 1) / kScaleBlock,
+                all = (rows + kScaleBlock - 1) / kScaleBlock * across;
   c.scale = scales + matrices * expert * all + row / kScaleBlock * across + column / kScaleBlock;
   c.up_scale = (matrices - 1) * all;
 }
@@ -149,8 +148,9 @@ DMOE_DEVICE Chunk chunk(const Experts& a, const Plan<kFp8>& p, const ExpertsWork
   c.weight_bytes = p.weight_bytes(shared);
   if (tile.up) {
     const int64_t k0 = i * length;
-    const char* base = shared ? static_cast<const char*>(a.shared_w13)
-                              : static_cast<const char*>(a.w13) + c.weight_bytes * expert(tile.member) * 2 * inner * p.hidden;
+    const char* base =
+        shared ? static_cast<const char*>(a.shared_w13)
+               : static_cast<const char*>(a.w13) + c.weight_bytes * expert(tile.member) * 2 * inner * p.hidden;
     c.weights_step = c.weight_bytes * p.hidden;
     c.tokens_step = 2 * p.hidden;
     c.weights = base + tile.row * c.weights_step + c.weight_bytes * k0;
@@ -201,7 +201,7 @@ DMOE_DEVICE Scales scales_of(const Chunk& c) {
 struct Ring {
   dev::Barrier full[kMaxStages], empty[kMaxStages];
   int tile[kMaxStages], steps[kMaxStages];  // tile -1: no more; steps: k / 16
-  int drawn[2];          // by the producers, in turn
+  int drawn[2];                             // by the producers, in turn
   float weight[kMaxTokens];
   Scales scales[kMaxStages];  // fp8
 };
@@ -230,7 +230,8 @@ DMOE_DEVICE void produce(const Experts& a, const Plan<kFp8>& p, const ExpertsWor
   const int own_tokens = (tokens - warp + kProducerWarps - 1) / kProducerWarps;
   const int64_t bytes = stage_bytes(p.tokens, p.form.rows, kFp8);
   constexpr Pitch kPitch = pitch(kFp8);
-  const int64_t to = kExpertsHeader + (weights ? row * kPitch.weights : p.form.rows * kPitch.weights + row * kPitch.tokens);
+  const int64_t to =
+      kExpertsHeader + (weights ? row * kPitch.weights : p.form.rows * kPitch.weights + row * kPitch.tokens);
   uint32_t* counters = a.schedule;
   int ready = -1;  // the last split whose h is there; they are drawn in order
   Place at;
@@ -488,7 +489,8 @@ DMOE_DEVICE void consume(const Experts& a, const Plan<kFp8>& p, const ExpertsWor
     if (tile.up) {
       dev::sync_some(1, threads);  // the weights of the tokens are there
       const int64_t inner = tile.member < 0 ? p.shared_inner : p.inner;
-      uint16_t* h = reinterpret_cast<uint16_t*>(work + (tile.member < 0 ? w.shared_h : w.h + 2 * tile.member * p.tokens * inner));
+      uint16_t* h =
+          reinterpret_cast<uint16_t*>(work + (tile.member < 0 ? w.shared_h : w.h + 2 * tile.member * p.tokens * inner));
 #pragma unroll
       for (int n = 0; n < 2 * kSixteens; ++n) {
 #pragma unroll

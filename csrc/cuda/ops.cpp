@@ -114,8 +114,8 @@ void block_route_out(const Tensor logits, const std::optional<Tensor> expert_bia
                      const std::vector<double> floats, Tensor topk_ids, Tensor topk_weights, Tensor coreset_ids,
                      Tensor coreset_sizes) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "dmoe: logits must be contiguous with 2 dimensions");
-  route(nullptr, nullptr, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights, coreset_ids,
-        coreset_sizes, nullptr, nullptr);
+  route(nullptr, nullptr, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights,
+        coreset_ids, coreset_sizes, nullptr, nullptr);
 }
 
 void gate_route_out(const Tensor x, const Tensor gate_weight, const std::optional<Tensor> expert_bias,
@@ -123,8 +123,8 @@ void gate_route_out(const Tensor x, const Tensor gate_weight, const std::optiona
                     const std::vector<double> floats, Tensor logits, Tensor topk_ids, Tensor topk_weights,
                     Tensor coreset_ids, Tensor coreset_sizes, std::optional<Tensor> schedule,
                     const std::optional<Tensor> expert_map) {
-  route(&x, &gate_weight, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights, coreset_ids,
-        coreset_sizes, schedule ? &*schedule : nullptr, map_of(expert_map, logits.size(1)));
+  route(&x, &gate_weight, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights,
+        coreset_ids, coreset_sizes, schedule ? &*schedule : nullptr, map_of(expert_map, logits.size(1)));
 }
 
 const float* scale_of(const std::optional<Tensor>& scale) {
@@ -135,7 +135,8 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
                      const std::optional<Tensor> shared_w2, const std::optional<Tensor> w13_scale,
                      const std::optional<Tensor> w2_scale, const std::optional<Tensor> shared_w13_scale,
                      const std::optional<Tensor> shared_w2_scale, const std::optional<Tensor> expert_map,
-                     const Tensor topk_ids, const Tensor topk_weights, Tensor schedule, Tensor workspace, bool scheduled, Tensor y) {
+                     const Tensor topk_ids, const Tensor topk_weights, Tensor schedule, Tensor workspace,
+                     bool scheduled, Tensor y) {
   Experts args{};
   args.x = aligned(x, "x", 2);
   args.w13 = aligned(w13, "w13", 3);
@@ -156,8 +157,9 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
   args.w2_scale = scale_of(w2_scale);
   args.shared_w13_scale = scale_of(shared_w13_scale);
   args.shared_w2_scale = scale_of(shared_w2_scale);
-  STD_TORCH_CHECK(args.fp8() == (w13.scalar_type() == ScalarType::Float8_e4m3fn) && (args.fp8() || !args.shared_w13_scale),
-                  "dmoe: the CUDA expert kernel takes plain weights, or float8_e4m3fn and its scales");
+  STD_TORCH_CHECK(
+      args.fp8() == (w13.scalar_type() == ScalarType::Float8_e4m3fn) && (args.fp8() || !args.shared_w13_scale),
+      "dmoe: the CUDA expert kernel takes plain weights, or float8_e4m3fn and its scales");
   args.topk_ids = static_cast<const int32_t*>(topk_ids.const_data_ptr());
   args.topk_weights = static_cast<const float*>(topk_weights.const_data_ptr());
   args.schedule = static_cast<uint32_t*>(schedule.mutable_data_ptr());
@@ -165,9 +167,9 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
   args.y = y.mutable_data_ptr();
   const char* why = refuses(args);
   STD_TORCH_CHECK(why == nullptr, "dmoe: the CUDA expert kernel does not take ", why ? why : "");
-  const int64_t bytes = experts_workspace(args.tokens, args.hidden, args.intermediate, args.shared_intermediate,
-                                          args.experts, args.top_k)
-                            .bytes;
+  const int64_t bytes =
+      experts_workspace(args.tokens, args.hidden, args.intermediate, args.shared_intermediate, args.experts, args.top_k)
+          .bytes;
   STD_TORCH_CHECK(schedule.numel() >= schedule_words(args.experts) && workspace.numel() >= bytes,
                   "dmoe: the schedule or the workspace is too small");
   aligned(workspace, "workspace", 1);
@@ -175,8 +177,8 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = current_stream(x.get_device_index());
   if (!scheduled) {
-    check_launch(dmoe::cuda::schedule(args.topk_ids, args.tokens * args.top_k, args.experts, args.expert_map, args.schedule,
-                                      stream),
+    check_launch(dmoe::cuda::schedule(args.topk_ids, args.tokens * args.top_k, args.experts, args.expert_map,
+                                      args.schedule, stream),
                  "schedule");
   }
   check_launch(experts_forward(args, stream), "experts");
@@ -208,8 +210,8 @@ void dmoe::cuda::add_rules(pybind11::module_& m) {
       "Why the CUDA router does not take a call, or None; hidden is 0 where the logits are ready-made.");
   m.def(
       "cuda_experts_refuses",
-      [](int64_t tokens, int64_t hidden, int64_t intermediate, int64_t shared_intermediate, int64_t experts, int64_t top_k,
-         int element_size, bool fp8) {
+      [](int64_t tokens, int64_t hidden, int64_t intermediate, int64_t shared_intermediate, int64_t experts,
+         int64_t top_k, int element_size, bool fp8) {
         Experts args{};
         const float scale = 1;
         args.w13_scale = fp8 ? &scale : nullptr;

@@ -68,14 +68,17 @@ const char* block_route(const Router& args, const Routing& routing, void* stream
     if (error != cudaSuccess) return text(error);
     route.x = nullptr;
   }
-  const auto kernel = is_usual(route, routing) ? route_entry<8, true> : args.experts <= 256 ? route_entry<8> : route_entry<16>;
+  const auto kernel = is_usual(route, routing) ? route_entry<8, true>
+                      : args.experts <= 256    ? route_entry<8>
+                                               : route_entry<16>;
   int size = 1;
   if (clusters) {
     error = largest_cluster(kernel, cluster_size(args.n_blocks, multiprocessors), &size);
     if (error != cudaSuccess) return text(error);
   }
   const int64_t bytes =
-      router_shared(static_cast<int>(args.experts), static_cast<int>(routing.block_size), size, route.x != nullptr).bytes;
+      router_shared(static_cast<int>(args.experts), static_cast<int>(routing.block_size), size, route.x != nullptr)
+          .bytes;
   return text(launch(kernel, {args.n_blocks * size, kRouterThreads, bytes, size, clusters}, stream, route, routing));
 }
 

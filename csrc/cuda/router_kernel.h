@@ -164,7 +164,8 @@ DMOE_DEVICE void gate_kernel(const Router& a, char* shared) {
   const int64_t token0 = static_cast<int64_t>(dev::cta() / expert_tiles) * kGateTile;
   const int expert0 = dev::cta() % expert_tiles * kGateTile;
   const int n_tokens = static_cast<int>(a.tokens - token0 < kGateTile ? a.tokens - token0 : kGateTile);
-  const int n_experts = static_cast<int>(a.experts) - expert0 < kGateTile ? static_cast<int>(a.experts) - expert0 : kGateTile;
+  const int n_experts =
+      static_cast<int>(a.experts) - expert0 < kGateTile ? static_cast<int>(a.experts) - expert0 : kGateTile;
   gate(a, token0, n_tokens, expert0, n_experts, reinterpret_cast<float*>(shared),
        [&](int token, int expert, const float (&logit)[4]) {
          float* to = a.logits + (token0 + token) * a.experts + expert0 + expert;
@@ -196,8 +197,8 @@ DMOE_DEVICE void write_used(const uint32_t* words, int experts, uint32_t* schedu
 // Whether the weights of an expert are here.
 DMOE_DEVICE bool is_here(const int32_t* expert_map, int expert) { return !expert_map || expert_map[expert] >= 0; }
 
-DMOE_DEVICE void schedule_kernel(const int32_t* topk_ids, int64_t slots, int experts, const int32_t* expert_map, uint32_t* out,
-                                 char* shared) {
+DMOE_DEVICE void schedule_kernel(const int32_t* topk_ids, int64_t slots, int experts, const int32_t* expert_map,
+                                 uint32_t* out, char* shared) {
   uint32_t* words = reinterpret_cast<uint32_t*>(shared);
   dev::launch_dependents();
   dev::wait_for_primary();
@@ -481,7 +482,7 @@ DMOE_DEVICE int select_coreset(const Router& a, const Routing& routing, const Pa
     }
   }
   each_expert([&](int i, int e) {
-    const bool in = routing.select == Select::all      ? true
+    const bool in = routing.select == Select::all       ? true
                     : routing.select == Select::nonzero ? p.value[e] > 0
                                                         : rank[i] < limit;
     const uint32_t word = dev::ballot(in && e < p.experts);
@@ -559,7 +560,8 @@ DMOE_DEVICE void experts_of_tokens(const Router& a, const Routing& routing, cons
       const int64_t slot = (p.rows.begin + token) * p.top_k + lane;
       a.topk_ids[slot] = e;
       a.topk_weights[slot] = weight;
-      if (a.schedule && e >= 0 && is_here(a.expert_map, e)) dev::atomic_or(&dev::remote(p.used, 0)[e >> 5], 1u << (e & 31));
+      if (a.schedule && e >= 0 && is_here(a.expert_map, e))
+        dev::atomic_or(&dev::remote(p.used, 0)[e >> 5], 1u << (e & 31));
     }
   });
 }

@@ -100,10 +100,22 @@ const char* forward(const Layer* layer) try {
     weight.data = guarded.back()->data();
   };
   const auto format = static_cast<Format>(l.format), shared = static_cast<Format>(l.shared_format);
-  Experts args{l.tokens, l.hidden, l.intermediate, l.experts, l.top_k, Dtype::bf16, nullptr,
-               Weight(l.w13, format, l.w13_scale, false), Weight(l.w2, format, l.w2_scale, false), l.topk_ids,
-               l.topk_weights, l.shared_intermediate, Weight(l.shared_w13, shared, l.shared_w13_scale, false),
-               Weight(l.shared_w2, shared, l.shared_w2_scale, false), nullptr, l.quantize_activations != 0};
+  Experts args{l.tokens,
+               l.hidden,
+               l.intermediate,
+               l.experts,
+               l.top_k,
+               Dtype::bf16,
+               nullptr,
+               Weight(l.w13, format, l.w13_scale, false),
+               Weight(l.w2, format, l.w2_scale, false),
+               l.topk_ids,
+               l.topk_weights,
+               l.shared_intermediate,
+               Weight(l.shared_w13, shared, l.shared_w13_scale, false),
+               Weight(l.shared_w2, shared, l.shared_w2_scale, false),
+               nullptr,
+               l.quantize_activations != 0};
   const Guarded x(l.x, 2 * l.tokens * l.hidden), y(nullptr, 2 * l.tokens * l.hidden);
   args.x = x.data(), args.y = y.data();
   guard(args.w13, 2 * l.experts * l.intermediate * l.hidden);

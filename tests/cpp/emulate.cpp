@@ -143,7 +143,7 @@ struct Cta {
   std::map<uint64_t*, Gate> gates;
   size_t first_fiber = 0;
   uint32_t agent = 0;  // of its start; those of its gates follow
-  Told start;  // what its threads know when they start
+  Told start;          // what its threads know when they start
   bool admitted = false, left = false, triggered = false;
   int running = 0;
 };
@@ -204,7 +204,8 @@ Launch const& launch_of(const Cta& cta) { return *machine.launches[cta.launch].l
 std::string name_of(uint32_t agent) {
   if (agent == 0) return "what ran before";
   const auto block = [](const Cta& c) {
-    return "block " + std::to_string(c.index) + (machine.launches.size() > 1 ? " of launch " + std::to_string(c.launch) : "");
+    return "block " + std::to_string(c.index) +
+           (machine.launches.size() > 1 ? " of launch " + std::to_string(c.launch) : "");
   };
   if (agent <= machine.fibers.size()) {
     const Fiber& f = machine.fibers[agent - 1];
@@ -240,7 +241,8 @@ Place find(const void* address, size_t bytes) {
       return {};
     }
     if (cta->left) {
-      fail(name_of(self().agent) + " touches shared memory of block " + std::to_string(cta->index) + ", which has left");
+      fail(name_of(self().agent) + " touches shared memory of block " + std::to_string(cta->index) +
+           ", which has left");
       return {};
     }
     return {&cta->cells[offset / 2], (offset % 2 + bytes + 1) / 2, "shared memory", offset};
@@ -262,7 +264,8 @@ const char* verb(Kind kind) { return kind == kRead ? "reads" : kind == kWrite ? 
 
 void race(const Fiber& f, Kind kind, const Place& place, uint32_t other, Kind was) {
   fail("race: " + name_of(f.agent) + " " + verb(kind) + " " + std::string(place.name) + " + " +
-       std::to_string(place.offset) + ", and nothing orders this after " + name_of(other) + ", which " + verb(was) + " it");
+       std::to_string(place.offset) + ", and nothing orders this after " + name_of(other) + ", which " + verb(was) +
+       " it");
 }
 
 void check(const Fiber& f, Kind kind, const Place& place, const std::vector<Touch>& earlier) {
@@ -390,7 +393,8 @@ Gate& gate_of(uint64_t* barrier) {
   const auto found = self().cta->gates.find(barrier);
   if (found == self().cta->gates.end()) throw std::runtime_error("a barrier of copies that is not initialised");
   Gate& gate = found->second;
-  if (!self().knows(gate.init_agent, gate.init_tick)) fail("race: a barrier of copies is used before its initialisation is known");
+  if (!self().knows(gate.init_agent, gate.init_tick))
+    fail("race: a barrier of copies is used before its initialisation is known");
   return gate;
 }
 
@@ -503,7 +507,8 @@ void prepare(const std::vector<Launch>& stream, const std::vector<Memory>& memor
     for (size_t c = 0; c < order.size(); ++c) order[c] = static_cast<int>(c);
     std::shuffle(order.begin(), order.end(), m.random);
     std::vector<Cta*> shuffled;
-    for (int c : order) shuffled.insert(shuffled.end(), r.ctas.begin() + c * l.cluster, r.ctas.begin() + (c + 1) * l.cluster);
+    for (int c : order)
+      shuffled.insert(shuffled.end(), r.ctas.begin() + c * l.cluster, r.ctas.begin() + (c + 1) * l.cluster);
     r.ctas = shuffled;
   }
   m.before = {};
@@ -534,7 +539,8 @@ bool may_begin(size_t i) {
         if (!cta->triggered && !cta->left) return false;
       }
     }
-    const Told nothing = std::make_shared<Known>(Known{std::vector<uint32_t>(m.agents), std::vector<uint32_t>(m.agents)});
+    const Told nothing =
+        std::make_shared<Known>(Known{std::vector<uint32_t>(m.agents), std::vector<uint32_t>(m.agents)});
     r.begin = i > 0 ? m.launches[i - 1].begin : nothing;
     return true;
   }
@@ -579,7 +585,9 @@ void leave(Cta& cta) {
   Channel all;
   for (int t = 0; t < r.launch->threads; ++t) all.publish(m.fibers[cta.first_fiber + t]);
   const auto late = [&](uint32_t agent, uint32_t tick) {
-    if (tick > all.sum->seen[agent]) fail("race: block " + std::to_string(cta.index) + " leaves while " + name_of(agent) + " may still use its shared memory");
+    if (tick > all.sum->seen[agent])
+      fail("race: block " + std::to_string(cta.index) + " leaves while " + name_of(agent) +
+           " may still use its shared memory");
   };
   for (const Cell& cell : cta.cells) {
     late(cell.writer, cell.tick);
@@ -700,7 +708,8 @@ void cluster_arrive_with(const Told& only) {
 void cluster_arrive() { cluster_arrive_with(nullptr); }
 void cluster_arrive_relaxed() { cluster_arrive_with(self().cta->start); }
 void cluster_wait() {
-  if (!self().in_cluster_barrier) throw std::runtime_error("a thread waits at the barrier of its cluster without arriving");
+  if (!self().in_cluster_barrier)
+    throw std::runtime_error("a thread waits at the barrier of its cluster without arriving");
   self().in_cluster_barrier = false;
   Meeting& all = *self().cta->cluster;
   wait_for(&all.generation, self().cluster_seen);
@@ -833,7 +842,8 @@ void bulk_copy_of(void* shared, const void* global, uint32_t bytes, Barrier* bar
   if (once) machine.totals.copied_once += bytes;
 }
 void bulk_prefetch(const void* global, uint32_t bytes) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || !bytes) throw std::runtime_error("a prefetch is not aligned");
+  if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || !bytes)
+    throw std::runtime_error("a prefetch is not aligned");
   Totals& t = machine.totals;
   t.fetched_from = std::min(t.fetched_from, reinterpret_cast<uintptr_t>(global));
   t.fetched_to = std::max(t.fetched_to, reinterpret_cast<uintptr_t>(global) + bytes);
@@ -855,13 +865,14 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define DMOE_HOOK(n)                                                                             \
-  void __tsan_read##n(void* at) { dmoe::emulate::touch(at, n, kRead); }                          \
-  void __tsan_write##n(void* at) { dmoe::emulate::touch(at, n, kWrite); }                        \
-  void __tsan_unaligned_read##n(void* at) { dmoe::emulate::touch(at, n, kRead); }                \
+#define DMOE_HOOK(n)                                                              \
+  void __tsan_read##n(void* at) { dmoe::emulate::touch(at, n, kRead); }           \
+  void __tsan_write##n(void* at) { dmoe::emulate::touch(at, n, kWrite); }         \
+  void __tsan_unaligned_read##n(void* at) { dmoe::emulate::touch(at, n, kRead); } \
   void __tsan_unaligned_write##n(void* at) { dmoe::emulate::touch(at, n, kWrite); }
-DMOE_HOOK(1) DMOE_HOOK(2) DMOE_HOOK(4) DMOE_HOOK(8) DMOE_HOOK(16)
-void __tsan_read_range(void* at, unsigned long n) { dmoe::emulate::touch(at, n, kRead); }
+DMOE_HOOK(1) DMOE_HOOK(2) DMOE_HOOK(4) DMOE_HOOK(8) DMOE_HOOK(16) void __tsan_read_range(void* at, unsigned long n) {
+  dmoe::emulate::touch(at, n, kRead);
+}
 void __tsan_write_range(void* at, unsigned long n) { dmoe::emulate::touch(at, n, kWrite); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}

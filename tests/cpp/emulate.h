@@ -167,7 +167,8 @@ inline uint16_t float_to_bf16(float value) {
 inline float fp8_to_float(uint32_t value) {
   const int exponent = value >> 3 & 15, mantissa = value & 7;
   if ((value & 0x7f) == 0x7f) return NAN;
-  const float size = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
+  const float size =
+      exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
   return value & 0x80 ? -size : size;
 }
 template <bool kHalf>

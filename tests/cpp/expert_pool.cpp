@@ -50,13 +50,15 @@ std::vector<Piece> write_files(const std::vector<std::string>& paths) {
   for (int64_t key = 0; key < kLayers * kExperts; ++key) {
     for (int64_t p = 0; p < kPieces; ++p) {
       std::string& to = data[key % 2];
-      pieces.push_back({static_cast<int32_t>(key % 2), p == 2, static_cast<int64_t>(to.size()), kBytes, p == 1 ? kBytes : 0});
+      pieces.push_back(
+          {static_cast<int32_t>(key % 2), p == 2, static_cast<int64_t>(to.size()), kBytes, p == 1 ? kBytes : 0});
       for (int64_t i = 0; i < kBytes; ++i) to.push_back(value(key, p, i));
     }
   }
   for (int f = 0; f < 2; ++f) {
     FILE* file = std::fopen(paths[f].c_str(), "wb");
-    if (!file || std::fwrite(data[f].data(), 1, data[f].size(), file) != data[f].size()) fail("can't write " + paths[f]);
+    if (!file || std::fwrite(data[f].data(), 1, data[f].size(), file) != data[f].size())
+      fail("can't write " + paths[f]);
     std::fclose(file);
   }
   return pieces;
@@ -67,7 +69,8 @@ struct Memory {
   std::vector<char> w13, w2;
 };
 
-PoolLayout layout(const std::vector<std::string>& paths, const std::vector<Piece>& pieces, Memory& memory, int64_t slots) {
+PoolLayout layout(const std::vector<std::string>& paths, const std::vector<Piece>& pieces, Memory& memory,
+                  int64_t slots) {
   PoolLayout layout;
   layout.files = paths;
   layout.parts = {{memory.w13.data(), 2 * kBytes}, {memory.w2.data(), kBytes}};
@@ -79,7 +82,8 @@ PoolLayout layout(const std::vector<std::string>& paths, const std::vector<Piece
 void check_held(const Memory& memory, const std::vector<int32_t>& map, int64_t layer, const std::vector<int32_t>& ids) {
   for (int64_t e = 0; e < kExperts; ++e) {
     const bool held = std::find(ids.begin(), ids.end(), e) != ids.end();
-    if (held != (map[e] >= 0) || (!held && map[e] != kNotLoaded)) fail("the map holds what the lease does not, or lacks it");
+    if (held != (map[e] >= 0) || (!held && map[e] != kNotLoaded))
+      fail("the map holds what the lease does not, or lacks it");
     if (!held) continue;
     for (int64_t p = 0; p < kPieces; ++p) {
       const char* from = p == 2 ? &memory.w2[map[e] * kBytes] : &memory.w13[map[e] * 2 * kBytes + p * kBytes];
@@ -110,7 +114,8 @@ void visit(ExpertPool& pool, const Memory& memory, uint32_t seed, int visits, To
       check_held(memory, map, layer, ids);
       ++totals.good;
     } catch (const ReadError& error) {
-      if (error.file.empty() || !std::strstr(error.what(), "at byte")) fail(std::string("no place in: ") + error.what());
+      if (error.file.empty() || !std::strstr(error.what(), "at byte"))
+        fail(std::string("no place in: ") + error.what());
       ++totals.failed;
     } catch (const std::invalid_argument&) {  // the other threads hold the slots
       ++totals.refused;
@@ -118,7 +123,8 @@ void visit(ExpertPool& pool, const Memory& memory, uint32_t seed, int visits, To
   }
 }
 
-void random_run(const std::vector<std::string>& paths, const std::vector<Piece>& pieces, uint32_t seed, Totals& totals) {
+void random_run(const std::vector<std::string>& paths, const std::vector<Piece>& pieces, uint32_t seed,
+                Totals& totals) {
   std::mt19937 random(seed);
   const int64_t slots = 3 + random() % 12;
   const int rate = random() % 4 ? 2 + random() % 30 : 0;  // one read of so many goes wrong
@@ -134,8 +140,8 @@ void random_run(const std::vector<std::string>& paths, const std::vector<Piece>&
       const int kind = n / rate % 4;
       errno = kind == 0 ? EINTR : EIO;
       if (kind < 2) return -1;
-      if (kind == 2) return 0;       // the file ends
-      bytes = (bytes + 1) / 2;       // a short read
+      if (kind == 2) return 0;  // the file ends
+      bytes = (bytes + 1) / 2;  // a short read
       if (made.direct) bytes = (bytes + 4095) / 4096 * 4096;
     }
     return ::pread(fd, to, bytes, offset);
@@ -221,7 +227,7 @@ int main(int argc, char** argv) {
   for (int i = 21; i <= runs; ++i) random_run(paths, pieces, i, totals);
   if (entries("/proc/self/task") != threads) fail("threads are left");
   if (entries("/proc/self/fd") != files) fail("files are left open");
-  std::printf("good %ld failed %ld refused %ld pages %ld\n", static_cast<long>(totals.good), static_cast<long>(totals.failed),
-              static_cast<long>(totals.refused), resident_pages() - pages);
+  std::printf("good %ld failed %ld refused %ld pages %ld\n", static_cast<long>(totals.good),
+              static_cast<long>(totals.failed), static_cast<long>(totals.refused), resident_pages() - pages);
   return 0;
 }

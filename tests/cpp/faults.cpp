@@ -93,9 +93,11 @@ void read_neighbour(char* shared, bool before, bool after) {
 const std::map<std::string, Fault> faults = {
     {"none",
      {{launch(2, 2, [](char* s) { read_neighbour(s, true, true); }),
-       launch(1, 1, [](char* s) { pass_on(s, 32, dev::sync); }), launch(1, 1, [](char* s) { copy(s, true, true, true); }),
-       launch(2, 1, [](char*) { wait_for_the_other(true); }), launch(1, 1, first),
-       launch(1, 1, [](char*) { second(true); }, true)}}},
+       launch(1, 1, [](char* s) { pass_on(s, 32, dev::sync); }),
+       launch(1, 1, [](char* s) { copy(s, true, true, true); }), launch(2, 1, [](char*) { wait_for_the_other(true); }),
+       launch(1, 1, first),
+       launch(
+           1, 1, [](char*) { second(true); }, true)}}},
     {"no barrier", {{launch(1, 1, [](char* s) { pass_on(s, 32, [] {}); })}}},
     {"shuffle for a barrier", {{launch(1, 1, [](char* s) { pass_on(s, 1, [] { dev::shuffle(1, 0); }); })}}},
     {"write after read",
@@ -105,7 +107,9 @@ const std::map<std::string, Fault> faults = {
                 words(s)[dev::thread()] = 2;
               })}}},
     {"atomic without order", {{launch(2, 1, [](char*) { wait_for_the_other(false); })}}},
-    {"no wait for the launch before", {{launch(1, 1, first), launch(1, 1, [](char*) { second(false); }, true)}}},
+    {"no wait for the launch before",
+     {{launch(1, 1, first), launch(
+                                1, 1, [](char*) { second(false); }, true)}}},
     {"remote before start", {{launch(2, 2, [](char* s) { read_neighbour(s, false, true); })}}},
     {"remote after exit", {{launch(2, 2, [](char* s) { read_neighbour(s, true, false); })}}},
     // Whichever comes first waits for the other.

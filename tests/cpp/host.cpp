@@ -29,12 +29,12 @@ const char* emulate_route(const dmoe::cuda::Router* args, const int64_t* ints, c
                              cuda::route_memory(*args, routing), way->resident, way->seed));
 }
 
-const char* emulate_schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, const int32_t* expert_map, uint32_t* out,
-                             uint32_t seed) {
+const char* emulate_schedule(const int32_t* topk_ids, int64_t slots, int64_t experts, const int32_t* expert_map,
+                             uint32_t* out, uint32_t seed) {
   using namespace dmoe;
   return report(emulate::run({cuda::schedule_launch(topk_ids, slots, static_cast<int>(experts), expert_map, out)},
-                             {{topk_ids, 4 * slots, "topk_ids"}, {out, 4 * cuda::schedule_words(experts), "schedule"}}, 0,
-                             seed));
+                             {{topk_ids, 4 * slots, "topk_ids"}, {out, 4 * cuda::schedule_words(experts), "schedule"}},
+                             0, seed));
 }
 
 // `scheduled`: the schedule is there; else it is made by a launch of its own.
@@ -51,8 +51,8 @@ const char* emulate_experts(const dmoe::cuda::Experts* a, int scheduled, const W
 }
 
 // n layers, one behind the other in a stream; they may share their schedule and workspace.
-const char* emulate_layers(const dmoe::cuda::Router* routers, const dmoe::cuda::Experts* experts, int n, const int64_t* ints,
-                           const double* floats, const Way* way) {
+const char* emulate_layers(const dmoe::cuda::Router* routers, const dmoe::cuda::Experts* experts, int n,
+                           const int64_t* ints, const double* floats, const Way* way) {
   using namespace dmoe;
   const Routing routing = unpack_routing(ints, floats);
   cuda::Launches stream;
@@ -86,7 +86,8 @@ void totals(uintptr_t base, int64_t* out) {
 
 const char* refuses_experts(const dmoe::cuda::Experts* args) { return dmoe::cuda::refuses(*args); }
 int64_t workspace_bytes(const dmoe::cuda::Experts* a) {
-  return dmoe::cuda::experts_workspace(a->tokens, a->hidden, a->intermediate, a->shared_intermediate, a->experts, a->top_k)
+  return dmoe::cuda::experts_workspace(a->tokens, a->hidden, a->intermediate, a->shared_intermediate, a->experts,
+                                       a->top_k)
       .bytes;
 }
 int64_t schedule_words(int64_t experts) { return dmoe::cuda::schedule_words(experts); }

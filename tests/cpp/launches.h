@@ -18,7 +18,8 @@ inline Launches route_launches(Router a, const Routing& routing, int cluster, bo
                    }});
   }
   if (two_launches) {
-    const int tiles = static_cast<int>((a.experts + kGateTile - 1) / kGateTile * ((a.tokens + kGateTile - 1) / kGateTile));
+    const int tiles =
+        static_cast<int>((a.experts + kGateTile - 1) / kGateTile * ((a.tokens + kGateTile - 1) / kGateTile));
     all.push_back({tiles, kRouterThreads, 1, gate_shared(), false, [a](char* shared) { gate_kernel(a, shared); }});
     a.x = nullptr;
   }
@@ -51,8 +52,9 @@ inline Memories route_memory(const Router& a, const Routing& routing) {
 
 inline emulate::Launch schedule_launch(const int32_t* topk_ids, int64_t slots, int experts, const int32_t* expert_map,
                                        uint32_t* out) {
-  return {1, kRouterThreads, 1, 128, true,
-          [=](char* shared) { schedule_kernel(topk_ids, slots, experts, expert_map, out, shared); }};
+  return {1,    kRouterThreads,
+          1,    128,
+          true, [=](char* shared) { schedule_kernel(topk_ids, slots, experts, expert_map, out, shared); }};
 }
 
 template <bool kHalf, bool kFp8>
@@ -65,8 +67,9 @@ inline emulate::Launch experts_launch(const Experts& a, int ctas, const Form& fo
   const bool half = a.dtype == Dtype::f16;
   const auto kernel = (a.fp8() ? (half ? kExpertsKernels<true, true> : kExpertsKernels<false, true>)
                                : (half ? kExpertsKernels<true, false> : kExpertsKernels<false, false>))[sixteens - 1];
-  return {ctas, form.threads(), 1, experts_shared(a, form), true,
-          [a, form, kernel](char* shared) { kernel(a, form, shared); }};
+  return {ctas, form.threads(),
+          1,    experts_shared(a, form),
+          true, [a, form, kernel](char* shared) { kernel(a, form, shared); }};
 }
 
 inline Memories experts_memory(const Experts& a) {
