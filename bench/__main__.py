@@ -9,7 +9,7 @@ import torch
 
 from ..routing import POLICIES
 from . import cases, decode, peers
-from .commands import run_compare, run_decode, run_op, run_report, run_sweep
+from .commands import run_compare, run_decode, run_memory, run_op, run_report, run_sweep
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_ops(command)
     _add_sweep(command)
     _add_decode(command)
+    _add_memory(command)
     _add_files(command)
 
 
@@ -78,6 +79,9 @@ def _add_decode(command) -> None:
     _machine_arguments(one)
     one.add_argument("--model", choices=decode.CONFIGS, default="llada2-mini", help="whose shapes, with random weights")
     one.add_argument("--checkpoint", metavar="FOLDER", help="decode with this checkpoint in place of random weights")
+    one.add_argument(
+        "--expert-memory", metavar="SIZE", help="of the checkpoint's experts, as they are stored: 4GB, 25%%"
+    )
     one.add_argument("--policies", type=_policies, default=["token", "dmoe"], metavar="NAME,…", help="what to compare")
     one.add_argument("--prompt", type=_positive, default=64, metavar="TOKENS", help="random prompt tokens")
     one.add_argument("--gen-length", type=_positive, default=32, metavar="TOKENS", help="tokens to decode")
@@ -90,6 +94,28 @@ def _add_decode(command) -> None:
         metavar="FOLDER",
         help="the authors' code, whose generate() decodes the same weights (transformers 4.57)",
     )
+
+
+def _add_memory(command) -> None:
+    text = "Times decoding with experts in files: a budget of memory against speed, hits and bytes read."
+    example = "dmoe bench memory FOLDER --budgets 1.3W,2W --resident --json memory.json"
+    one = command("memory", run_memory, text, example)
+    one.add_argument("checkpoint", metavar="FOLDER", help="of a LLaDA2 (tools/random_checkpoint.py makes random ones)")
+    one.add_argument(
+        "--budgets", default="0.57W,1.3W,2W", metavar="SIZE,…", help='"4GB", "25%%", or "1.3W" of a forward\'s'
+    )
+    one.add_argument("--resident", action="store_true", help="beside all experts in memory")
+    one.add_argument("--policies", type=_policies, default=["dmoe"], metavar="NAME,…", help="one after the other")
+    one.add_argument("--prompt", type=_positive, default=64, metavar="TOKENS", help="random prompt tokens")
+    one.add_argument("--gen-length", type=_positive, default=64, metavar="TOKENS", help="tokens to decode")
+    one.add_argument("--steps", type=_positive, default=8, help="denoising steps per block")
+    one.add_argument("--rounds", type=_positive, default=5, help="decodes of each contender")
+    one.add_argument("--ahead", choices=("previous",), help="read ahead by what the next layer used last")
+    one.add_argument("--resident-bias", type=float, default=0.0, metavar="B", help="prefer experts that are in memory")
+    one.add_argument("--readers", type=_positive, default=2, help="threads that read")
+    one.add_argument("--threads", type=_positive, help="CPU threads; without it torch's own choice")
+    one.add_argument("--seed", type=int, default=0, help="of the prompt")
+    one.add_argument("--json", metavar="FILE", help="write the results here")
 
 
 def _add_files(command) -> None:

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from ..models.llada2 import LLaDA2ForDiffusion
-from . import cases, compare, decode, measure, peers, released, report, results, roofline, sweep
+from . import cases, compare, decode, measure, memory, peers, released, report, results, roofline, sweep
 
 INTERRUPTED = 130  # by Ctrl-C, as a shell reports it
 
@@ -61,6 +61,8 @@ def run_decode(args) -> int:
     prepare_machine(args)
     if args.rounds < 2:
         args.parser.error(f"--rounds must be at least 2, got {args.rounds}")
+    if args.expert_memory and not args.checkpoint:
+        args.parser.error("--expert-memory needs --checkpoint, in whose files the experts stay")
     out = results.new(args.command_line, args.device, dtype=args.dtype, seed=args.seed)
     return finish(args, out, lambda: measure_decode(args, out), decode.print_rows)
 
@@ -99,6 +101,9 @@ def measure_decode(args, out: dict) -> None:
 def decode_model(args, dtype) -> tuple:
     """The model, and what it is in one line."""
     if args.checkpoint:
+        if args.expert_memory:
+            model = LLaDA2ForDiffusion.from_pretrained(args.checkpoint, expert_memory=args.expert_memory)
+            return model, f"checkpoint {args.checkpoint}, {args.expert_memory} of experts in memory"
         model = LLaDA2ForDiffusion.from_pretrained(args.checkpoint).to(args.device, dtype)
         return model, f"checkpoint {args.checkpoint}"
     config = decode.CONFIGS[args.model]
@@ -112,6 +117,29 @@ def decode_model(args, dtype) -> tuple:
     about = f"{args.model}, random weights, {layers} of {config.num_hidden_layers} layers (each of full size)"
     about += "" if vocab == config.vocab_size else f", {vocab} of {config.vocab_size} tokens"
     return decode.random_model(decode.reduced(config, layers, vocab), dtype, args.device, args.seed), about
+
+
+def run_memory(args) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.rounds < 2:
+        args.parser.error(f"--rounds must be at least 2, got {args.rounds}")
+    out = results.new(args.command_line, "cpu", seed=args.seed, model=args.checkpoint)
+    options = dict(ahead=args.ahead, resident_bias=args.resident_bias, readers=args.readers)
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = torch.randint(100, (1, args.prompt), generator=generator)
+
+    def decode_with(model) -> object:
+        return model.generate(ids, gen_length=args.gen_length, steps=args.steps, eos_id=None)
+
+    def work() -> None:
+        budgets = args.budgets.split(",")
+        memory.run(out, args.checkpoint, args.policies, budgets, args.rounds, decode_with, args.resident, options)
+
+    try:
+        return finish(args, out, work, memory.print_rows)
+    except (ValueError, OSError) as error:
+        args.parser.error(str(error))
 
 
 def run_report(args) -> int:

@@ -96,12 +96,13 @@ def random_model(config: LLaDA2Config, dtype, device: str, seed: int) -> LLaDA2F
     return model
 
 
-def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int) -> float:
+def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int, scale: float | None = None) -> float:
     """Gives random routers the statistics of a real one and returns how many experts token routing then touches per block.
 
     Logits are -1 + 1.2 n(expert) + s n(token, expert), as on the calibrated workload (`cases.calibrated_logits`): what all
     inputs of a layer share carries the first part, what they differ by the second. s, 1 there, is found by bisection, up
-    to 5 (scores saturate): the tokens of a block, most of them masks, differ less than independent ones. No bias.
+    to 5 (scores saturate): the tokens of a block, most of them masks, differ less than independent ones. No bias. scale: s,
+    where it is known.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -134,6 +135,8 @@ def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int) -> fl
 
     for moe in model.moe_layers:
         moe.expert_bias.zero_()
+    if scale is not None:
+        return touched(scale)
     low, high = 1 / 8, 5.0
     for _ in results.progress(range(5), "routers", "decode"):
         middle = (low * high) ** 0.5

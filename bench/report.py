@@ -50,6 +50,7 @@ def run(files: list[str], html_path: str) -> list[Path]:
             ("ratios", "Against the peers", ratios),
             ("sweep", "Expert counts and time over p and block size", sweep),
             ("decode", "Decoding, end to end", decode),
+            ("memory", "Expert memory against speed", memory),
         ):
             figure = draw(plt, out)
             if figure is not None:
@@ -244,6 +245,30 @@ def decode(plt, out: dict):
     axes.grid(axis="y", visible=False)
     axes.set_title(title(out, "decode"))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / (1.5 + 0.5 * len(rows))), ncol=3, frameon=False)
+    return figure
+
+
+def memory(plt, out: dict):
+    """A line per policy over the budgets; where all experts were in memory, a level."""
+    rows = [row for row in out["rows"] if row["op"] == "memory"]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for i, policy in enumerate(dict.fromkeys(row["policy"] for row in rows)):
+        colour = OURS_COLOUR if policy == "dmoe" else PEER_COLOURS[i % len(PEER_COLOURS)]
+        mine = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row["budget"])
+        pooled = [row for row in mine if "hit_rate" in row]
+        middle = [row["tokens_per_s"]["median"] for row in pooled]
+        ends = [(row["tokens_per_s"]["p10"], row["tokens_per_s"]["p90"]) for row in pooled]
+        budgets = [row["budget"] / 1e9 for row in pooled]
+        axes.errorbar(budgets, middle, _whiskers(middle, ends), color=colour, marker="o", label=policy, capsize=3)
+        for row in mine:
+            if row not in pooled:
+                level = row["tokens_per_s"]["median"]
+                axes.axhline(level, color=colour, linestyle="--", label=f"{policy}, all experts in memory")
+    axes.set(xlabel="GB of experts in memory", ylabel="tokens/s", ylim=(0, None), xlim=(0, None))
+    axes.set_title(title(out, "expert memory"))
+    axes.legend(frameon=False)
     return figure
 
 

@@ -37,6 +37,7 @@ ROWS = {
     "decode": dict(**TIMES, **CASE, **PARTS, tokens_per_s="spread"),
     "prefill": dict(**TIMES, **CASE),
     "served": dict(key="text", tokens="number", tokens_per_s="spread", unique="number or null", ratios="spreads"),
+    "memory": dict(key="text", policy="text", budget="number", tokens_per_s="spread", unique="number", ratios="spreads"),
     "sweep": dict(
         key="text", model="text", vary="text", p="number or null", block_size="number", unique="number",
         bytes="positive number", paper="numbers or null", paper_source="text",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from dmoe_ops.pooled import PooledMoE
 
 if "cpp" in _backends.missing():
     pytest.skip(f"the pool is C++: {_backends.missing()['cpp']}", allow_module_level=True)
+ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = (1, "10%", "30%", "60%", "100%")  # 1: one expert
 
 
@@ -264,3 +267,30 @@ def test_the_miniature_at_a_fifth_of_its_experts():
         misses.append(stats.misses)
         assert 0.3 < stats.hit_rate < 1 and (stats.kept_mass is None) == (bias == 0)
     assert misses[1] < misses[0] and stats.kept_mass > 0.98
+
+
+def test_the_bench_and_the_tool_that_makes_its_checkpoints(tmp_path, monkeypatch, capsys):
+    """A random checkpoint, its budgets against the resident model, and the picture."""
+    import runpy
+    import sys
+
+    from dmoe_ops.bench.__main__ import main
+
+    folder, found = str(tmp_path / "model"), tmp_path / "memory.json"
+    arguments = ["--tiny", "--layers", "3", "--experts", "32", "--vocab", "512", "--form", "int4", "--scale", "2"]
+    monkeypatch.setattr(sys, "argv", ["random_checkpoint.py", folder, *arguments])
+    monkeypatch.syspath_prepend(str(ROOT))
+    runpy.run_path(str(ROOT / "tools" / "random_checkpoint.py"), run_name="__main__")
+    assert "experts of a block" in capsys.readouterr().out
+    options = ["--budgets", "0.6W,100%", "--resident", "--rounds", "2", "--gen-length", "32", "--steps", "2"]
+    assert main(["memory", folder, *options, "--resident-bias", "1", "--json", str(found)]) == 0
+    rows = json.loads(found.read_text())["rows"]
+    assert [row["key"] for row in rows] == ["dmoe, resident", "dmoe, 0.6W", "dmoe, 100%"]
+    assert rows[2]["hit_rate"] == 1 and rows[2]["read_per_forward"] == 0 and 0 < rows[1]["hit_rate"] < 1
+    assert rows[0]["ratios"] == {} and rows[1]["ratios"]["resident"]["median"] > 0 and rows[1]["kept_mass"] > 0.9
+    if importlib.util.find_spec("matplotlib"):
+        assert main(["report", str(found), "--html", str(tmp_path / "page.html")]) == 0
+        assert (tmp_path / "page-memory-memory.png").exists()
+    with pytest.raises(SystemExit):
+        main(["memory", folder, "--budgets", "much"])
+    assert "--budgets must be a number of bytes" in capsys.readouterr().err
