@@ -113,3 +113,20 @@ def emulator(tmp_path_factory):
     if emulated.compiler() is None:
         pytest.skip("tests/cpp needs a C++ compiler")
     return emulated.Emulator(emulated.build(tmp_path_factory.mktemp("emulator")))
+
+
+@pytest.fixture
+def triton_backend(monkeypatch):
+    monkeypatch.setenv("DMOE_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+
+@pytest.fixture(params=["dense", "gathered"])
+def form(request, monkeypatch):
+    """Both forms of the Triton kernels serve every call; the rule on the host only chooses the faster."""
+    from dmoe_ops.triton_kernels import backend, launch
+
+    monkeypatch.setattr(backend, "form_of", lambda *args: request.param)
+    monkeypatch.setattr(backend, "DENSE_TOKENS", 10**6 if request.param == "dense" else 0)
+    monkeypatch.setattr(launch, "_plans", {})
+    return request.param

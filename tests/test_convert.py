@@ -11,31 +11,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sizes import SIZES as SMALL
 
 from dmoe_ops import convert
 from dmoe_ops.__main__ import main
 from dmoe_ops.convert import quantize_folder
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
 
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    intermediate_size=40,
-    moe_intermediate_size=20,
-    num_experts=8,
-    num_experts_per_tok=2,
-    num_shared_experts=1,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=256,
-    initializer_range=0.2,
+SIZES = SMALL | dict(
+    hidden_size=48, head_dim=32, intermediate_size=40, moe_intermediate_size=20, num_experts=8, initializer_range=0.2
 )
 FORMS = ["fp8", "int8", "int4"]
 EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"

@@ -8,20 +8,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from routings import GOLDEN
 from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, block_moe, block_route, moe_experts, reference
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned")
 
-ROUTINGS = [
-    "llada2_mini_p60",
-    "llada2_mini_p60_diffuse",
-    "llada2_mini_p80",
-    "nogroup_p70",
-    "scarce_groups_e128",
-    "small_p50",
-]
 FUNCTIONS = [block_route, reference.block_route]
 
 
@@ -39,13 +32,13 @@ def coresets(result):
 
 
 def test_the_folder_holds_what_these_tests_know(golden_folder):
-    known = {f"routing_{name}" for name in ROUTINGS} | {"moe_block_f32", "moe_block_bf16"}
+    known = {f"routing_{name}" for name in GOLDEN} | {"moe_block_f32", "moe_block_bf16"}
     known |= {"tiny_llada2", "tiny_llada2_greedy"}
     assert {file.stem for file in golden_folder.glob("*.safetensors")} == known
 
 
 @pytest.mark.parametrize("route", FUNCTIONS)
-@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_routing(name, route, golden_folder):
     golden, config = load(golden_folder / f"routing_{name}.safetensors")
     result = route(golden["logits"], golden["expert_bias"], routing=BlockRouting(**config))

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sizes import SIZES as SMALL
 from torch import nn
 
 from dmoe_ops import BlockMoE, BlockRouting, reference
@@ -20,28 +21,7 @@ from dmoe_ops.quantize import quantize
 
 FORMS = ["fp8", "int8", "int4"]
 # Nothing is divisible: rows and columns of blocks and groups are ragged, and int4 does not fill its last int32.
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=144,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    head_dim=32,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    moe_intermediate_size=20,
-    num_experts=8,
-    num_experts_per_tok=2,
-    num_shared_experts=1,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=256,
-    initializer_range=0.2,
-    mask_token_id=62,
-    eos_token_id=63,
-)
+SIZES = SMALL | dict(hidden_size=144, head_dim=32, moe_intermediate_size=20, num_experts=8, initializer_range=0.2)
 CONFIG = LLaDA2Config(**SIZES)
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
 NAMES = {  # of safetensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 
 import numpy as np
@@ -14,31 +13,11 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routings import BIASES, PALETTES, SELECTIONS
 
 from dmoe_ops import BlockRouting, RoutingResult, block_route, reference
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned")
-
-SELECTIONS = [
-    *itertools.product(("topk_sum", "sum", "max", "union"), ("top_p", "top_n", "nonzero")),
-    ("topk_sum", "all"),
-]
-PALETTES = {
-    "normal": None,
-    "ties": [-1.0, 0.0, 0.0, 0.5, 2.0],
-    "equal": [0.25],
-    "extreme": [-90.0, 90.0, -200.0, 200.0, 0.0, float("inf"), float("-inf")],
-    "nan": [float("nan"), 0.0, 1.0, -1.0, 0.3, float("inf"), float("-inf")],
-    "holes": [float("nan"), float("nan"), float("nan"), 0.5],
-}
-BIASES = {
-    "none": None,
-    "normal": None,
-    "negative": [-0.9, -0.8, -2.0],  # votes below zero, and sums around it
-    "cancel": [-0.5, 0.5],  # with equal logits of 0 votes sum to exactly zero
-    "banned": [float("-inf"), float("nan"), 0.0, 0.1],
-    "infinite": [float("-inf"), float("inf"), 0.0],
-}
 
 
 @dataclasses.dataclass

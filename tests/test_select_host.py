@@ -14,22 +14,11 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from routings import PALETTES, SELECTIONS
 from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, reference
 
-SELECTIONS = [
-    *itertools.product(("topk_sum", "sum", "max", "union"), ("top_p", "top_n", "nonzero")),
-    ("topk_sum", "all"),
-]
-PALETTES = {
-    "normal": None,
-    "ties": [-1.0, 0.0, -0.0, 0.5, 2.0],
-    "equal": [0.25],
-    "extreme": [-90.0, 90.0, -200.0, 200.0, 0.0, float("inf"), float("-inf")],
-    "nan": [float("nan"), 0.0, 1.0, -1.0, 0.3, float("inf"), float("-inf")],
-    "holes": [float("nan"), float("nan"), float("nan"), 0.5],
-}
 BIASES = {
     "normal": None,
     "negative": [-0.9, -0.8, -2.0],

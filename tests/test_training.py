@@ -5,30 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from sizes import SIZES
 
 from dmoe_ops import layer, reference
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion
 from dmoe_ops.models.training import denoising_loss, two_halves
 
 MASK, BLOCK = 30, 8
-CONFIG = LLaDA2Config(
-    vocab_size=32,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_experts=16,
-    num_experts_per_tok=2,
-    num_shared_experts=1,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-6,
-    initializer_range=0.3,
-    mask_token_id=MASK,
-)
+CHANGES = dict(vocab_size=32, num_hidden_layers=2, num_attention_heads=2, mask_token_id=MASK, eos_token_id=None)
+CONFIG = LLaDA2Config(**SIZES | CHANGES)
 
 
 def build(policy: str, **overrides) -> LLaDA2ForDiffusion:

@@ -20,19 +20,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
 
 
-@pytest.fixture
-def triton_backend(monkeypatch):
-    monkeypatch.setenv("DMOE_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")
-
-
-@pytest.fixture(params=["dense", "gathered"])
-def form(request, monkeypatch):
-    monkeypatch.setattr(backend, "form_of", lambda *args: request.param)
-    monkeypatch.setattr(backend, "DENSE_TOKENS", 10**6 if request.param == "dense" else 0)
-    return request.param
-
-
 def on_device(arguments):
     return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from routings import GOLDEN
 from safetensors import safe_open
 
 from dmoe_ops import BlockRouting, block_moe, block_route, reference
@@ -83,17 +84,7 @@ def test_named_policies_at_the_models_size(name):
     check(logits, values((256,), seed=2) * 0.05, BlockRouting.policy(name))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llada2_mini_p60",
-        "llada2_mini_p60_diffuse",
-        "llada2_mini_p80",
-        "nogroup_p70",
-        "scarce_groups_e128",
-        "small_p50",
-    ],
-)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name, golden_folder):
     """The authors' released code: its coresets, and its experts where none lies outside of the coreset."""
     with safe_open(golden_folder / f"routing_{name}.safetensors", "pt") as file:

@@ -1,4 +1,4 @@
-"""The CUDA backend on a real GPU: golden files, real shapes; races: test_races_gpu.py. Skipped where it can't run."""
+"""The CUDA backend on a real GPU: golden files, gate, fp8. Layers: test_layer_gpu.py; races: test_races_gpu.py."""
 
 from __future__ import annotations
 
@@ -6,69 +6,33 @@ import json
 
 import pytest
 import torch
+from mini_on_gpu import (
+    H,
+    activations,
+    calibrated,
+    distance,
+    expert_sum,
+    filled,
+    kernels_of,
+    same_routing,
+    weights,
+    why_no_cuda,
+)
 from safetensors import safe_open
 
-from dmoe_ops import BlockRouting, _backends, _library, block_moe, block_route, moe_experts, reference, router
+from dmoe_ops import BlockRouting, _library, block_moe, block_route, moe_experts, reference, router
 from dmoe_ops.quantize import quantize
 
-
-def unavailable_reason() -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a GPU; there is none here"
-    device = torch.device("cuda", torch.cuda.current_device())
-    if not _backends._has_cuda_experts(device):
-        return f"needs compute capability 9.0 or 10.x, got {torch.cuda.get_device_capability()}"
-    return _backends.Cuda.unavailable_reason(device)
-
-
+__all__ = ["weights"]  # a fixture
 pytestmark = [
-    pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason())),
+    pytest.mark.skipif(why_no_cuda() is not None, reason=str(why_no_cuda())),
     pytest.mark.usefixtures("cuda_backend"),
 ]
-
-H, I, E = 2048, 512, 256  # LLaDA2.0-mini
-POLICIES = ("dmoe", "token", "top4", "des_seq", "des_vote", "capacity")
 
 
 @pytest.fixture
 def cuda_backend(monkeypatch):
     monkeypatch.setenv("DMOE_BACKEND", "cuda")
-
-
-def filled(*shape, dtype=torch.bfloat16):
-    return (torch.randn(shape, device="cuda") * shape[-1] ** -0.5).to(dtype)
-
-
-@pytest.fixture(scope="module")
-def weights():
-    """gate, bias, w13, w2, shared_w13, shared_w2 in bf16."""
-    torch.manual_seed(0)
-    bias = torch.randn(E, device="cuda") * 0.05
-    return filled(E, H), bias, filled(E, 2 * I, H), filled(E, H, I), filled(2 * I, H), filled(H, I)
-
-
-def calibrated(tokens, block=32, experts=E, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    blocks = -(-tokens // block)
-    common = torch.randn(blocks, 1, experts, generator=generator)
-    return (-1 + 1.2 * common + torch.randn(blocks, block, experts, generator=generator)).flatten(0, 1)[:tokens]
-
-
-def activations(tokens, hidden=H, seed=0, dtype=torch.bfloat16):
-    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
-
-
-def same_routing(got, want):
-    """ids and coresets to the bit. The GPU's exp in float64 may differ from the CPU's in its last bit, which moves a
-    float32 score once in about 2^29."""
-    for name in ("coreset_sizes", "coreset_ids", "topk_ids"):
-        assert torch.equal(getattr(got, name).cpu(), getattr(want, name).cpu()), name
-    torch.testing.assert_close(got.topk_weights.cpu(), want.topk_weights.cpu(), rtol=1e-6, atol=1e-9)
-
-
-def distance(got, want):
-    assert got.isfinite().all()
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @pytest.mark.parametrize(
@@ -85,20 +49,6 @@ def test_golden_routing(golden_folder, name):
         got.coreset_ids.tolist(), got.coreset_sizes.tolist(), data["coreset_mask"].flatten(0, 1)
     ):
         assert members[:size] == mask.nonzero().flatten().tolist()
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("seed", range(3))
-def test_routing_of_the_models_size(name, seed):
-    routing = BlockRouting.policy(name)
-    for tokens in (1, 32, 45, 512, 2048):
-        logits = calibrated(tokens, seed=seed)
-        bias = torch.randn(E, generator=torch.Generator().manual_seed(seed)) * 0.1
-        if seed == 2:  # ties, NaN and the infinite
-            logits = (logits * 2).round() / 2
-            logits[::7, ::5], logits[::3, 1], logits[::4, 2] = float("nan"), float("inf"), float("-inf")
-        got = block_route(logits.cuda(), bias.cuda(), routing=routing)
-        same_routing(got, reference.block_route(logits, bias, routing=routing))
 
 
 @pytest.mark.parametrize("aggregate", ["topk_sum", "sum", "max", "union"])
@@ -120,35 +70,6 @@ def test_routing_settings(aggregate, select, score, experts, fields):
     logits = calibrated(20, experts=experts)
     got = block_route(logits.cuda(), routing=routing, block_offsets=offsets.cuda())
     same_routing(got, reference.block_route(logits, routing=routing, block_offsets=offsets))
-
-
-@pytest.mark.parametrize("tokens", [1, 19, 32, 45, 64, 128, 1024])
-@pytest.mark.parametrize("name", ["dmoe", "token"])
-def test_layer(weights, tokens, name):
-    """Against float32, at most twice as far as torch in bf16; the routing is that of the logits that came out. Above 64
-    tokens another backend serves."""
-    x, routing = activations(tokens), BlockRouting.policy(name)
-    y, routed, logits = block_moe(x, *weights, routing=routing)
-    torch.testing.assert_close(logits, x.float() @ weights[0].float().T, rtol=1e-4, atol=1e-4)
-    same_routing(routed, reference.block_route(logits.cpu(), weights[1].cpu(), routing=routing))
-    ids, scale = routed.topk_ids, routed.topk_weights
-    want = expert_sum(x, weights, ids, scale, torch.float32)
-    torch_bf16 = expert_sum(x, weights, ids, scale, torch.bfloat16)
-    assert distance(y, want) <= 2 * distance(torch_bf16, want)
-    alone = moe_experts(x, weights[2], weights[3], ids, scale)
-    assert distance(alone, expert_sum(x, (*weights[:4], None, None), ids, scale, torch.float32)) <= 0.01
-
-
-def expert_sum(x, weights, ids, scale, dtype):
-    """The experts by plain torch in a dtype."""
-    x = x.to(dtype)
-    y = torch.zeros_like(x)
-    for e in ids.unique().tolist():
-        if e >= 0:
-            rows, slots = (ids == e).nonzero(as_tuple=True)
-            out = reference.mlp(x[rows], weights[2][e], weights[3][e])
-            y.index_add_(0, rows, out * scale[rows, slots, None].to(dtype))
-    return y if weights[4] is None else y + reference.mlp(x, weights[4], weights[5])
 
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -219,25 +140,10 @@ def test_same_routing_as_triton(weights, monkeypatch):
     assert distance(y, other) <= 0.02
 
 
-def test_compile_without_graph_breaks(weights):
-    routing, x = BlockRouting(), activations(32)
-
-    def layer(x):
-        return block_moe(x, *weights, routing=routing)[0] * 2
-
-    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
-
-
 def test_two_launches(weights):
     """The profiler sees the router and the experts, and nothing else."""
     x, routing = activations(32), BlockRouting()
-    block_moe(x, *weights, routing=routing)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        block_moe(x, *weights, routing=routing)
-        torch.cuda.synchronize()
-    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    names = [name for name in names if not name.startswith("Activity")]
+    names = kernels_of(lambda: block_moe(x, *weights, routing=routing))
     assert len(names) == 2 and "route_entry" in names[0] and "experts_entry" in names[1], names
 
 
