@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from ...routing import SCORES, BlockRouting, int_rule, is_number, plain
 from .. import checkpoint, hub, quantized
@@ -92,69 +93,83 @@ class LLaDA2Config:
     model_type: str = "llada2_moe"
 
     def __post_init__(self):
-        def fill(name, value):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        self._check_types()
+        self._check_options()
+        self._fill_heads()
+        self._fill_tokens()
+        self.routing("token")  # what it says of experts, top-k and groups
 
-        def check(fits: bool, name: str, must: str):
-            if not fits:
-                raise ValueError(f"{name} must {must}, got {getattr(self, name)!r}")
+    def _fill(self, name: str, value) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
+    def _check(self, fits, name: str, must: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} must {must}, got {getattr(self, name)!r}")
+
+    def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-            kind = field.type.removesuffix(" | None")
+            kind = str(field.type).removesuffix(" | None")
             value = getattr(self, field.name)
             if value is None and field.type != kind:
                 continue
             if kind == "int":
                 least = 0 if field.name in MAY_BE_ZERO else 1
                 rule = int_rule(value, least)
-                check(rule is None, field.name, f"be {rule}")
+                self._check(rule is None, field.name, f"be {rule}")
             elif kind == "float":
                 fits = is_number(value) and math.isfinite(value) and value > 0
-                check(fits, field.name, "be a positive number")
+                self._check(fits, field.name, "be a positive number")
             elif kind == "bool":
-                check(isinstance(value, bool), field.name, "be true or false")
+                self._check(isinstance(value, bool), field.name, "be true or false")
             else:
                 what = {"str": "a string", "dict": "an object"}[kind]
-                check(isinstance(value, str if kind == "str" else dict), field.name, f"be {what}")
+                self._check(isinstance(value, str if kind == "str" else dict), field.name, f"be {what}")
 
-        check(self.model_type.startswith("llada2"), "model_type", "be llada2_moe")
-        check(self.hidden_act in ("silu", "swish"), "hidden_act", "be silu")
-        check(not self.use_sliding_window, "use_sliding_window", "be false (there is no sliding window here)")
+    def _check_options(self) -> None:
+        self._check(self.model_type.startswith("llada2"), "model_type", "be llada2_moe")
+        self._check(self.hidden_act in ("silu", "swish"), "hidden_act", "be silu")
+        self._check(not self.use_sliding_window, "use_sliding_window", "be false (there is no sliding window here)")
         rope_type = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type", "default"))
-        check(rope_type == "default", "rope_scaling", "be null or of type default")
+        self._check(rope_type == "default", "rope_scaling", "be null or of type default")
         if self.quantization_config:
             quantized.storage_of(self.quantization_config)
-        check(self.core_threshold is None or self.core_threshold <= 1, "core_threshold", "be in (0, 1]")
-        check(self.score_function in SCORES, "score_function", f"be one of {', '.join(SCORES)}")
+        self._check(self.core_threshold is None or self.core_threshold <= 1, "core_threshold", "be in (0, 1]")
+        self._check(self.score_function in SCORES, "score_function", f"be one of {', '.join(SCORES)}")
         if self.num_experts == 0 or self.first_k_dense_replace >= self.num_hidden_layers:
             raise ValueError(
                 f"num_experts={self.num_experts}, first_k_dense_replace={self.first_k_dense_replace} and "
                 f"num_hidden_layers={self.num_hidden_layers} leave no MoE layer"
             )
-        check(
+        self._check(
             not self.first_k_dense_replace or self.intermediate_size, "intermediate_size", "be given for dense layers"
         )
+
+    def _fill_heads(self) -> None:
+        """Sizes of heads that were not given, from those that were."""
         if self.head_dim is None:
             fits = self.hidden_size % self.num_attention_heads == 0
-            check(fits, "num_attention_heads", f"divide hidden_size={self.hidden_size} where head_dim is not given")
-        fill("head_dim", self.hidden_size // self.num_attention_heads)
-        if not self.num_key_value_heads:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        fits = self.num_attention_heads % self.num_key_value_heads == 0
-        check(fits, "num_key_value_heads", f"divide num_attention_heads={self.num_attention_heads}")
-        fill("rotary_dim", int(self.head_dim * self.partial_rotary_factor))
-        fits = self.rotary_dim == int(self.head_dim * self.partial_rotary_factor)
-        check(fits, "rotary_dim", f"be partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim}")
-        fits = self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim
-        check(fits, "rotary_dim", f"be even and at most head_dim={self.head_dim}")
+            must = f"divide hidden_size={self.hidden_size} where head_dim is not given"
+            self._check(fits, "num_attention_heads", must)
+        self._fill("head_dim", self.hidden_size // self.num_attention_heads)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        object.__setattr__(self, "num_key_value_heads", kv_heads)
+        self._check(heads % kv_heads == 0, "num_key_value_heads", f"divide num_attention_heads={heads}")
+        head_dim: Any = self.head_dim
+        share = int(head_dim * self.partial_rotary_factor)
+        self._fill("rotary_dim", share)
+        must = f"be partial_rotary_factor={self.partial_rotary_factor} of head_dim={head_dim}"
+        self._check(self.rotary_dim == share, "rotary_dim", must)
+        fits = share % 2 == 0 and share <= head_dim
+        self._check(fits, "rotary_dim", f"be even and at most head_dim={head_dim}")
+
+    def _fill_tokens(self) -> None:
         for name in ("eos_token_id", "mask_token_id"):
             if self.vocab_size == RELEASED_VOCAB_SIZE:
-                fill(name, RELEASED_EOS if name == "eos_token_id" else RELEASED_MASK)
+                self._fill(name, RELEASED_EOS if name == "eos_token_id" else RELEASED_MASK)
             value = getattr(self, name)
-            check(value is None or value < self.vocab_size, name, f"be below vocab_size={self.vocab_size}")
-        self.routing("token")  # what it says of experts, top-k and groups
+            self._check(value is None or value < self.vocab_size, name, f"be below vocab_size={self.vocab_size}")
 
     @classmethod
     def from_dict(cls, values: dict) -> LLaDA2Config:
