@@ -17,7 +17,7 @@ from dmoe_ops.quantize import quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
-from dmoe_ops.triton_kernels import backend, experts, gradient, launch, router, schedule, tiles  # noqa: E402 - needs triton
+from dmoe_ops.triton_kernels import backend, dense, gathered, gradient, launch, router, schedule, tiles  # noqa: E402 - needs triton
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
 
@@ -26,26 +26,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture
-def triton_backend(monkeypatch):
-    monkeypatch.setenv("DMOE_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")
-
-
-@pytest.fixture(params=["dense", "gathered"])
-def form(request, monkeypatch):
-    """Both forms serve every call; the rule on the host only chooses the faster."""
-    monkeypatch.setattr(backend, "form_of", lambda *args: request.param)
-    monkeypatch.setattr(backend, "DENSE_TOKENS", 10**6 if request.param == "dense" else 0)
-    monkeypatch.setattr(launch, "_plans", {})
-    return request.param
-
-
-@pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that were launched."""
     monkeypatch.setattr(launch, "_plans", {})
     names = []
-    for module in (router, experts, schedule, gradient):
+    for module in (router, dense, gathered, schedule, gradient):
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 run = kernel.run
@@ -327,11 +312,11 @@ def test_programs_that_share_the_members_of_a_block(processors, splits, monkeypa
     """More of them than there are members, too; without a shared expert, with one in line, and with one of its own width."""
     seen = []
 
-    def dense_buffers(*args, run=experts.dense_buffers):
+    def buffers(*args, run=dense.buffers):
         seen.append(run(*args))
         return seen[-1]
 
-    monkeypatch.setattr(experts, "dense_buffers", dense_buffers)
+    monkeypatch.setattr(dense, "buffers", buffers)
     table = tiles.for_device(torch.device(DEVICE))
     with tiles.using(dataclasses.replace(table, processors=processors)):
         for shared in (0, 16, 48):

@@ -313,6 +313,8 @@ HAND = {
         ("return tl.where(weight != 0, hidden * weight, 0.0)", "return hidden * weight"),
         ("return gate / (1.0 + tl.exp(-gate)) * up", "return up / (1.0 + tl.exp(-up)) * gate"),
         ("tl.sum(tl.where(ids == expert, weights, 0.0), 1)", "tl.max(tl.where(ids == expert, weights, 0.0), 1)"),
+    ],
+    ("triton_kernels/dense.py", "test_triton_experts"): [
         ("w2 = tl.where(member == 0, shared_w2_ptr, w2)", "w2 = w2"),
     ],
     ("triton_kernels/gradient.py", "test_triton_experts"): [

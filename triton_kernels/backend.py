@@ -9,7 +9,7 @@ import triton
 
 from .._call import LayerCall
 from ..formats import ExpertWeights
-from . import decoder, experts, gradient, launch, router, schedule, tiles
+from . import decoder, dense, gathered, gradient, launch, router, schedule, tiles
 from .weights import stored
 
 DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
@@ -97,13 +97,13 @@ def _experts(call: LayerCall, plan, waves=None) -> None:
     table, pdl = tiles.for_device(x.device), has_pdl(x.device)
     chosen = routed.topk_ids, routed.topk_weights
     if plan.form == "dense":
-        buffers = experts.dense_buffers(x, weights, plan, block_size, table)
+        buffers = dense.buffers(x, weights, plan, block_size, table)
         blocks = call.block_offsets, call.seq_len, block_size
-        experts.dense(x, weights, *chosen, *blocks, plan, buffers, call.y, table, pdl)
+        dense.experts(x, weights, *chosen, *blocks, plan, buffers, call.y, table, pdl)
         return
-    h, rows = experts.gathered_buffers(x, weights, call.routing.top_k)
+    h, rows = gathered.buffers(x, weights, call.routing.top_k)
     for wave in (None,) if waves is None else waves:
-        experts.gathered(x, weights, *chosen, plan, h, rows, call.y, table, pdl, wave)
+        gathered.experts(x, weights, *chosen, plan, h, rows, call.y, table, pdl, wave)
 
 
 @launch.repeated
@@ -152,8 +152,8 @@ class Triton:
                 chunk = max(16, triton.next_power_of_2(n_tokens))  # few different ones: kernels are compiled for each
                 plan = schedule.Dense.empty(1, min(n_experts, chunk * top_k), x.device)
                 schedule.mark(topk_ids, n_experts, chunk, plan, expert_map)
-                buffers = experts.dense_buffers(x, weights, plan, chunk, table)
-                experts.dense(x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, buffers, y, table, pdl)
+                buffers = dense.buffers(x, weights, plan, chunk, table)
+                dense.experts(x, weights, topk_ids, topk_weights, None, n_tokens, chunk, plan, buffers, y, table, pdl)
             else:
                 words = -(-n_tokens // schedule.MAX_WORD)
                 # Routed by blocks or not, nobody said: a quarter of the experts lies between.
@@ -161,8 +161,8 @@ class Triton:
                 plan = schedule.Gathered.empty(n_tokens, n_experts, top_k, words, tile, x.device)
                 schedule.mark(topk_ids, n_experts, schedule.MAX_WORD, plan, expert_map)
                 schedule.order_all(topk_ids, n_experts, plan, pdl)
-                h, rows = experts.gathered_buffers(x, weights, top_k)
-                experts.gathered(x, weights, topk_ids, topk_weights, plan, h, rows, y, table, pdl)
+                h, rows = gathered.buffers(x, weights, top_k)
+                gathered.experts(x, weights, topk_ids, topk_weights, plan, h, rows, y, table, pdl)
 
     @staticmethod
     @launch.repeated
