@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
         if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
             raise NotBuilt("no C++ compiler was found")
         version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
-        # CMake keeps what it once found, so another compiler or torch gets a folder of its own.
+        # CMake keeps what it once found, so another compiler or torch gets its own folder.
         found = [
             torch,
             sys.executable,

@@ -87,7 +87,7 @@ def prompts(count: int) -> list[list[int]]:
 
 
 class Engine:
-    """SGLang in a process of its own, which answers the requests when it is told to. samples: seconds of each round."""
+    """SGLang in its own process, which answers the requests when it is told to. samples: seconds of each round."""
 
     def __init__(self, key: str, folder: Path, scratch: Path, args):
         self.key, self.samples, self.tokens = key, [], args.requests * args.new_tokens

@@ -10,7 +10,7 @@ from . import __version__
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:  # it has an argument parser of its own, and gets everything behind its name
+    if argv[:1] == ["bench"]:  # it has its own argument parser, and gets everything behind its name
         from .bench.__main__ import main as bench
 
         return bench(argv[1:])

@@ -27,7 +27,7 @@ from .reference import dequantize
 from .routing import POLICIES
 
 # Trained by examples/miniature, which says what it has learned and what each policy costs and keeps. An installed package
-# has a copy of its own; a checkout, editable or not, has the original.
+# has its own copy; a checkout, editable or not, has the original.
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED = (PACKAGE / "demo_checkpoint", PACKAGE.parent / "examples" / "miniature" / "checkpoints" / "dmoe")
 SHIPPED_PROMPTS = (

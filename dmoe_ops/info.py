@@ -48,7 +48,7 @@ def report() -> str:
 def _engine(name: str, group: str) -> str:
     version = _version(name)
     if version == "not installed":
-        version = _version(f"{name}-cpu")  # a build of vLLM for CPUs has a name of its own
+        version = _version(f"{name}-cpu")  # a build of vLLM for CPUs has its own name
     if version == "not installed":
         return version
     points = importlib.metadata.entry_points(group=group)

@@ -103,7 +103,7 @@ def moe_experts(
         float32; H and I even.
     topk_ids: int32 [T, k], -1 adds nothing; topk_weights: float32 [T, k].
     activations: None, or with int8 weights "int8": each token's x, and each slot's h = silu(gate) * up, is rounded to int8
-        by a scale of its own, see `quantize_rows`.
+        by its own scale, see `quantize_rows`.
     expert_map: None, or int32 [E_model]: topk_ids are the model's, and expert_map[e] is the row of w13, w2 and their scales
         that holds expert e. Rows may lie in any order, and be more than the experts; those that nobody names are not read.
         The map changes addresses alone: sums run in the order of the model's ids, so y has the bits of the call without it.

@@ -1,4 +1,4 @@
-"""`dmoe chat`: what it says and draws; a terminal of its own shows the rest."""
+"""`dmoe chat`: what it says and draws; only a real terminal shows the rest."""
 
 from __future__ import annotations
 

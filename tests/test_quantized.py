@@ -259,7 +259,7 @@ def test_a_bad_token_stays_in_its_row_with_int8_activations(value):
 
 # ---- the same bits ----
 
-ISAS = ["plain", "avx2", "avx512", "avx512_bf16", "amx"]  # DMOE_CPU_ISA is read once, so each has a process of its own
+ISAS = ["plain", "avx2", "avx512", "avx512_bf16", "amx"]  # DMOE_CPU_ISA is read once, so each has its own process
 ON_THREADS = """
 import sys, torch
 from test_quantized import FORMATS, layer, routed

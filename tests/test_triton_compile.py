@@ -22,7 +22,7 @@ LAYER = {
 
 @pytest.fixture(scope="module")
 def resources(tmp_path_factory):
-    """resources(*arguments of the tool) -> rows. In a process of its own: under TRITON_INTERPRET nothing compiles here."""
+    """resources(*arguments of the tool) -> rows. In its own process: under TRITON_INTERPRET nothing compiles here."""
     cache = str(tmp_path_factory.mktemp("triton"))  # kernels that two models share are compiled once
 
     def run(*arguments):

@@ -1,6 +1,6 @@
 """Repeated launches are those that Triton makes: the same kernels, grids and arguments, with this call's addresses.
 
-In a process of its own, as under TRITON_INTERPRET nothing is compiled: Triton compiles for an H100, and a stand-in for its
+In its own process, as under TRITON_INTERPRET nothing is compiled: Triton compiles for an H100, and a stand-in for its
 launcher keeps what it gets (tools/host_cost.py).
 """
 
@@ -32,7 +32,7 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("triton"))
 
 
-# ---- in a process of its own ----
+# ---- in its own process ----
 
 
 class Launch:

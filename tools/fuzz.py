@@ -392,7 +392,7 @@ CHECKS = {"routing": check_routing, "checkpoint": check_checkpoint}
 
 
 def worker(kind: str, seeds: range, pipe: int) -> None:
-    """Runs in a process of its own: one line of JSON before each case, and one behind a case that finds something."""
+    """Runs in its own process: one line of JSON before each case, and one behind a case that finds something."""
     torch.set_num_threads(1)
     pages = Path("/proc/self/statm")
     if pages.exists():

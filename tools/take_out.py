@@ -117,7 +117,7 @@ def emulate(csrc: Path, folder: Path) -> str:
 
 
 def in_child(function, *args, seconds: float = 300) -> str:
-    """Its answer from a process of its own: without a barrier a kernel may do anything."""
+    """Its answer from its own process: without a barrier a kernel may do anything."""
     here, there = multiprocessing.Pipe(duplex=False)
 
     def run() -> None:

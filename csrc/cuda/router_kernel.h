@@ -241,7 +241,7 @@ DMOE_DEVICE Rows block_rows(const Router& a, int block, int64_t block_size) {
 // A thread block of a cluster: its part of the work, and its shared memory.
 struct Part {
   int experts, padded, words, top_k, size, rank;
-  bool fused;  // without clusters the gate is a launch of its own
+  bool fused;  // without clusters the gate is its own launch
   Rows rows;
   double* votes;
   Row* norms;

@@ -1,7 +1,7 @@
 """Block routing inside vLLM: `plugin` is an entry point of the group `vllm.general_plugins`, which every process of the
 engine calls before it looks at a model. Active where DMOE_POLICY is set; else it changes nothing.
 
-By vLLM's out-of-tree registration it puts a runner of its own in the place of `MoERunner`, whose routing and experts are
+By vLLM's out-of-tree registration it puts its own runner in the place of `MoERunner`, whose routing and experts are
 `block_route` and `moe_experts`. Loaders, shared experts, all-reduce and schedulers stay vLLM's. Its batches are flat and cut
 anywhere, so blocks are cut inside each request, at multiples of the block size from the request's first token (vLLM 0.32.0).
 """

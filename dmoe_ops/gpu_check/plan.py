@@ -99,7 +99,7 @@ def sanitizer_steps(backend: str) -> list[Step]:
     so what it says is information."""
     tool = sanitizer()
     small = (*PYTHON, "dmoe_ops.gpu_check.small", "--backend", backend)
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor is an allocation of its own
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor is its own allocation
     return [
         Step(
             f"{backend} {name}",

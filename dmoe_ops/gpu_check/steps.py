@@ -1,4 +1,4 @@
-"""Runs the steps of a check: each in a process group of its own with its own time limit, killed whole at its end."""
+"""Runs the steps of a check: each in its own process group with its own time limit, killed whole at its end."""
 
 from __future__ import annotations
 

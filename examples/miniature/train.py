@@ -39,7 +39,7 @@ BATCH = {"arithmetic": 16, "story": 12, "sort": 20, "close": 8}
 DRILLS = 24  # columns of sums, among the short sequences of a step of the base model
 # Block sizes of the base model's steps, drawn evenly: it decodes at all of them (table 4), at the first one mostly.
 BLOCK_LENGTHS = (BLOCK, BLOCK, BLOCK, BLOCK, BLOCK, 24, 16, 8)
-BY_LENGTH = (("arithmetic", "story"), ("sort", "close"))  # each a forward of its own, with half of the loss
+BY_LENGTH = (("arithmetic", "story"), ("sort", "close"))  # each its own forward, with half of the loss
 SAVE_EVERY = 500
 WORK_FILES = ("settings.json", "base.pt", "generations.json", "dmoe.pt")
 

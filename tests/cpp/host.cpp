@@ -37,7 +37,7 @@ const char* emulate_schedule(const int32_t* topk_ids, int64_t slots, int64_t exp
                              0, seed));
 }
 
-// `scheduled`: the schedule is there; else it is made by a launch of its own.
+// `scheduled`: the schedule is there; else it is made by its own launch.
 const char* emulate_experts(const dmoe::cuda::Experts* a, int scheduled, const Way* way) {
   using namespace dmoe;
   if (const char* why = cuda::refuses(*a)) return why;
