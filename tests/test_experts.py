@@ -183,6 +183,25 @@ def test_silu_is_accurate_wherever_it_is_finite():
     assert (y.abs() <= 1e-7).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_y_is_rounded_half_to_even(dtype):
+    """As torch rounds, to infinity beyond the largest number, and a NaN stays one. A token a number: gate 32, up 1/32 and
+    w2 1 make y the token's weight."""
+    bits = torch.randperm(0x7FFF, generator=torch.Generator().manual_seed(0))[:2000].short()
+    bits = torch.cat([bits, torch.tensor([0, 0x3FF, 0x400, 0x7BFE, 0x7BFF, 0x7C00, 0x7F7E, 0x7F7F]).short()])
+    number, above = bits.view(dtype).float(), (bits + 1).view(dtype).float()
+    middle = (number.double() + above.double()).div(2).float()
+    largest = torch.tensor([torch.finfo(dtype).max * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13)])
+    values = torch.cat([number, middle, middle.nextafter(number), middle.nextafter(above), largest, -largest, -middle])
+    values = values[(values == 0) | (values.abs() >= torch.finfo(torch.float32).tiny)]
+    values = torch.cat([values, torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)])
+    x = torch.tensor([32, 1 / 32], dtype=dtype).repeat(len(values), 1)
+    ids = torch.zeros(len(values), 1, dtype=torch.int32)
+    y = moe_experts(x, torch.eye(2, dtype=dtype)[None], torch.ones(1, 2, 1, dtype=dtype), ids, values[:, None])
+    for column in y.T:
+        torch.testing.assert_close(column, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 # ---- gradients, tracing ----
 
 

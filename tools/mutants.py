@@ -238,10 +238,10 @@ HAND = {
         ("(bit + 12) << 48 | (bit + 8) << 32", "(bit + 8) << 48 | (bit + 12) << 32"),
     ],
     ("csrc/cpu/elementwise.h", "test_experts"): [
-        ("x < -87.f ? Eight{} - 87.f", "x < -30.f ? Eight{} - 30.f"),
+        ("x = x < -87.f ? Eight{} - 87.f : x;", ""),
         ("magnitude > 0x7f800000 ? EightBits{} + 0x7fc0 : rounded", "rounded"),
         ("0x7fff + ((bits >> 16) & 1)", "0x8000"),
-        ("magnitude >= 0x477ff000", "magnitude > 0x477ff000"),
+        ("half = magnitude >= 0x477ff000 ? EightBits{} + 0x7c00 : half;", ""),
         ("magnitude < 0x38800000 ? subnormal : half", "half"),
         ("(exp(-gate) + 1.f) * up", "(exp(-gate) + 1.f)"),
     ],

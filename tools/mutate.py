@@ -5,10 +5,10 @@
     python tools/mutate.py hand                                    # the text substitutions of tools/mutants.py
     python tools/mutate.py report                                  # the table; 1 if a survivor has no explanation
 
-Found mutants stay in build/mutants/ until the module, its tests or its mutants change. A mutant runs in a fork of this
-process, which has imported torch already, and in memory: the checkout stays as it is. Only the tests that reach its line
-run, the quickest first, up to the first failure; a mutant that tools/mutants.py explains counts as a survivor unseen. For
-csrc/ the folder is copied, changed and built in build/mutated/.
+What was killed stays in build/mutants/; survivors run again when the module or its tests change. A mutant runs in a fork of
+this process, which has imported torch already, and in memory: the checkout stays as it is. Only the tests that reach its
+line run, the quickest first, up to the first failure; a mutant that tools/mutants.py explains counts as a survivor unseen.
+For csrc/ the folder is copied, changed and built in build/mutated/.
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ def run_hand(seconds: float, only: str | None) -> bool:
         data = record.data
         data["mutants"] = len(entries)
         if data.get("source") != source:
-            data.update(source=source, killed={}, survived=[], sound=False)
+            data.update(source=source, survived=[], sound=False)
         names = {f"{old} -> {new}" for old, new in entries}
         data["killed"] = {name: by for name, by in data["killed"].items() if name in names}
         for old, new in entries:
