@@ -382,7 +382,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "dmoe_ops/models/sampling.py": {
         "top_k < logits.shape[1] -> top_k <= logits.shape[1]": "the k most probable of k tokens are all of them",
         ">= share -> sure.sum(-1, keepdim=True) > share": "sure tokens are the most confident ones",
-        "if top_p is not None and top_p < 1: |": "at 1 it could leave out only what vanishes in the rounding of a sum",
+        "top_p < 1 -> top_p <= 1": "at 1 it could leave out only what vanishes in the rounding of a sum",
+        "top_p < 1: | 1 -> 2": "at 1 it could leave out only what vanishes in the rounding of a sum",
+        "nan_to_num(1.0), 1, generator=generator) | 1.0 -> 2.0": "what is drawn where a row is NaN ends the decode",
+        "active | torch.zeros_like -> torch.ones_like": "an order names every position",
         "nan_to_num(1.0), 1, generator=generator) | 1 -> 2": "the first of two is the one that is drawn alone",
     },
     "dmoe_ops/models/checkpoint.py": {
