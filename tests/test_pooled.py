@@ -286,7 +286,9 @@ def test_the_bench_and_the_tool_that_makes_its_checkpoints(tmp_path, monkeypatch
     assert main(["memory", folder, *options, "--resident-bias", "1", "--json", str(found)]) == 0
     rows = json.loads(found.read_text())["rows"]
     assert [row["key"] for row in rows] == ["dmoe, resident", "dmoe, 0.6W", "dmoe, 100%"]
-    assert rows[2]["hit_rate"] == 1 and rows[2]["read_per_forward"] == 0 and 0 < rows[1]["hit_rate"] < 1
+    # With a bias, a decode may choose what the ones before it did not: a few experts are read even where all have room.
+    assert 0 < rows[1]["hit_rate"] < 0.9 < rows[2]["hit_rate"] <= 1
+    assert 0 <= rows[2]["read_per_forward"] < rows[1]["read_per_forward"]
     assert rows[0]["ratios"] == {} and rows[1]["ratios"]["resident"]["median"] > 0 and rows[1]["kept_mass"] > 0.9
     if importlib.util.find_spec("matplotlib"):
         assert main(["report", str(found), "--html", str(tmp_path / "page.html")]) == 0
