@@ -56,6 +56,7 @@ def write(folder: Path, config: LLaDA2Config, form: str | None) -> int:
     model = LLaDA2ForDiffusion(small, "token", dtype=torch.bfloat16, device="cpu")
     for weight in model.parameters():
         weight.fill_(1) if weight.dim() == 1 else fill(weight, tile, generator)
+    model.moe_layers[0].expert_bias.zero_()
     common = COMMON * config.initializer_range * torch.randn(config.hidden_size, generator=generator)
     model.model.word_embeddings.weight.add_(common.bfloat16())
     for layer in model.model.layers:
@@ -111,13 +112,13 @@ def set_routers(folder: Path, unique: float, scale: float | None) -> float:
         model, lambda: model.generate(prompt, gen_length=32, steps=2, eos_id=None), unique, 0, scale=scale
     )
     stored = checkpoint.Checkpoint(folder, model.config.storage)
-    gates = checkpoint_tensors(dict(model.named_parameters()))
+    gates = checkpoint_tensors(dict(model.named_parameters()) | dict(model.named_buffers()))
     for name, gate in gates.items():
-        if name.endswith("gate.weight"):
-            path, offset, size = stored.extent(name)
+        if ".gate." in name:
+            path, offset, _ = stored.extent(name)
             with open(path, "r+b") as file:
                 file.seek(offset)
-                file.write(gate.contiguous().view(torch.uint8).numpy().tobytes()[:size])
+                file.write(gate.contiguous().view(torch.uint8).numpy().tobytes())
     return touched
 
 
