@@ -127,6 +127,23 @@ def test_packed_int8_is_refused(saved):
         pooled(saved("bfloat16", "int8")[1], "30%")
 
 
+def test_a_decode_tells_what_it_read_itself(saved, capsys):
+    other = pooled(saved()[1], "30%")
+    for _ in range(2):
+        before = other.expert_memory.stats()
+        stats = other.generate(prompts(1, 10), gen_length=20, progress=True).stats.expert_memory
+        assert stats == other.expert_memory.stats().since(before) and stats.misses > 0
+        assert "GB of experts in memory" in capsys.readouterr().err
+
+
+def test_logits_that_are_not_finite_are_no_matter_of_the_files(saved):
+    other = pooled(saved()[1], "30%")
+    torch.nn.init.constant_(other.lm_head.weight, 1e38)
+    says = "all weights but those of experts, which lie in files, are, so float32 is too narrow for this model"
+    with pytest.raises(ValueError, match=f"must be finite: {says}"):
+        other.generate(prompts(1, 10), gen_length=20)
+
+
 def test_sharded_files_and_reads_ahead(saved):
     model, folder = saved(shards=True)
     settings = MemorySettings("70%", ahead="previous", readers=3)

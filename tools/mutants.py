@@ -32,7 +32,7 @@ TESTS = {
     ],
     "dmoe_ops/models/checkpoint.py": ["test_llada2", "test_sharing", "test_quantized_checkpoints"],
     "dmoe_ops/models/quantized.py": ["test_quantized_checkpoints"],
-    "dmoe_ops/models/decoding.py": ["test_step", "test_llada2"],
+    "dmoe_ops/models/decoding.py": ["test_step", "test_llada2", "test_pooled"],
     "dmoe_ops/models/sampling.py": ["test_llada2"],
     "dmoe_ops/models/attention.py": ["test_step", "test_llada2"],
     "dmoe_ops/models/graphs.py": ["test_step"],
@@ -365,6 +365,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "dmoe_ops/models/decoding.py": {
         "prompts = input_ids.masked_fill(padding, 0) | 0 -> 1": "any token will do: padding is not looked at",
         "PREFILL_TOKENS = 2048": "a bound of memory; a test sets others",
+        "-> bar.set_postfix_str(str(said))": "how soon a bar shows it",
+        "refresh=False) | False -> True": "how soon a bar shows it",
         "if not all(finite": "a step tells it of all rows together",
     },
     "dmoe_ops/models/step.py": {
@@ -378,6 +380,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if masks < masked.numel(): | masks < masked.numel() -> masks <= masked.numel()": "all positions, reordered",
         "stable=True) -> masked.flatten().sort(descending=True)": "masks in any order: what fills up is not looked at",
         "indices[:masks] | True -> False (2)": "masks in any order: what fills up is not looked at",
+    },
+    "csrc/cpu/dot_body.h": {
+        "largest / limit == 0 ? 1.f": "spares a cast of NaN to an integer; a scale of 0 makes any integer 0",
+        '*scale = __builtin_nanf("");': "the scale is infinite or NaN there, and times 0 that is NaN",
     },
     "dmoe_ops/models/sampling.py": {
         "top_k < logits.shape[1] -> top_k <= logits.shape[1]": "the k most probable of k tokens are all of them",
