@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 import types
@@ -78,8 +79,8 @@ def weight_bytes(config: LLaDA2Config, layers: int, dtype: torch.dtype) -> int:
 
 
 def random_model(config: LLaDA2Config, dtype, device: str, seed: int) -> LLaDA2ForDiffusion:
-    """Random matrices and routers, norms 1, but 4 for queries: with sharper attention the tokens of a block, most of them
-    masks, differ enough to choose different experts."""
+    """Random matrices and routers without a bias, norms 1, but 4 for queries: with sharper attention the tokens of a block,
+    most of them masks, differ enough to choose different experts."""
     model = LLaDA2ForDiffusion(config, "token", dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(seed)
     tile = random_tile(config.initializer_range, generator).to(device, dtype)
@@ -91,6 +92,7 @@ def random_model(config: LLaDA2Config, dtype, device: str, seed: int) -> LLaDA2F
     for layer in model.model.layers:
         layer.attention.query_layernorm.weight.fill_(4)
     for moe in model.moe_layers:
+        moe.expert_bias.zero_()
         gate = torch.randn(moe.gate_weight.shape, generator=generator)
         moe.gate_weight.copy_(config.initializer_range * gate)
     return model
@@ -101,8 +103,8 @@ def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int, scale
 
     Logits are -1 + 1.2 n(expert) + s n(token, expert), as on the calibrated workload (`cases.calibrated_logits`): what all
     inputs of a layer share carries the first part, what they differ by the second. s, 1 there, is found by bisection, up
-    to 5 (scores saturate): the tokens of a block, most of them masks, differ less than independent ones. No bias. scale: s,
-    where it is known.
+    to 5 (scores saturate): the tokens of a block, most of them masks, differ less than independent ones. The bias is the
+    model's. scale: s, where it is known.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -133,8 +135,6 @@ def calibrate(model: LLaDA2ForDiffusion, decode, target: float, seed: int, scale
             hook.remove()
         return decode().stats.unique_experts_denoising
 
-    for moe in model.moe_layers:
-        moe.expert_bias.zero_()
     if scale is not None:
         return touched(scale)
     low, high = 1 / 8, 5.0
@@ -292,33 +292,18 @@ def run_prefill(out: dict, model: LLaDA2ForDiffusion, policies: list[str], promp
     in turns. Adds a row per contender to `out`."""
 
     @torch.no_grad()
-    def forward():
+    def forward(policy: str):
+        model.set_routing(policy)
         return model.hidden_states(prompt, kv_cache=model.new_cache(prompt.shape[1]))[1]
 
-    def seconds(run) -> float:
-        begin = time.perf_counter()
-        run()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    def contender(policy: str) -> types.SimpleNamespace:
-        def run(turn: int) -> float:
-            if policy == "released":
-                return seconds(released)
-            model.set_routing(policy)
-            return seconds(forward)
-
-        return types.SimpleNamespace(run=run, samples=[])
-
-    unique = {}
-    for policy in policies:  # which warms up, too
-        model.set_routing(policy)
-        unique[policy] = statistics.mean(ids.unique().numel() for _, ids in forward())
+    calls = {policy: functools.partial(forward, policy) for policy in policies}
+    # The first forwards warm up, too.
+    unique = {policy: statistics.mean(ids.unique().numel() for _, ids in call()) for policy, call in calls.items()}
     if released is not None:
         released()
-        unique["released"] = unique[policies[0]]
-    contenders = {key: contender(key) for key in unique}
+        calls["released"], unique["released"] = released, unique[policies[0]]
+    device = model.device.type
+    contenders = {key: timing.Contender([call], device, capturable=False) for key, call in calls.items()}
     timing.take_turns(list(contenders.values()), rounds, "prefill")
     taken = {key: each.samples for key, each in contenders.items()}
     for key, mine in taken.items():

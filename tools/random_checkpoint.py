@@ -13,14 +13,12 @@ from pathlib import Path
 
 import torch
 from dmoe_ops.bench.cases import fill, random_tile
-from dmoe_ops.bench.decode import COMMON, CONFIGS, calibrate, reduced
+from dmoe_ops.bench.decode import CONFIGS, calibrate, random_model, reduced
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dmoe_ops.models import LLaDA2ForDiffusion, checkpoint, quantized
 from dmoe_ops.models.llada2 import LLaDA2Config, checkpoint_tensors
-
-INDEX = "model.safetensors.index.json"
 
 
 def main() -> None:
@@ -50,23 +48,16 @@ def main() -> None:
 def write(folder: Path, config: LLaDA2Config, form: str | None) -> int:
     """config.json, a shard per layer, the index. Returns the bytes of all tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    tile = random_tile(config.initializer_range, generator).bfloat16()
     small = dataclasses.replace(config, num_hidden_layers=config.first_k_dense_replace + 1)
-    model = LLaDA2ForDiffusion(small, "token", dtype=torch.bfloat16, device="cpu")
-    for weight in model.parameters():
-        weight.fill_(1) if weight.dim() == 1 else fill(weight, tile, generator)
-    model.moe_layers[0].expert_bias.zero_()
-    common = COMMON * config.initializer_range * torch.randn(config.hidden_size, generator=generator)
-    model.model.word_embeddings.weight.add_(common.bfloat16())
-    for layer in model.model.layers:
-        layer.attention.query_layernorm.weight.fill_(4)
+    model = random_model(small, torch.bfloat16, "cpu", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    tile = random_tile(config.initializer_range, generator).bfloat16()
     if form:
         model.quantize(form)
     model.save_pretrained(folder)  # config.json and the files beside it
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | dict(num_hidden_layers=config.num_hidden_layers), indent=2))
-    (folder / "model.safetensors").unlink()
+    (folder / checkpoint.SINGLE).unlink()
     where, total = {}, 0
     last = f"model.layers.{config.first_k_dense_replace}."
     for i in tqdm(range(config.first_k_dense_replace, config.num_hidden_layers), unit="layer", disable=None):
@@ -79,7 +70,7 @@ def write(folder: Path, config: LLaDA2Config, form: str | None) -> int:
         save_file(tensors, folder / shard, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, shard)
         total += sum(tensor.nbytes for tensor in tensors.values())
-    (folder / INDEX).write_text(json.dumps(dict(metadata=dict(total_size=total), weight_map=where)))
+    (folder / checkpoint.INDEX).write_text(json.dumps(dict(metadata=dict(total_size=total), weight_map=where)))
     return total
 
 
