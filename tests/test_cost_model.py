@@ -77,7 +77,7 @@ def test_what_is_rare_is_left_out():
 
 
 def test_a_step_is_its_layers_and_all_other_launches():
-    parts = {part.name: part for part in forward.parts(H100, 50.0)}
+    parts = {part.name: part for part in forward.parts(H100, 50.0, 2)}
     assert parts["MoE"].us == 19 * 50
     # 295 ops of a step in tests/test_step.py, of which 19 are layers of two launches.
     assert sum(part.launches for part in parts.values()) == 295 + 19

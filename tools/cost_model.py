@@ -55,7 +55,7 @@ def predictions(args, store: facts.Store):
 
 def print_forward(args, store: facts.Store) -> None:
     for row in predictions(args, store):
-        parts = forward.parts(machines.of(row["gpu"]), row["us"])
+        parts = forward.parts(machines.of(row["gpu"]), row["us"], len(row["launches"]))
         us = sum(part.us for part in parts)
         said = ", ".join(f"{part.name} {part.us:.0f} ({part.launches})" for part in parts)
         print(

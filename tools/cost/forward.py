@@ -23,8 +23,8 @@ class Part:
     us: float
 
 
-def parts(machine: Machine, moe_us: float, prefix: int = 1024) -> list[Part]:
-    """moe_us: of one MoE layer, all its launches. prefix: capacity of the cache, all of which is read."""
+def parts(machine: Machine, moe_us: float, moe_launches: int, prefix: int = 1024) -> list[Part]:
+    """moe_us: of one MoE layer, all its moe_launches. prefix: capacity of the cache, all of which is read."""
 
     def part(name: str, launches: int, mbytes: float, own: float = 0.0) -> Part:
         each = machine.launch + machine.dram_us + own
@@ -36,7 +36,7 @@ def parts(machine: Machine, moe_us: float, prefix: int = 1024) -> list[Part]:
     cache = 2 * 2 * KV_HEADS * HEAD_DIM * prefix / 1e6
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     return [
-        Part("MoE", 2 * (LAYERS - 1), (LAYERS - 1) * moe_us),
+        Part("MoE", moe_launches * (LAYERS - 1), (LAYERS - 1) * moe_us),
         part("qkv", LAYERS, LAYERS * weights(width, HIDDEN)),
         part("output projection", LAYERS, LAYERS * weights(HIDDEN, HEADS * HEAD_DIM)),
         part("dense layer", 5, 3 * weights(HIDDEN, DENSE)),
