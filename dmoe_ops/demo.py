@@ -43,14 +43,6 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 30
 NUMBERS = {2: "two", 3: "three"}
 
 
-def add_expert_memory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--expert-memory",
-        metavar="SIZE",
-        help="keep routed experts in the files, and so much of them in memory: 4GB, 25%% (default: all)",
-    )
-
-
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="a folder or a hub id of LLaDA2 (default: the small checkpoint that ships)"
@@ -84,7 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the weights (default: as stored; the shipped ones in float32)"
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
-    add_expert_memory(parser)
+    parser.add_argument(
+        "--expert-memory",
+        metavar="SIZE",
+        help="keep routed experts in the files, and so much of them in memory: 4GB, 25%% (default: all)",
+    )
     parser.add_argument(
         "--seconds", metavar="S", type=float, default=20, help="for repeated, interleaved timing (default: 20; 0: none)"
     )

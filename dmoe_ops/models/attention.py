@@ -106,9 +106,8 @@ def attend(query, keys, values, past: int, block_length: int) -> torch.Tensor:
     return torch.cat(parts, 2) if parts else query
 
 
-def sees(past, begin: int, end: int, length: int, block_length: int, device=None) -> torch.Tensor:
-    """bool [end - begin, length]: which keys the queries behind `past` may look at."""
-    device = past.device if isinstance(past, torch.Tensor) else device
+def sees(past, begin: int, end: int, length: int, block_length: int, device) -> torch.Tensor:
+    """bool [end - begin, length]: which keys the queries behind `past`, an int or int64 [1], may look at."""
     block = (past + torch.arange(begin, end, device=device)) // block_length
     return torch.arange(length, device=device) // block_length <= block[:, None]
 

@@ -173,7 +173,7 @@ class LLaDA2ForDiffusion(nn.Module):
             position, mask = layout
         x, delta, routed = self.model.word_embeddings(input_ids), None, []
         if isinstance(past, torch.Tensor):
-            seen = attention.sees(past, 0, input_ids.shape[1], kv_cache.keys.shape[3], block_length)
+            seen = attention.sees(past, 0, input_ids.shape[1], kv_cache.keys.shape[3], block_length, past.device)
             groups = self.config.num_attention_heads // self.config.num_key_value_heads
             mask = attention.bias_of(seen, groups, x.dtype)
         cos, sin = rotary(position, self.config.rotary_dim, self.config.rope_theta, x.dtype)
