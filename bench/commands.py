@@ -74,15 +74,14 @@ def measure_decode(args, out: dict) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     prompt = torch.randint(model.config.mask_token_id - 1, (1, args.prompt), generator=generator)
 
-    def run(gen_length: int = args.gen_length) -> object:
-        # The stopwatch sees nothing of a graph's replay, and its events can't be read from a capture.
-        return model.generate(prompt, gen_length=gen_length, steps=args.steps, eos_id=None, use_graphs=False)
+    def run(use_graphs: bool = False, gen_length: int = args.gen_length) -> object:
+        return model.generate(prompt, gen_length=gen_length, steps=args.steps, eos_id=None, use_graphs=use_graphs)
 
     if not args.checkpoint:
         target = decode.TARGET_UNIQUE * model.config.num_experts / 256
         model.set_routing("token")
         with torch.no_grad():
-            touched = decode.calibrate(model, lambda: run(model.config.block_length), target, args.seed)
+            touched = decode.calibrate(model, lambda: run(gen_length=model.config.block_length), target, args.seed)
         out["settings"]["model"] += f"; routers set so that token routing touches {touched:.0f} experts"
     ceilings = roofline.measure_ceilings(args.device, dtype)
     out["ceilings"] = ceilings._asdict()

@@ -61,6 +61,7 @@ CONFIGS = {
 }
 PARTS = ("total", "moe", "attention", "head", "sampling", "rest")
 COMMON = 0.7  # length of what embeddings share, over that of what each has for itself
+SINGLY = ", singly"  # behind a policy's name: its steps are launched op by op
 PAPER = "the paper has 1.14–1.66, end to end"
 TARGET_UNIQUE = 69.5  # experts of 256 that a block of LLaDA2.0-mini touches under token routing
 
@@ -244,16 +245,19 @@ def floors(model: LLaDA2ForDiffusion, unique: float, bandwidth: float, gemm: flo
 
 
 def run(out: dict, model: LLaDA2ForDiffusion, policies: list[str], decode, rounds: int, released=None) -> None:
-    """Every policy decodes once a round, after one that is not counted, and so does `released`, a function that returns the
-    number of its tokens. Adds a row per contender to `out`."""
+    """Every policy decodes once a round, after one that is not counted, by decode(use_graphs); on a GPU in graphs and, to
+    tell where its time goes, launched singly. So does `released`, a function that returns the number of its tokens. Adds a
+    row per contender to `out`."""
     device = out["machine"]["device"]
     samples: dict[str, list[dict]] = {policy: [] for policy in policies}
+    if device == "cuda":
+        samples |= {f"{policy}{SINGLY}": [] for policy in policies}
     if released is not None:
         samples["released"] = []
 
-    def once(policy: str) -> dict:
+    def once(key: str) -> dict:
         begin = time.perf_counter()
-        if policy == "released":
+        if key == "released":
             tokens, unique = released()
             total = time.perf_counter() - begin
             forwards = latest[policies[0]].forwards  # of a decode of the same steps
@@ -265,23 +269,28 @@ def run(out: dict, model: LLaDA2ForDiffusion, policies: list[str], decode, round
                 expert_bytes_per_step=unique * len(model.moe_layers) * model.bytes_per_expert,
             )
             return dict(total=total, moe=0, attention=0, head=0, sampling=0, rest=total, stats=stats)
-        model.set_routing(policy)
-        with Stopwatch(model, dict(moe=BlockMoE, attention=Attention), device) as watch:
+        model.set_routing(key.removesuffix(SINGLY))
+        if device == "cuda" and not key.endswith(SINGLY):  # a stopwatch sees nothing of a replay
             begin = time.perf_counter()
-            decoded = decode()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            total = time.perf_counter() - begin
-            split = watch.seconds()
-        latest[policy] = decoded.stats
+            decoded = decode(True)
+            total, split = time.perf_counter() - begin, dict.fromkeys(PARTS[1:-1], 0.0)
+        else:
+            with Stopwatch(model, dict(moe=BlockMoE, attention=Attention), device) as watch:
+                begin = time.perf_counter()
+                decoded = decode(False)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                total = time.perf_counter() - begin
+                split = watch.seconds()
+        latest[key] = decoded.stats
         return dict(total=total, rest=total - sum(split.values()), stats=decoded.stats, **split)
 
     latest = {}
     try:
         for turn in results.progress(range(rounds + 1), "decoding", "round"):
-            for sample in [(policy, once(policy)) for policy in samples]:
+            for key, sample in [(key, once(key)) for key in samples]:
                 if turn:
-                    samples[sample[0]].append(sample[1])
+                    samples[key].append(sample)
     finally:
         if all(len(found) > 1 for found in samples.values()):
             out["rows"] += [row(policy, samples) for policy in samples]

@@ -159,9 +159,10 @@ def stand_in() -> None:
     library.impl("_block_dense_out", block_dense, "CPU")
 
 
-def kernels_of(contender: timing.Contender, device: str) -> list[dict]:
+def kernels_of(contender: timing.Contender, device: str, named=None) -> list[dict]:
     """Each kernel of a call by the profiler, in order: how often, and its mean time in µs. Kernels of programmatic dependent
-    launch overlap, so they may add up to more than the call takes. On the CPU the ops stand for them."""
+    launch overlap, so they may add up to more than the call takes. On the CPU the ops stand for them. named: what a
+    kernel is called here, from the profiler's name; by default `short`."""
     kind = torch.profiler.ProfilerActivity
     runs = 3 if device == "cuda" else 1
     with torch.profiler.profile(activities=[kind.CUDA if device == "cuda" else kind.CPU]) as profile:
@@ -174,7 +175,7 @@ def kernels_of(contender: timing.Contender, device: str) -> list[dict]:
     for event in profile.events():
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
         if (on_gpu and not event.name.startswith("Activity")) or (device == "cpu" and event.name.startswith("dmoe::")):
-            found.setdefault(short(event.name), []).append(event.time_range.elapsed_us())
+            found.setdefault((named or short)(event.name), []).append(event.time_range.elapsed_us())
     return [dict(name=name, per_call=len(us) / calls, us=sum(us) / len(us)) for name, us in found.items()]
 
 
