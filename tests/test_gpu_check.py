@@ -193,8 +193,10 @@ def test_the_plan_for_a_gpu(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(plan, "sanitizer", lambda: "compute-sanitizer")
     planned = plan.on_gpu(["cuda", "triton"])
-    order = [step.backend for step in planned if step.backend != "all"]
-    assert order == sorted(order)
+    assert [step.alone for step in planned] == sorted(step.alone for step in planned)
+    for alone in (False, True):
+        order = [step.backend for step in planned if step.backend != "all" and step.alone == alone]
+        assert order == sorted(order)
     names = [step.name for step in planned]
     assert len(set(names)) == len(names)
     for backend in ("cuda", "triton"):
