@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None, planned: list[steps.Step] | None = None)
             print(found["output"][-3000:], flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the steps are killed with it
-    width = max(1, min(8, (os.cpu_count() or 1) // 2))
+    width = max(1, min(12, (os.cpu_count() or 1) - 2))  # most of the time goes into compilation
     with tempfile.TemporaryDirectory() as folder:
         steps.run(planned, Path(folder), lambda: deadline - time.monotonic(), width, keep)
     print("\n" + summary(result), flush=True)

@@ -72,18 +72,21 @@ def test_steps(folder: Path) -> list[Step]:
         names = re.findall(r"^def (test_\w+)", file.read_text(), re.M)
         backend = next((name for name in ("cuda", "triton") if name in file.stem), "all")
         stem = re.sub(r"^test_|_gpu$", "", file.stem)
+        parts = {"": []} if backend != "all" else {", cuda": ["-k", "cuda"], ", the rest": ["-k", "not cuda"]}
         for kind, pattern in CLASSES.items():
             chosen = [f"{file}::{name}" for name in names if re.search(pattern, name)]
             names = [name for name in names if not re.search(pattern, name)]
-            if chosen:
-                steps.append(tests_step(f"{stem} tests: {kind}", backend, chosen, LIMITS[backend]))
+            if not chosen:
+                continue
+            for part, about in parts.items():
+                steps.append(tests_step(f"{stem} tests: {kind}{part}", backend, [*chosen, *about], LIMITS[backend]))
     return steps
 
 
 def tests_step(name: str, backend: str, chosen: list[str], seconds: float, env: dict | None = None) -> Step:
     options = ["-v", "-rs", "--tb=short", "-p", "no:cacheprovider"]
     options += ["-o", f"faulthandler_timeout={0.8 * seconds:.0f}"]  # a test that takes so long shows where it stands
-    env = {"OMP_NUM_THREADS": "2", **(env or {})}  # eight run side by side
+    env = {"OMP_NUM_THREADS": "2", **(env or {})}  # many run side by side
     return Step(name, "tests", backend, (sys.executable, RECORD, *chosen, *options), seconds, env)
 
 
