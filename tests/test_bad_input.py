@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmoe_ops
-from dmoe_ops import BlockMoE, BlockRouting, _library, reference
+from dmoe_ops import BlockMoE, BlockRouting, _library, layer, reference
+from dmoe_ops.formats import ExpertWeights
 
 T, H, I, E, K = 6, 8, 3, 4, 2
 ROUTING = BlockRouting(num_experts=E, top_k=K, block_size=4, n_group=2, topk_group=1, min_experts=2)
@@ -192,6 +193,20 @@ def test_an_op_refuses_where_somebody_listens(op, name, value, says):
         refused(lambda: getattr(dmoe_ops, op)(**arguments), named(name, value), says)
 
 
+def halves(x, gate_weight, expert_bias, routing, block_offsets, **weights):
+    weights = ExpertWeights(**weights)
+    routed = layer.route(x, gate_weight, expert_bias, weights, routing=routing, block_offsets=block_offsets)
+    return layer.experts(x, weights, routed)
+
+
+HALVES = [case.values[1:] for case in CASES if case.values[0] == "block_moe" and not isinstance(case.values[2], list)]
+
+
+@pytest.mark.parametrize("name, value, says", HALVES)
+def test_the_halves_of_a_layer_refuse_the_same(name, value, says):
+    refused(lambda: halves(**{**good("block_moe"), name: value}), named(name, value), says)
+
+
 @pytest.mark.parametrize("op, name, value, says", CASES)
 def test_the_reference_refuses_the_same(op, name, value, says):
     arguments = {**good(op), name: value}
@@ -342,6 +357,8 @@ def test_private_ops_refuse_what_would_read_out_of_bounds():
 def test_the_arguments_that_the_faults_start_from_are_good(op):
     getattr(dmoe_ops, op)(**good(op))
     getattr(reference, op)(**good(op))
+    if op == "block_moe":
+        halves(**{**good(op), "block_offsets": offsets(0, 4, T)})
 
 
 @pytest.mark.parametrize("op", FAULTS)
@@ -354,14 +371,14 @@ def test_an_op_has_the_signature_of_its_contract(op):
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("seq_len", [0, -1, 4, 12])
-def test_sequences_have_to_fill_the_rows(seq_len):
-    """Of the ops themselves: the functions derive the length of a sequence from a shape."""
-    x, *weights = list(good("block_moe").values())[:7]
-    refused(
-        lambda: torch.ops.dmoe.block_route(torch.randn(T, E), None, None, seq_len, *ROUTING.args()), "seq_len", "T=6"
-    )
-    refused(lambda: torch.ops.dmoe.block_moe(x, *weights, None, seq_len, *ROUTING.args()), "seq_len", "T=6")
+def test_sequences_have_to_fill_the_rows(seq_len, device):
+    """Of the ops themselves, real and fake: the functions derive the length of a sequence from a shape."""
+    x, *weights = (tensor.to(device) for tensor in list(good("block_moe").values())[:7])
+    logits, settings = torch.randn(T, E, device=device), ROUTING.args()
+    refused(lambda: torch.ops.dmoe.block_route(logits, None, None, seq_len, *settings), "seq_len", "T=6")
+    refused(lambda: torch.ops.dmoe.block_moe(x, *weights, None, seq_len, *settings), "seq_len", "T=6")
 
 
 @pytest.mark.parametrize("module", [dmoe_ops, reference])

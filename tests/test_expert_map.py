@@ -340,6 +340,13 @@ def test_halves_of_a_layer(policy):
     assert layers.experts(nothing, weights, chosen, []).shape == (0, HIDDEN)
 
 
+def test_halves_have_no_gradients():
+    values = leaves(layer())
+    weights, chosen = in_halves(values, BlockRouting(**POLICY_SETTINGS))
+    y = layers.experts(values["x"], weights, chosen)
+    assert not any(made.requires_grad for made in (y, chosen.router_logits, *chosen.result))
+
+
 @pytest.mark.parametrize("waves", [[], [(0, 5)], [(1, EXPERTS)], [(0, 5), (6, EXPERTS)], [(0, EXPERTS + 1)], [(0, 0)]])
 def test_waves_must_adjoin(waves):
     values = layer()
