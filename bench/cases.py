@@ -234,7 +234,7 @@ def random_tile(std: float, generator) -> torch.Tensor:
 def fill(weight: torch.Tensor, tile: torch.Tensor, generator) -> torch.Tensor:
     """Repeats the tile over the weight, from a random place on."""
     start = int(torch.randint(tile.numel(), (), generator=generator))
-    tile = tile.roll(start)
+    tile = tile.view(torch.uint8).roll(start * tile.itemsize).view(tile.dtype)  # CUDA rolls no fp8
     for chunk in weight.view(-1).split(tile.numel()):
         chunk.copy_(tile[: chunk.numel()])
     return weight

@@ -214,7 +214,7 @@ class Reads(TorchDispatchMode):
 def counted(model: LLaDA2ForDiffusion, prompt, steps: int) -> dict:
     """Ops of a forward of one block, and of a step; values that a step reads back."""
     size = model.config.block_length
-    cache = model.new_cache(size)
+    cache, prompt = model.new_cache(size), prompt.to(model.device)
     with torch.no_grad(), Reads() as forward:
         model.hidden_states(prompt[:, :size], kv_cache=cache)
     batch = Batch.empty(model, size, 1, size)

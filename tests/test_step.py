@@ -332,6 +332,43 @@ def test_replayed_steps_decode_the_same(taped):
     assert len(taped) == 2 * 4  # a bucket of 1 under two rules, one of 4 under two; with and without a block to commit
 
 
+def storages(value, seen=None) -> set[int]:
+    """Where the tensors lie that an object holds, through its attributes."""
+    seen = {} if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        return {value.untyped_storage().data_ptr()}
+    if id(value) in seen:
+        return set()
+    seen[id(value)] = value
+    parts = (
+        list(value)
+        if isinstance(value, (list, tuple))
+        else list(getattr(value, "__dict__", value if isinstance(value, dict) else {}).values())
+    )
+    return set().union(*(storages(part, seen) for part in parts)) if parts else set()
+
+
+@torch.no_grad()
+def test_what_a_graph_reads_is_held(monkeypatch):
+    """A CUDA graph holds no tensor, so whatever a step does not make itself must be the model's or the graphs' own."""
+    model, read, tapes = build(), set(), []
+
+    def capture(run, pool):
+        with Tape() as tape:
+            out = run()
+        made = set()
+        for _, args, kwargs, results in tape.calls:
+            read.update(storages([args, kwargs]) - made)
+            made |= storages([results])
+        tapes.append(tape)  # so that no storage takes the place of another
+        return None, out
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    made = graphs.StepGraphs(model, RULE, 2, 128, ())
+    assert len(read) > 20 and read <= storages(made) | storages(list(model.state_dict().values()))
+
+
 def test_a_cancelled_decode_leaves_nothing_to_the_next(taped):
     """Neither to a smaller one of the same bucket."""
     model, ids = build(), torch.cat([prompt(20, seed) for seed in range(4)])

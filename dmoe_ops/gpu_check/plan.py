@@ -37,7 +37,7 @@ BENCHES = {
     },
     "triton": {
         "layer beside peers": "layer --tokens 32 --unique 15,70 --peers all --seconds 12",
-        "layer": "layer --tokens 32,128,512,2048 --unique 8,15,32,70,256 --no-baseline --peers none --seconds 6",
+        "layer": "layer --tokens 128,512,2048 --unique 15,70,256 --no-baseline --peers none --seconds 6",
         "decode": "decode --policies token,dmoe --rounds 3",
         "quantised": "experts --tokens 32 --unique 15,70 --weights bf16,fp8,int8,int4 --layers 4 --peers none --seconds 8",
         "experts beside peers": "experts --tokens 32 --unique 15,70 --peers all --no-baseline --seconds 8",
@@ -127,7 +127,7 @@ def module_step(name: str, kind: str, backend: str, module: str, *arguments: str
 
 def bench_step(name: str, backend: str, arguments: str, dmoe_backend: str, env: dict | None = None) -> Step:
     command = (*PYTHON, "dmoe_ops", "bench", *arguments.split(), "--backend", dmoe_backend, "--json", "{json}")
-    return Step(name, "bench", backend, command, 75.0, env or {}, alone=True)
+    return Step(name, "bench", backend, command, 120.0, env or {}, alone=True)
 
 
 def rehearsal() -> list[Step]:

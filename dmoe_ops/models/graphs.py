@@ -72,20 +72,20 @@ def _weights(model) -> tuple:
 
 class StepGraphs:
     """The steps of up to `sequences` sequences and `capacity` tokens: two graphs, one of them with a block to commit, over
-    one `Batch` and in one memory pool. key: their kind."""
+    one `Batch` and in one memory pool. key: their kind. What they read has to be held here: a graph holds no tensor."""
 
     def __init__(self, model, rule: Rule, sequences: int, capacity: int, key: tuple):
         self.key = key
         self.batch = Batch.empty(model, rule.block_length, sequences, capacity)
         self.batch.begin.fill_(rule.block_length)
-        rows = torch.arange(sequences, device=model.device)
+        self.rows = torch.arange(sequences, device=model.device)
         pool = torch.cuda.graph_pool_handle()
         self.replays = {}
         for rides in (False, True):
 
             def run(rides=rides):
                 every = sequences * rule.block_length
-                return denoise(model, self.batch, rule, rows, every, rides, fixed=True)
+                return denoise(model, self.batch, rule, self.rows, every, rides, fixed=True)
 
             # Nothing is active yet, so a run for warming up leaves the batch as it was.
             self.replays[rides] = capture(run, pool)

@@ -55,7 +55,7 @@ def test_repeated_launches(weights, monkeypatch):
     """Shapes that take turns, on two streams and in a CUDA graph: to the bit what Triton's own launches give."""
     from dmoe_ops.triton_kernels import launch
 
-    routing, xs = BlockRouting(), [activations(tokens, seed) for seed, tokens in enumerate((32, 45, 512, 32))]
+    routing, xs = BlockRouting(), [activations(tokens, seed=seed) for seed, tokens in enumerate((32, 45, 512, 32))]
     assert launch.REPEATS and _library.nobody_listens(*xs, *weights)
     with monkeypatch.context() as plain:
         plain.setattr(launch, "REPEATS", False)
