@@ -9,6 +9,7 @@ from pools import in_a_pool
 
 from dmoe_ops import BlockRouting, block_moe, formats, moe_experts, quantize, reference
 from dmoe_ops import layer as layers
+from dmoe_ops.experts import map_of_rank
 from dmoe_ops.routing import POLICIES
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned")
@@ -78,6 +79,16 @@ def quantised(values, form, names=("w13", "w2")):
 
 
 FORMS = [(None, None), ("fp8", None), ("int8", None), ("int4", None), ("int8", "int8")]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 12])
+def test_ranks_hold_equal_ranges(ranks):
+    local = EXPERTS // ranks
+    for rank in range(ranks):
+        expert_map, part = map_of_rank(EXPERTS, local, rank, "cpu"), range(rank * local, (rank + 1) * local)
+        assert expert_map.dtype == torch.int32 and torch.equal(expert_map, map_of(part))
+        assert map_of_rank(EXPERTS, local, rank, "meta").is_meta
+    assert map_of_rank(EXPERTS, EXPERTS, 0, "cpu") is None
 
 
 @pytest.mark.parametrize("form, activations", FORMS)

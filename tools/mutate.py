@@ -7,8 +7,8 @@
 
 What was killed stays in build/mutants/; survivors run again when the module or its tests change. A mutant runs in a fork of
 this process, which has imported torch already, and in memory: the checkout stays as it is. Only the tests that reach its
-line run, the quickest first, up to the first failure; a mutant that tools/mutants.py explains counts as a survivor unseen.
-For csrc/ the folder is copied, changed and built in build/mutated/.
+line run, those that killed another first, then the quickest, up to the first failure; a mutant that tools/mutants.py
+explains counts as a survivor unseen. For csrc/ the folder is copied, changed and built in build/mutated/.
 """
 
 from __future__ import annotations
@@ -280,12 +280,15 @@ class Record:
     def __init__(self, module: str, tests: list[str]):
         self.path = FOUND / (module.replace("/", "+") + ".json")
         self.data = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        files = [ROOT / file for file in dict.fromkeys([*tests, "tests/conftest.py"])]
-        state = hashlib.sha256("".join(f.read_text() for f in files if f.is_file()).encode()).hexdigest()
-        if self.data.get("state") != state:
+        files = [file for file in dict.fromkeys([*tests, "tests/conftest.py"]) if (ROOT / file).is_file()]
+        state = {file: hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in files}
+        if (old := self.data.get("state")) != state:
             # Kills stay while the module is the same: tests are added, seldom weakened. Survivors run again.
-            kept = self.data.get("killed", {})
-            self.data = dict(module=module, state=state, mutants=0, killed=kept, survived=[], reach=None)
+            same = [file for file in files if old and old.get(file) == state[file]]
+            same = same if "tests/conftest.py" in same else []
+            reach = {test: seen for test, seen in self.data.get("reach", {}).items() if test.split("::")[0] in same}
+            kept = dict(killed=self.data.get("killed", {}), source=self.data.get("source"), reach=reach)
+            self.data = dict(module=module, state=state, mutants=0, survived=[], **kept)
 
     def save(self) -> None:
         FOUND.mkdir(parents=True, exist_ok=True)
@@ -302,13 +305,14 @@ def run_module(file: str, seconds: float) -> bool:
     names = {name for name, *_ in made}
     data["mutants"] = len(made)
     data["killed"] = {name: by for name, by in data["killed"].items() if name in names}
-    if data["reach"] is None or data.get("source") != source:
-        data["source"], data["survived"] = source, []
-        found = run_tests(tests, spec_of(file, compile(source, str(ROOT / file), "exec")), trace=str(ROOT / file))
+    if data["source"] != source:
+        data.update(source=source, survived=[], reach={})
+    if untraced := [file for file in tests if not any(test.split("::")[0] == file for test in data["reach"])]:
+        found = run_tests(untraced, spec_of(file, compile(source, str(ROOT / file), "exec")), trace=str(ROOT / file))
         if not found["tests"]:
             sys.exit(f"{file}: no test has run: {found['failed']}")
         print(*(f"left out, it fails without a mutant: {test}" for test in found["failed"]), sep="\n")
-        data["reach"] = {test: seen for test, seen in found["tests"].items() if test not in found["failed"]}
+        data["reach"] |= {test: seen for test, seen in found["tests"].items() if test not in found["failed"]}
         record.save()
     for name, first, last, build in made:
         if name in data["killed"] or name in data["survived"]:
@@ -323,7 +327,8 @@ def run_module(file: str, seconds: float) -> bool:
         }
         if not reach:  # run at import, or by another thread: any test may notice
             reach = {test: took for test, (took, _) in data["reach"].items()}
-        order = sorted(reach, key=reach.get)
+        killers = set(data["killed"].values())
+        order = sorted(reach, key=lambda test: (test not in killers, reach[test]))
         files = list(dict.fromkeys(test.split("::")[0] for test in order))
         found = run_tests(files, spec_of(file, build()), order, timeout=20 + 4 * sum(reach.values()))
         if found["code"] == 0:
