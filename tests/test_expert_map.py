@@ -358,7 +358,9 @@ def test_halves_have_no_gradients():
     assert not any(made.requires_grad for made in (y, chosen.router_logits, *chosen.result))
 
 
-@pytest.mark.parametrize("waves", [[], [(0, 5)], [(1, EXPERTS)], [(0, 5), (6, EXPERTS)], [(0, EXPERTS + 1)], [(0, 0)]])
+@pytest.mark.parametrize(
+    "waves", [[], [(0, 5)], [(1, EXPERTS)], [(0, 5), (6, EXPERTS)], [(0, EXPERTS + 1)], [(0, 0), (0, EXPERTS)]]
+)
 def test_waves_must_adjoin(waves):
     values = layer()
     weights, chosen = in_halves(values, BlockRouting(**POLICY_SETTINGS))

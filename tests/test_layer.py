@@ -325,6 +325,8 @@ def test_a_new_module_is_where_and_what_it_is_asked_to_be():
         torch.set_default_dtype(torch.float32)
     assert torch.equal(bias, torch.zeros(12, dtype=torch.float32)) and bias.dtype == torch.float32
     assert "top_k=3" in repr(layer)
+    layer.expert_map = torch.arange(12, dtype=torch.int32)  # of where experts are now, not of the model
+    assert set(layer.state_dict()) == set(WEIGHTS)
 
 
 def test_a_module_in_float64():
