@@ -84,6 +84,10 @@ class Reference:
         args[-1].copy_(reference.qk_norm_rope(*args[:-1]))
 
     @staticmethod
+    def block_attention(*args) -> None:
+        args[-1].copy_(reference.block_attention(*args[:-1]))
+
+    @staticmethod
     def greedy(logits, token, probability) -> None:
         for written, value in zip((token, probability), reference.greedy(logits)):
             written.copy_(value)
@@ -126,6 +130,8 @@ class Cpp:
     @staticmethod
     def qk_norm_rope(*args) -> None:
         torch.ops.dmoe._qk_norm_rope_out(*args)
+
+    block_attention = Reference.block_attention  # torch's own is fast on a CPU
 
     @staticmethod
     def greedy(*args) -> None:
@@ -182,6 +188,10 @@ class Triton:
     @staticmethod
     def qk_norm_rope(*args) -> None:
         _triton_backend().qk_norm_rope(*args)
+
+    @staticmethod
+    def block_attention(*args) -> None:
+        _triton_backend().block_attention(*args)
 
     @staticmethod
     def greedy(*args) -> None:
@@ -290,6 +300,10 @@ class Cuda:
     @staticmethod
     def qk_norm_rope(*args) -> None:
         _without_cuda().qk_norm_rope(*args)
+
+    @staticmethod
+    def block_attention(*args) -> None:
+        _without_cuda().block_attention(*args)
 
     @staticmethod
     def greedy(*args) -> None:

@@ -1,4 +1,5 @@
-"""What a decoder layer does beside its products, fused: dmoe::add_rms_norm, dmoe::qk_norm_rope and dmoe::greedy.
+"""What a decoder layer does beside its products, fused: dmoe::add_rms_norm, dmoe::qk_norm_rope, dmoe::block_attention and
+dmoe::greedy.
 
 The torch forms, with shapes and dtypes, are in reference.py. None of the ops has a gradient: with one to keep, a layer uses
 the torch forms.
@@ -72,6 +73,31 @@ def qk_norm_rope_impl(qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, 
     return query
 
 
+def block_attention(query: Tensor, keys: Tensor, values: Tensor, past: Tensor, block_length: int) -> Tensor:
+    """Attention of the blocks behind a prefix, whose length lies on the device: a token sees its own block and all earlier
+    ones. Returns [n, T, heads D].
+
+    query: [n, heads, T, D], whole blocks behind `past` int64 [1] tokens, which end with a block; keys, values:
+    [n, kv_heads, capacity, D], of any of which past + T count.
+    """
+    if _library.nobody_listens(query, keys, values, past):
+        return block_attention_impl(query, keys, values, past, block_length)
+    return torch.ops.dmoe.block_attention(query, keys, values, past, block_length)
+
+
+def block_attention_fake(query, keys, values, past, block_length):
+    n, heads, tokens, size = query.shape
+    return query.new_empty(n, tokens, heads * size)
+
+
+def block_attention_impl(query, keys, values, past, block_length):
+    out = block_attention_fake(query, keys, values, past, block_length)
+    if out.numel():
+        query, keys, values = _library.contiguous(query, keys, values)
+        _backends.backend(query).block_attention(query, keys, values, past, block_length, out)
+    return out
+
+
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The most probable token of each row of logits [T, V], int64 [T] (the lowest of equal ones), and its probability,
     float32 [T], which is NaN where a row has a NaN or +inf, or only -inf."""
@@ -103,6 +129,11 @@ for schema, impl, fake in (
         "Tensor past, Tensor(a!) keys, Tensor(b!) values) -> Tensor query",
         qk_norm_rope_impl,
         qk_norm_rope_fake,
+    ),
+    (
+        "block_attention(Tensor query, Tensor keys, Tensor values, Tensor past, int block_length) -> Tensor out",
+        block_attention_impl,
+        block_attention_fake,
     ),
     ("greedy(Tensor logits) -> (Tensor token, Tensor probability)", greedy_impl, greedy_fake),
 ):

@@ -265,6 +265,7 @@ class BlockMoE(nn.Module):
     shared_w13_scale: Tensor | None
     shared_w2_scale: Tensor | None
     expert_map: Tensor | None
+    ids_dtype = torch.int64  # of the topk_ids that `forward` returns; int32, what the ops give, spares a copy
 
     def __init__(
         self,
@@ -348,13 +349,13 @@ class BlockMoE(nn.Module):
         self, hidden_states: Tensor, block_offsets: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """hidden_states [bsz, seq, H] or [T, H], the dtype of w13 -> (y of that shape, (router_logits float32 [..., E],
-        topk_ids int64 [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_moe`."""
+        topk_ids `ids_dtype` [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_moe`."""
         bias_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         bias = None if self.expert_bias is None else self.expert_bias.to(bias_dtype)
         y, routed, router_logits = self.compute(hidden_states, bias, block_offsets)
         lead = hidden_states.shape[:-1]
         router_logits = router_logits.view(*lead, self.routing.num_experts)
-        return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).long())
+        return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).to(self.ids_dtype))
 
     def compute(
         self, x: Tensor, expert_bias: Tensor | None, block_offsets: Tensor | None

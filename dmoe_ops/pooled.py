@@ -23,7 +23,7 @@ class PooledMoE(BlockMoE):
 
     def __init__(self, moe: BlockMoE, memory: ExpertMemory, index: int):
         nn.Module.__init__(self)
-        self.routing, self.memory, self.index = moe.routing, memory, index
+        self.routing, self.memory, self.index, self.ids_dtype = moe.routing, memory, index, moe.ids_dtype
         for name, parameter in moe._parameters.items():
             if name not in POOLED:
                 self.register_parameter(name, parameter)

@@ -454,6 +454,32 @@ def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys
     return query.contiguous()
 
 
+def attention(query, keys, values, mask=None) -> torch.Tensor:
+    """query [n, heads, T, D] on keys and values [n, kv_heads, L, D], under a mask bool [T, L]. Returns [n, T, heads D]. The
+    query heads that share keys become queries of one head: no copy of the keys, and, without a mask, every fast form of
+    torch's attention serves."""
+    n, heads, tokens, size = query.shape
+    groups = heads // keys.shape[1]
+    query = query.reshape(n, keys.shape[1], groups * tokens, size)
+    mask = mask if mask is None else mask.repeat(groups, 1)
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    return out.reshape(n, heads, tokens, size).transpose(1, 2).flatten(2)
+
+
+def sees(past, begin: int, end: int, length: int, block_length: int, device) -> torch.Tensor:
+    """bool [end - begin, length]: which keys the queries behind `past`, an int or int64 [1], may look at: those of their own
+    block and of all before it."""
+    block = (past + torch.arange(begin, end, device=device)) // block_length
+    return torch.arange(length, device=device) // block_length <= block[:, None]
+
+
+def block_attention(query, keys, values, past, block_length: int) -> torch.Tensor:
+    """`attention` of queries [n, heads, T, D] behind `past` int64 [1] tokens, the end of a block, on keys and values in
+    buffers of any length: a token sees its own block and all earlier ones."""
+    seen = sees(past, 0, query.shape[2], keys.shape[2], block_length, query.device)
+    return attention(query, keys, values, seen)
+
+
 def greedy(logits) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable token of every row of logits [T, V], int64 [T], the lowest of equal ones, and its probability,
     float32 [T]: NaN where a logit is NaN or +inf, or all are -inf."""

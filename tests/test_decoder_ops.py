@@ -76,6 +76,49 @@ def test_qk_norm_rope(dtype, rotary, norm, rows, fused):
 
 
 @dtypes
+@pytest.mark.parametrize(
+    ["n", "heads", "kv_heads", "size", "block", "tokens", "past", "capacity"],
+    [
+        (1, 4, 2, 16, 8, 8, 24, 64),  # shares, of which some have no keys
+        (1, 4, 1, 20, 8, 16, 0, 40),  # two blocks, and nothing before them
+        (2, 2, 2, 12, 4, 4, 132, 136),  # to the end of the buffers
+        (3, 48, 16, 16, 32, 32, 64, 128),  # one share
+        (1, 2, 2, 16, 32, 96, 32, 200),  # more than a tile of queries
+        (0, 2, 2, 16, 4, 4, 8, 16),
+    ],
+)
+def test_block_attention(dtype, n, heads, kv_heads, size, block, tokens, past, capacity, fused):
+    """Against softmax in float64, token by token. Triton looks at nothing behind the blocks; torch multiplies it by 0."""
+    query = drawn(n, heads, tokens, size, dtype=dtype, device=fused)
+    keys, values = (drawn(n, kv_heads, capacity, size, dtype=dtype, seed=seed, device=fused) for seed in (1, 2))
+    end = past + tokens
+    for buffer in (keys, values) if _backends.name_for(fused) == "triton" else ():
+        buffer[:, :, end:] = float("nan")
+    at = torch.tensor([past], device=fused)
+    got = decoder.block_attention(query, keys, values, at, block)
+    assert got.shape == (n, tokens, heads * size)
+    for token in range(tokens):
+        seen = past + (token // block + 1) * block
+        k, v = (t[:, :, :seen].double().repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+        weight = (query[:, :, token : token + 1].double() @ k.transpose(2, 3) * size**-0.5).softmax(-1)
+        close(got[:, token], (weight @ v).transpose(1, 2).reshape(n, heads * size), dtype)
+
+
+def test_the_keys_of_a_head_are_its_own(fused):
+    """Sharper than an average: each query looks at one key alone."""
+    n, heads, kv_heads, size, tokens, past = 2, 4, 2, 16, 4, 12
+    keys = torch.zeros(n, kv_heads, 16, size, device=fused)
+    keys[:, :, torch.arange(16), torch.arange(16)] = 200.0
+    values, query = drawn(n, kv_heads, 16, size, device=fused), torch.zeros(n, heads, tokens, size, device=fused)
+    wanted = torch.randint(16, (n, heads, tokens), generator=torch.Generator().manual_seed(3))
+    query.scatter_(3, wanted[..., None].to(fused), 1e3)
+    got = decoder.block_attention(query, keys, values, torch.tensor([past], device=fused), tokens)
+    for s, head, token in wanted.ne(-1).nonzero().tolist():
+        one = values[s, head // 2, wanted[s, head, token]]
+        close(got[s, token, head * size : (head + 1) * size], one, torch.float32)
+
+
+@dtypes
 @pytest.mark.parametrize("vocab", [1, 5, 2048, 5001])
 def test_greedy(dtype, vocab, fused):
     logits = drawn(4, vocab, dtype=dtype, device=fused) * 5
@@ -84,6 +127,20 @@ def test_greedy(dtype, vocab, fused):
     first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
     assert torch.equal(token, first) and probability.dtype == torch.float32
     torch.testing.assert_close(probability, want, atol=1e-6, rtol=1e-5)
+
+
+def test_greedy_by_few_programs(fused, monkeypatch):
+    """Of which each takes several chunks."""
+    if _backends.name_for(fused) == "triton":
+        from dmoe_ops.triton_kernels import decoder as kernels
+
+        monkeypatch.setattr(kernels, "GREEDY_PROGRAMS", 4)
+        monkeypatch.setattr(kernels, "GREEDY_CHUNK", 64)
+    logits = drawn(2, 300, device=fused) * 5
+    logits[0, [70, 250]] = 30.0
+    token, probability = decoder.greedy(logits)
+    assert token.tolist() == [70, int(logits[1].argmax())]
+    torch.testing.assert_close(probability, logits.softmax(1).max(1).values, atol=1e-6, rtol=1e-5)
 
 
 inf, nan = float("inf"), float("nan")
@@ -107,7 +164,7 @@ def test_greedy_of_odd_logits(size, fused):
             assert probability(*values, at=at)[1] != probability(*values, at=at)[1], values
 
 
-@pytest.mark.parametrize("name", ["add_rms_norm", "qk_norm_rope", "greedy"])
+@pytest.mark.parametrize("name", ["add_rms_norm", "qk_norm_rope", "block_attention", "greedy"])
 def test_schema_and_fake_of_each_op(name, fused):
     x = drawn(2, 3, 48, device=fused)
     cache = [drawn(2, 1, 8, 8, seed=seed, device=fused) for seed in (1, 2)]
@@ -115,6 +172,7 @@ def test_schema_and_fake_of_each_op(name, fused):
     arguments = dict(
         add_rms_norm=(x, x + 1, x[0, 0].clone(), 1e-6),
         qk_norm_rope=(x, None, None, 1e-6, *turn, None, torch.tensor([2], device=fused), *cache),
+        block_attention=(x.view(2, 3, 6, 8), *cache, torch.tensor([2], device=fused), 2),
         greedy=(x[0],),
     )[name]
     checks = ("test_schema", "test_faketensor")

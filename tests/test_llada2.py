@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sizes import EOS, MASK, SIZES
 
-from dmoe_ops import BlockRouting, decoder
-from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, attention, checkpoint
+from dmoe_ops import BlockRouting, decoder, reference
+from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, checkpoint
 from dmoe_ops.models.attention import KVCache
 from dmoe_ops.models.decoding import _decoded, _stats
 from dmoe_ops.models.sampling import choose, ended, sample
@@ -522,13 +522,13 @@ def test_attention_is_block_causal():
 @torch.no_grad()
 def test_attention_takes_its_result_in_either_layout(monkeypatch):
     """GPUs leave it as [n, T, heads, D] in memory."""
-    model, ids, plain = build(), prompt(80), attention.F.scaled_dot_product_attention
+    model, ids, plain = build(), prompt(80), reference.F.scaled_dot_product_attention
     want = model(ids).logits
 
     def as_on_a_gpu(*args, **options):
         return plain(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", as_on_a_gpu)
+    monkeypatch.setattr(reference.F, "scaled_dot_product_attention", as_on_a_gpu)
     assert torch.equal(model(ids).logits, want)
 
 

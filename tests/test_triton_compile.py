@@ -100,8 +100,10 @@ def test_other_routings(resources):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_decoder_ops(resources, chip):
-    """A launch for each norm, for each layer's heads, and for the choice of tokens."""
+    """A launch for each norm and for each layer's heads; two for attention of few heads, and for the choice of tokens."""
     rows = resources("--target", chip, "--decoder", "--tokens", 32)
     names = [row["kernel"] for row in rows]
-    assert names == ["add_rms_norm_kernel", "qk_norm_rope_kernel", "qk_norm_rope_kernel", "greedy_kernel"]
+    attention = ["attention_kernel", "combine_kernel", "attention_kernel"]
+    heads = ["qk_norm_rope_kernel"] * 2
+    assert names == ["add_rms_norm_kernel", *heads, *attention, "greedy_kernel", "greedy_merge_kernel"]
     check(rows)

@@ -146,6 +146,9 @@ def _decoder_ops(serve, empty, n_tokens: int, hidden: int) -> None:
     for rows in (None, past):
         qkv, query = empty(1, n_tokens, 24 * size), empty(1, 16, n_tokens, size)
         serve.qk_norm_rope(qkv, norm, norm, 1e-6, turn, turn, rows, past, cache, cache, query)
+    for sequences in (1, 8):  # shares of the keys, and none
+        query, keys = empty(sequences, 16, n_tokens, size), empty(sequences, 4, 1024, size)
+        serve.block_attention(query, keys, keys, past, 32, empty(sequences, n_tokens, 16 * size))
     serve.greedy(empty(n_tokens, 157184), empty(n_tokens, dtype=torch.int64), empty(n_tokens, dtype=torch.float32))
 
 

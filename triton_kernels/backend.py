@@ -9,7 +9,7 @@ import triton
 
 from .._call import LayerCall
 from ..formats import ExpertWeights
-from . import decoder, dense, gathered, gradient, launch, router, schedule, tiles
+from . import attention, decoder, dense, gathered, gradient, launch, router, schedule, tiles
 from .weights import stored
 
 DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
@@ -210,16 +210,22 @@ class Triton:
     @launch.repeated
     def add_rms_norm(x, *args) -> None:
         with launch.on(x.device):
-            decoder.add_rms_norm(x, *args)
+            decoder.add_rms_norm(x, *args, has_pdl(x.device))
 
     @staticmethod
     @launch.repeated
     def qk_norm_rope(qkv, *args) -> None:
         with launch.on(qkv.device):
-            decoder.qk_norm_rope(qkv, *args)
+            decoder.qk_norm_rope(qkv, *args, has_pdl(qkv.device))
+
+    @staticmethod
+    @launch.repeated
+    def block_attention(query, *args) -> None:
+        with launch.on(query.device):
+            attention.block_attention(query, *args, has_pdl(query.device))
 
     @staticmethod
     @launch.repeated
     def greedy(logits, *args) -> None:
         with launch.on(logits.device):
-            decoder.greedy(logits, *args)
+            decoder.greedy(logits, *args, has_pdl(logits.device))

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 GREEDY_CHUNK = 4096  # logits at a time; UNMEASURED
+GREEDY_PROGRAMS = 512  # for all rows, about: one per row took 49 us for 32 rows on an H200 (gpu-check step, af935c0)
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Lets the next kernel be launched, and waits for what the one before has written."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -17,8 +27,19 @@ def normalised(x, weight, total, eps, N: tl.constexpr):
 
 
 @triton.jit
-def add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, eps, normed_ptr, total_ptr, N: tl.constexpr, WIDTH: tl.constexpr):
+def add_rms_norm_kernel(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    eps,
+    normed_ptr,
+    total_ptr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """A program per row."""
+    follow(PDL)
     column = tl.arange(0, WIDTH)
     inside = column < N
     at = tl.program_id(0).to(tl.int64) * N + column
@@ -52,8 +73,10 @@ def qk_norm_rope_kernel(
     ROTARY: tl.constexpr,
     NORM: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program per token and head."""
+    follow(PDL)
     i, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence, token = i // tokens, i % tokens
     row = tl.load(rows_ptr + sequence) if HAS_ROWS else sequence
@@ -86,34 +109,73 @@ def qk_norm_rope_kernel(
 
 
 @triton.jit
-def greedy_kernel(logits_ptr, token_ptr, probability_ptr, vocab, CHUNK: tl.constexpr):
-    """A program per row: the largest logit so far, and the sum of exp of what each is below it."""
+def merged(most, total, token, other_most, other_total, other_token):
+    """Of two sets of logits: the largest, the sum of exp of what each is below it, and its place (the first)."""
+    token = tl.where(other_most > most, other_token, token)
+    higher = tl.maximum(most, other_most)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp(most - base) + other_total * tl.exp(other_most - base), token
+
+
+@triton.jit
+def greedy_kernel(logits_ptr, mass_ptr, place_ptr, vocab, share, CHUNK: tl.constexpr, PDL: tl.constexpr):
+    """A program per row and `share` of its logits, which leaves `merged` of them: mass float32 [rows, shares, 2], place
+    int32 [rows, shares]."""
+    follow(PDL)
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * vocab
     column = tl.arange(0, CHUNK)
     low = float("-inf")
     most, total, token = low, 0.0, 0
-    for first in range(0, vocab, CHUNK):
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, vocab)
+    for first in range(begin, end, CHUNK):
         at = first + column
-        x = tl.load(logits_ptr + at, mask=at < vocab, other=low).to(tl.float32)
+        x = tl.load(logits_ptr + at, mask=at < end, other=low).to(tl.float32)
         chunk = tl.max(tl.where(x == x, x, low), 0)
-        token = tl.where(chunk > most, tl.min(tl.where(x == chunk, at, vocab), 0), token)
-        higher = tl.maximum(most, chunk)
-        base = tl.where(higher == low, 0.0, higher)
-        total = total * tl.exp(most - base) + tl.sum(tl.exp(x - base), 0)
-        most = higher
+        place = tl.min(tl.where(x == chunk, at, vocab), 0)
+        base = tl.where(chunk == low, 0.0, chunk)
+        most, total, token = merged(most, total, token, chunk, tl.sum(tl.exp(x - base), 0), place)
+    to = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(mass_ptr + 2 * to, most)
+    tl.store(mass_ptr + 2 * to + 1, total)
+    tl.store(place_ptr + to, token)
+
+
+@triton.jit
+def greedy_merge_kernel(
+    mass_ptr, place_ptr, token_ptr, probability_ptr, SHARES: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
+):
+    """A program per row."""
+    follow(PDL)
+    row, share = tl.program_id(0), tl.arange(0, WIDTH)
+    inside = share < SHARES
+    at = row * SHARES + share
+    most = tl.load(mass_ptr + 2 * at, mask=inside, other=float("-inf"))
+    total = tl.load(mass_ptr + 2 * at + 1, mask=inside, other=0.0)
+    token = tl.load(place_ptr + at, mask=inside, other=0)
+    highest = tl.max(most, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(total * tl.exp(most - base), 0)
+    token = tl.min(tl.where(inside & (most == highest), token, 2147483647), 0)
     tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(probability_ptr + row, tl.where(most == low, float("nan"), 1.0 / total))
+    tl.store(probability_ptr + row, tl.where(highest == float("-inf"), float("nan"), 1.0 / total))
 
 
-def add_rms_norm(x, delta, weight, eps: float, normed, total) -> None:
+def early(pdl: bool) -> dict:
+    """Options of a launch that may begin before the one in front of it ends."""
+    return dict(PDL=pdl, **(dict(launch_pdl=True) if pdl else {}))
+
+
+def add_rms_norm(x, delta, weight, eps: float, normed, total, pdl: bool) -> None:
     rows, size = x.shape
     width = triton.next_power_of_2(size)
     warps = max(1, min(8, width // 256))
-    add_rms_norm_kernel[(rows,)](x, delta, weight, eps, normed, total, N=size, WIDTH=width, num_warps=warps)
+    args = (x, delta, weight, eps, normed, total)
+    add_rms_norm_kernel[(rows,)](*args, N=size, WIDTH=width, num_warps=warps, **early(pdl))
 
 
-def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values, query) -> None:
+def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values, query, pdl: bool) -> None:
     sequences, heads, tokens, size = query.shape
     kv_heads, capacity = keys.shape[1:3]
     qk_norm_rope_kernel[(sequences * tokens, heads + 2 * kv_heads)](
@@ -141,9 +203,18 @@ def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys
         NORM=q_weight is not None,
         HAS_ROWS=rows is not None,
         num_warps=1,
+        **early(pdl),
     )
 
 
-def greedy(logits, token, probability) -> None:
+def greedy(logits, token, probability, pdl: bool) -> None:
     rows, vocab = logits.shape
-    greedy_kernel[(rows,)](logits, token, probability, vocab, CHUNK=GREEDY_CHUNK, num_warps=8)
+    chunk = min(GREEDY_CHUNK, triton.next_power_of_2(vocab))
+    chunks = triton.cdiv(vocab, chunk)
+    each = triton.cdiv(chunks, max(1, GREEDY_PROGRAMS // rows))  # chunks of a program
+    shares = triton.cdiv(chunks, each)
+    mass = torch.empty(rows, shares, 2, dtype=torch.float32, device=logits.device)
+    place = torch.empty(rows, shares, dtype=torch.int32, device=logits.device)
+    greedy_kernel[(rows, shares)](logits, mass, place, vocab, each * chunk, CHUNK=chunk, num_warps=8, **early(pdl))
+    width = triton.next_power_of_2(shares)
+    greedy_merge_kernel[(rows,)](mass, place, token, probability, SHARES=shares, WIDTH=width, num_warps=1, **early(pdl))

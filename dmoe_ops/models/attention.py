@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
-import torch.nn.functional as F
 
-from .. import decoder
+from .. import decoder, reference
 
 CHUNK = 32  # queries of a prefill that share their keys, where blocks are shorter
 
@@ -19,6 +17,7 @@ class KVCache:
 
     length: committed tokens, an int; or int64 [1] on the device, so that one graph serves every prefix.
     rows: int64 [n], the sequences that a forward is about; None: all, in order.
+    turns: cos and sin of all positions, [capacity, R], or None.
     """
 
     def __init__(
@@ -38,6 +37,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length: int | torch.Tensor = 0
         self.rows: torch.Tensor | None = None
+        self.turns: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def select(self, rows: torch.Tensor | None = None, length: int | torch.Tensor | None = None) -> KVCache:
         """The same buffers for some sequences, or with another length."""
@@ -45,6 +45,15 @@ class KVCache:
         part.rows = rows
         part.length = self.length if length is None else length
         return part
+
+    def turns_at(self, past: int | torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...] | None:
+        """Of the tokens behind `past`, [T, R]."""
+        if self.turns is None:
+            return None
+        if not isinstance(past, torch.Tensor):
+            return tuple(turn[past : past + tokens] for turn in self.turns)
+        position = past + torch.arange(tokens, device=past.device)
+        return tuple(turn.index_select(0, position) for turn in self.turns)
 
     def check(self, input_ids: torch.Tensor) -> None:
         _, batch, _, capacity, _ = self.keys.shape
@@ -89,7 +98,7 @@ class KVCache:
 
 
 def attend(query, keys, values, past: int, block_length: int) -> torch.Tensor:
-    """Block-causal attention, [n, heads, T, D]: a token sees its own block and all earlier ones.
+    """Block-causal attention, [n, T, heads D]: a token sees its own block and all earlier ones.
 
     query [n, heads, T, D] at the positions from `past` on, the end of a block; keys, values [n, kv_heads, L, D] at those
     from 0 on, L = past + T. No mask of T x T is made: a chunk of queries has its own call, over what it sees.
@@ -99,31 +108,10 @@ def attend(query, keys, values, past: int, block_length: int) -> torch.Tensor:
     parts = []
     for begin in range(0, tokens, chunk):
         end = min(begin + chunk, tokens)
-        seen = None if chunk == block_length else sees(past, begin, end, past + end, block_length, query.device)
-        parts.append(masked(query[:, :, begin:end], keys[:, :, : past + end], values[:, :, : past + end], seen))
+        own = chunk == block_length
+        seen = None if own else reference.sees(past, begin, end, past + end, block_length, query.device)
+        prefix = keys[:, :, : past + end], values[:, :, : past + end]
+        parts.append(reference.attention(query[:, :, begin:end], *prefix, seen))
     if len(parts) == 1:
         return parts[0]
-    return torch.cat(parts, 2) if parts else query
-
-
-def sees(past, begin: int, end: int, length: int, block_length: int, device) -> torch.Tensor:
-    """bool [end - begin, length]: which keys the queries behind `past`, an int or int64 [1], may look at."""
-    block = (past + torch.arange(begin, end, device=device)) // block_length
-    return torch.arange(length, device=device) // block_length <= block[:, None]
-
-
-def bias_of(seen, groups: int, dtype) -> torch.Tensor:
-    """A mask bool [T, L] as what `masked` adds to the scores of `groups` query heads that share keys, [groups * T, L]: made
-    once, where every layer would make it again."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf).repeat(groups, 1)
-
-
-def masked(query, keys, values, mask=None) -> torch.Tensor:
-    """Attention under a mask, bool [T, L] or that of `bias_of`. The query heads that share keys become queries of one head:
-    no copy of the keys, and, without a mask, every fast form of attention serves."""
-    n, heads, tokens, size = query.shape
-    groups = heads // keys.shape[1]
-    query = query.reshape(n, keys.shape[1], groups * tokens, size)
-    if mask is not None and mask.shape[0] != groups * tokens:
-        mask = mask.repeat(groups, 1)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).reshape(n, heads, tokens, size)
+    return torch.cat(parts, 1) if parts else query.transpose(1, 2).flatten(2)

@@ -20,8 +20,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, delta=None):
         """(the norm of x + delta, x + delta)."""
-        if delta is None:
-            return reference.rms_norm(x, self.weight, self.eps), x
+        delta = torch.zeros_like(x) if delta is None else delta
         fused = reference if torch.is_grad_enabled() else decoder
         return fused.add_rms_norm(x, delta, self.weight, self.eps)
 
@@ -44,8 +43,8 @@ class Attention(nn.Module):
             self.query_layernorm = self.key_layernorm = nn.Identity()
 
     def forward(self, x, attend):
-        """attend: from this layer and [n, T, queries, keys and values] to what the queries see, [n, heads, T, D]."""
-        return self.dense(attend(self, self.query_key_value(x)).transpose(1, 2).flatten(2))
+        """attend: from this layer and [n, T, queries, keys and values] to what the queries see, [n, T, heads D]."""
+        return self.dense(attend(self, self.query_key_value(x)))
 
     def norms(self) -> tuple:
         """Weights of the norms of queries and keys, or None, and their eps."""
@@ -85,6 +84,7 @@ class Layer(nn.Module):
                 shared_intermediate_size=shared,
                 dtype=dtype,
             )
+            self.mlp.ids_dtype = torch.int32
 
     def forward(self, x, delta, attend):
         """x, and what the layer before adds to it (None: nothing). Returns both for the next one and, from a MoE layer,

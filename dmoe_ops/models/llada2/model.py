@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ... import decoder
+from ... import decoder, reference
 from ...expert_memory import MemorySettings
 from ...layer import BlockMoE
 from ...routing import BlockRouting, is_int
@@ -121,7 +121,12 @@ class LLaDA2ForDiffusion(nn.Module):
         config, weight = self.config, self.model.word_embeddings.weight
         heads = self.model.layers[0].attention.kv_heads  # a rank may hold some of them
         sizes = config.num_hidden_layers, batch, heads, capacity, config.head_dim
-        return KVCache(*sizes, dtype=weight.dtype, device=weight.device)
+        cache = KVCache(*sizes, dtype=weight.dtype, device=weight.device)
+        cache.turns = self._turns(torch.arange(capacity, device=weight.device))
+        return cache
+
+    def _turns(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotary(position, self.config.rotary_dim, self.config.rope_theta, self.dtype)
 
     def forward(
         self, input_ids: torch.Tensor, *, kv_cache: KVCache | None = None, block_length: int | None = None
@@ -136,7 +141,7 @@ class LLaDA2ForDiffusion(nn.Module):
         """
         decoding.check_ids(input_ids, self.config.vocab_size)
         hidden, routed = self.hidden_states(input_ids, kv_cache=kv_cache, block_length=block_length)
-        return LLaDA2Output(self.logits(hidden), routed)
+        return LLaDA2Output(self.logits(hidden), tuple((router, ids.long()) for router, ids in routed))
 
     def hidden_states(
         self,
@@ -146,7 +151,8 @@ class LLaDA2ForDiffusion(nn.Module):
         block_length: int | None = None,
         layout: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
-        """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`.
+        """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`, topk_ids in
+        int32.
 
         input_ids, kv_cache, block_length, errors: those of `forward`, which looks at the ids first.
         layout: (position int64 [T], mask bool [T, T]) for sequences that are not one text from position 0, such as the two
@@ -167,29 +173,28 @@ class LLaDA2ForDiffusion(nn.Module):
             past = kv_cache.length
             if not isinstance(past, torch.Tensor) and past % block_length:
                 raise ValueError(f"kv_cache must end with a block of block_length={block_length}, got {past} tokens")
-        if layout is None:
-            position, mask = past + torch.arange(input_ids.shape[1], device=input_ids.device), None
-        else:
-            position, mask = layout
+        position, mask = (None, None) if layout is None else layout
+        turns = kv_cache.turns_at(past, input_ids.shape[1]) if kv_cache is not None else None
+        if turns is None:
+            if position is None:
+                position = past + torch.arange(input_ids.shape[1], device=input_ids.device)
+            turns = self._turns(position)
         x, delta, routed = self.model.word_embeddings(input_ids), None, []
-        if isinstance(past, torch.Tensor):
-            seen = attention.sees(past, 0, input_ids.shape[1], kv_cache.keys.shape[3], block_length, past.device)
-            groups = self.config.num_attention_heads // self.config.num_key_value_heads
-            mask = attention.bias_of(seen, groups, x.dtype)
-        cos, sin = rotary(position, self.config.rotary_dim, self.config.rope_theta, x.dtype)
         at = past if isinstance(past, torch.Tensor) else torch.full((1,), past, device=x.device)
 
         def attend(layer: int, own: Attention, qkv):
             if kv_cache is not None:
-                query, *prefix = kv_cache.extend(layer, qkv, *own.norms(), cos, sin, at)
+                query, *prefix = kv_cache.extend(layer, qkv, *own.norms(), *turns, at)
             elif torch.is_grad_enabled():
-                query, *prefix = own.split(qkv, cos, sin)
+                query, *prefix = own.split(qkv, *turns)
             else:
                 shape = len(qkv), own.kv_heads, qkv.shape[1], own.head_dim
                 prefix = qkv.new_empty(shape), qkv.new_empty(shape)
-                query = decoder.qk_norm_rope(qkv, *own.norms(), cos, sin, None, at, *prefix)
+                query = decoder.qk_norm_rope(qkv, *own.norms(), *turns, None, at, *prefix)
             if mask is not None:
-                return attention.masked(query, *prefix, mask)
+                return reference.attention(query, *prefix, mask)
+            if isinstance(past, torch.Tensor):
+                return decoder.block_attention(query, *prefix, past, block_length)
             return attention.attend(query, *prefix, past, block_length)
 
         for i, layer in enumerate(self.model.layers):
