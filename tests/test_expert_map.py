@@ -7,7 +7,7 @@ import pytest
 import torch
 from pools import in_a_pool
 
-from dmoe_ops import BlockRouting, block_moe, formats, moe_experts, quantize, reference
+from dmoe_ops import BlockMoE, BlockRouting, block_moe, formats, moe_experts, quantize, reference
 from dmoe_ops import layer as layers
 from dmoe_ops.experts import map_of_rank
 from dmoe_ops.routing import POLICIES
@@ -194,6 +194,18 @@ def test_parts_of_a_layer_add_up(policy, dtype):
         torch.testing.assert_close(part_y, theirs, rtol=0, atol=tolerance)
         total += part_y.double()
     torch.testing.assert_close(total, y.double(), rtol=0, atol=tolerance)
+
+
+def test_a_module_that_holds_a_part():
+    routing, part = BlockRouting(**POLICY_SETTINGS), PARTS["shuffled"][0]
+    values = layer() | experts_of(routed_weights(layer()), part)
+    module = BlockMoE(HIDDEN, INTER, routing, shared_intermediate_size=INTER)
+    for name, weight in values.items():
+        if name != "x":
+            setattr(module, name, weight if name == "expert_bias" else torch.nn.Parameter(weight))
+    module.expert_map = map_of(part)
+    y = block_moe(**values, routing=routing, expert_map=map_of(part))[0]
+    assert torch.equal(module(values["x"])[0], y)
 
 
 def test_ids_that_the_map_does_not_know_add_nothing():
