@@ -265,6 +265,16 @@ def test_resident_bias_orders_and_cuts_at_the_true_mass():
         reference.block_route_resident(logits, resident=resident[:3], resident_bias=1, routing=routing)
 
 
+def test_the_mass_that_a_bias_keeps():
+    """Of a block whose scores are small, and of one without any, which has nothing to lose."""
+    policy = dict(aggregate="max", select="top_n", capacity=1)
+    routing = BlockRouting(num_experts=4, top_k=1, block_size=1, n_group=1, topk_group=1, **policy)
+    logits = torch.tensor([[0.02, 0.01, 0.005, 0.001], [torch.nan] * 4]).logit()
+    resident = torch.tensor([False, False, False, True])
+    kept = reference.block_route_resident(logits, resident=resident, resident_bias=100, routing=routing)[1]
+    torch.testing.assert_close(kept, torch.tensor([0.05, 1.0]))
+
+
 def test_the_miniature_at_a_fifth_of_its_experts():
     """The same answers to a batch of prompts; with a resident_bias fewer misses, at nearly all of the mass."""
     pytest.importorskip("tokenizers")

@@ -10,6 +10,8 @@ TESTS = {
         "test_bad_input",
         "test_quantized",
         "test_expert_map",
+        "test_pooled",
+        "test_decoder_ops",
     ],
     "dmoe_ops/routing.py": ["test_routing", "test_router", "test_bad_input"],
     "dmoe_ops/router.py": ["test_router", "test_layer", "test_bad_input", "test_dispatch"],
