@@ -335,7 +335,8 @@ HAND = {
     ],
 }
 
-# By module: a part of a survivor's name, as tools/mutate.py gives it, and why no test can tell it from the original.
+# By module: a part of a survivor's name, as tools/mutate.py gives it, and why no test can tell it from the original. A part
+# that ends with a line's end ends the name.
 EQUIVALENT: dict[str, dict[str, str]] = {
     "dmoe_ops/router.py": {
         "if logits.shape[0]: | 0 -> 1": "spares a GPU empty launches; the CPU's backends take no rows too",
@@ -411,6 +412,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         ),
         "0.0, -torch.inf), wide) | 0.0 -> 1.0": "a softmax is the same for logits that are all larger by 1",
         "if routing.select == \"all\": | 'all' -> 'allX'": "spares the votes, which nothing looks at then",
+        "cos.shape[-1]], dim=-1) | -1 -> 1\n": "cos has two dimensions",
+        "cos.shape[-1]], dim=-1) | -1 -> 1 (3)": "cos has two dimensions",
         "quantize_activations: bool = False) -> torch.Tensor: | False -> True": "weights without a scale are never rounded",
     },
     "dmoe_ops/routing.py": {
