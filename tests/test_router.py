@@ -469,6 +469,14 @@ def test_whatever_torch_makes_tensors_on_by_default_the_inputs_say(aggregate, se
                 equal(route(logits, bias, routing=routing, block_offsets=offsets), wanted)
 
 
+@pytest.mark.parametrize("select", ["all", "nonzero", "top_n"])
+def test_the_bounds_of_top_p_are_of_top_p_alone(select):
+    logits = fill(np.random.default_rng(5), [2, 9, 8], None)
+    settings = dict(num_experts=8, top_k=2, block_size=4, n_group=1, topk_group=1, select=select, capacity=4)
+    bounded = BlockRouting(**settings, min_experts=2, max_experts=2)
+    equal(block_route(logits, routing=bounded), block_route(logits, routing=BlockRouting(**settings, min_experts=8)))
+
+
 def test_the_inputs_are_left_as_they_were():
     logits, bias = torch.randn(9, 8), torch.randn(8)
     logits[2, 3] = float("nan")

@@ -411,7 +411,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "groups of one expert all rank alike, whatever the number"
         ),
         "0.0, -torch.inf), wide) | 0.0 -> 1.0": "a softmax is the same for logits that are all larger by 1",
-        "if routing.select == \"all\": | 'all' -> 'allX'": "spares the votes, which nothing looks at then",
+        "if routing.select == \"all\": | 'all' -> 'allX'\n": "spares the votes, which nothing looks at then",
         "cos.shape[-1]], dim=-1) | -1 -> 1\n": "cos has two dimensions",
         "cos.shape[-1]], dim=-1) | -1 -> 1 (3)": "cos has two dimensions",
         "quantize_activations: bool = False) -> torch.Tensor: | False -> True": "weights without a scale are never rounded",
