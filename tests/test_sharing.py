@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, checkpoint, hub
 
@@ -169,3 +169,16 @@ def test_auto_classes_read_a_saved_folder(folder, monkeypatch, tmp_path):
 def test_the_files_for_others_are_there():
     files = {file.name for file in checkpoint.AUTO_CLASSES.glob("*.py")}
     assert files == {"configuration_llada2_moe.py", "modeling_llada2_moe.py"}
+
+
+def test_where_tensors_lie_and_how_large_they_are(tmp_path):
+    dtypes = [torch.bfloat16, torch.float64, torch.float32, torch.float16]
+    tensors = {f"model.layers.{i % 2}.{i}": torch.arange(3.0 * i, dtype=dtypes[i % 4]).view(3, i) for i in range(1, 9)}
+    save_file(tensors, tmp_path / checkpoint.SINGLE)
+    stored = checkpoint.Checkpoint(tmp_path)
+    streamed = {name: tensor.clone() for name, tensor in stored.stream(tensors)}
+    assert streamed.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        path, begin, size = stored.extent(name)
+        assert path.read_bytes()[begin : begin + size] == tensor.view(torch.uint8).numpy().tobytes()
+        assert torch.equal(streamed[name], tensor) and stored.nbytes(name) == size == tensor.nbytes
