@@ -274,15 +274,16 @@ void qk_norm_rope_out(const Tensor qkv, const std::optional<Tensor> q_weight, co
   args.capacity = keys.size(2);
   args.dtype = dtype_of(qkv);
   check(qkv, "qkv", {args.sequences, args.tokens, (args.heads + 2 * args.kv_heads) * args.size});
-  check(cos, "cos", {args.tokens, -1}, dtype);
+  check(cos, "cos", {-1, -1}, dtype);
   args.rotary = cos.size(1);
-  check(sin, "sin", {args.tokens, args.rotary}, dtype);
+  check(sin, "sin", {cos.size(0), args.rotary}, dtype);
   check(past, "past", {1}, ScalarType::Long);
   args.past = *static_cast<const int64_t*>(past.const_data_ptr());
   STD_TORCH_CHECK(args.rotary % 2 == 0 && args.rotary <= args.size,
                   "dmoe: cos must have an even number of columns, at most head_dim");
   STD_TORCH_CHECK(args.past >= 0 && args.past + args.tokens <= args.capacity,
                   "dmoe: keys have no room for these tokens");
+  STD_TORCH_CHECK(args.past + args.tokens <= cos.size(0), "dmoe: cos must have a row for each position");
   STD_TORCH_CHECK(q_weight.has_value() == k_weight.has_value(), "dmoe: q_weight and k_weight go together");
   if (q_weight) {
     check(*q_weight, "q_weight", {args.size}, dtype);

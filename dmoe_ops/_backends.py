@@ -88,6 +88,14 @@ class Reference:
         args[-1].copy_(reference.block_attention(*args[:-1]))
 
     @staticmethod
+    def count_step(*args) -> None:
+        args[-1].copy_(reference.count_step(*args[:-1]))
+
+    @staticmethod
+    def unmask(*args) -> None:
+        args[-1].copy_(reference.unmask(*args[:-1]))
+
+    @staticmethod
     def greedy(logits, token, probability) -> None:
         for written, value in zip((token, probability), reference.greedy(logits)):
             written.copy_(value)
@@ -131,7 +139,10 @@ class Cpp:
     def qk_norm_rope(*args) -> None:
         torch.ops.dmoe._qk_norm_rope_out(*args)
 
-    block_attention = Reference.block_attention  # torch's own is fast on a CPU
+    # Torch's own are fast on a CPU.
+    block_attention = Reference.block_attention
+    count_step = Reference.count_step
+    unmask = Reference.unmask
 
     @staticmethod
     def greedy(*args) -> None:
@@ -192,6 +203,14 @@ class Triton:
     @staticmethod
     def block_attention(*args) -> None:
         _triton_backend().block_attention(*args)
+
+    @staticmethod
+    def count_step(*args) -> None:
+        _triton_backend().count_step(*args)
+
+    @staticmethod
+    def unmask(*args) -> None:
+        _triton_backend().unmask(*args)
 
     @staticmethod
     def greedy(*args) -> None:
@@ -304,6 +323,14 @@ class Cuda:
     @staticmethod
     def block_attention(*args) -> None:
         _without_cuda().block_attention(*args)
+
+    @staticmethod
+    def count_step(*args) -> None:
+        _without_cuda().count_step(*args)
+
+    @staticmethod
+    def unmask(*args) -> None:
+        _without_cuda().unmask(*args)
 
     @staticmethod
     def greedy(*args) -> None:

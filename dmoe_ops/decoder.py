@@ -49,7 +49,8 @@ def qk_norm_rope(
     """Splits qkv [n, T, (heads + 2 kv_heads) D] into heads, normalises and rotates queries and keys, and appends keys and
     values to a cache. Returns the queries [n, heads, T, D].
 
-    q_weight, k_weight: [D], or both None for no norm. cos, sin: [T, R], which rotate the first R dimensions of a head.
+    q_weight, k_weight: [D], or both None for no norm. cos, sin: of every position from 0 on, [past + T or more, R], which
+    rotate the first R dimensions of a head.
     keys, values: the cache [bsz, kv_heads, capacity, D], written in place behind `past` int64 [1] tokens, in the sequences
     `rows` int64 [n] (None: all).
     """

@@ -444,10 +444,11 @@ def turned_heads(qkv, q_weight, k_weight, eps: float, cos, sin, kv_heads: int, s
 
 def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values) -> torch.Tensor:
     """`turned_heads` of qkv [n, T, (heads + 2 kv_heads) D], keys and values written behind the prefix of `past` int64 [1]
-    tokens, into keys and values [bsz, kv_heads, capacity, D] of the sequences `rows` int64 [n] (None: all). Returns the
-    queries [n, heads, T, D]."""
-    query, key, value = turned_heads(qkv, q_weight, k_weight, eps, cos, sin, keys.shape[1], keys.shape[3])
+    tokens, into keys and values [bsz, kv_heads, capacity, D] of the sequences `rows` int64 [n] (None: all). cos and sin:
+    of every position, [past + T or more, R]. Returns the queries [n, heads, T, D]."""
     position = past + torch.arange(qkv.shape[1], device=qkv.device)
+    turns = cos.index_select(0, position), sin.index_select(0, position)
+    query, key, value = turned_heads(qkv, q_weight, k_weight, eps, *turns, keys.shape[1], keys.shape[3])
     rows = torch.arange(len(qkv), device=qkv.device) if rows is None else rows
     for buffer, new in ((keys, key), (values, value)):
         buffer.transpose(1, 2).index_put_((rows[:, None], position), new.transpose(1, 2))
@@ -486,3 +487,73 @@ def greedy(logits) -> tuple[torch.Tensor, torch.Tensor]:
     probability = logits.float().softmax(1)
     token = logits.argmax(1, keepdim=True)
     return token[:, 0], probability.gather(1, token)[:, 0]
+
+
+def unique_experts(topk_ids, num_experts: int, block_length: int) -> torch.Tensor:
+    """Distinct experts of each block, int64 [layers, n, blocks]; topk_ids int [layers, n, T, k], -1 for none."""
+    layers, n, tokens, _ = topk_ids.shape
+    blocks = tokens // block_length
+    # Slots without an expert are counted in a bin of their own.
+    used = topk_ids.new_zeros(layers, n, blocks, num_experts + 1, dtype=torch.bool)
+    used.scatter_(3, topk_ids.reshape(layers, n, blocks, -1).long() % (num_experts + 1), True)
+    return used[..., :-1].sum(3)
+
+
+def count_step(
+    topk_ids, router_logits, rows, active, length, begin, block_length: int, forwards, blocks, unique
+) -> torch.Tensor:
+    """See `dmoe_ops.unmasking.count_step`."""
+    found = unique_experts(topk_ids, router_logits.shape[3], block_length)
+    active, prompt = active.index_select(0, rows), length.index_select(0, rows) >= begin
+    for block in range(found.shape[2]):
+        last = block == found.shape[2] - 1
+        kinds = {2: active} if last else {0: active & prompt, 1: active & ~prompt}
+        for kind, counted in kinds.items():
+            unique[kind] += (found[:, :, block] * counted).sum(1)
+            blocks[kind] += counted.sum()
+            forwards[kind] += counted.sum()
+    return router_logits.isnan().flatten(2).any(2).int()
+
+
+def unmask(
+    tokens, confidence, broken, rows, x, new, steps, active, begin, step, mask_id: int, eos_id: int | None,
+    early_stop: bool, threshold: float,
+) -> torch.Tensor:  # fmt: skip
+    """See `dmoe_ops.unmasking.unmask`, which adds one to step behind this."""
+    size = tokens.shape[1]
+    fine = confidence.isfinite().all(1) & ~broken.bool().any(0)
+    text, fresh, going = x.index_select(0, rows), new.index_select(0, rows), active.index_select(0, rows)
+    position = begin + torch.arange(size, device=x.device)
+    block = text.index_select(1, position)
+    masked = (block == mask_id) & going[:, None]
+    steps = steps.index_select(0, rows)[:, None]
+    chosen = choose_tokens(confidence, masked, threshold, size // steps + (step < size % steps))
+    block = torch.where(chosen, tokens, block)
+    x.index_put_((rows[:, None], position), block)
+    left = (block == mask_id).sum(1)
+    over = torch.zeros_like(going)
+    if eos_id is not None:
+        text = text.index_copy(1, position, block)
+        over = (fresh & (text == eos_id)).any(1)
+        if early_stop:
+            left = left.masked_fill(ended(text, fresh, eos_id, mask_id), 0)
+    left = (left * going).masked_fill(step + 1 >= steps[:, 0], 0)  # a mask may be what the model predicts
+    active.index_copy_(0, rows, left > 0)
+    return torch.stack([left, over.long(), fine.long()], 1)
+
+
+def choose_tokens(confidence, active, threshold: float, share) -> torch.Tensor:
+    """Which tokens a step unmasks, bool [..., B]: the active ones above the threshold, or, in a block where those are
+    fewer, the `share` most confident ones. share: a number, or int64 [..., 1]."""
+    confidence = confidence.masked_fill(~active, -torch.inf)
+    sure = confidence > threshold
+    order = confidence.sort(descending=True, stable=True).indices
+    first = torch.arange(order.shape[-1], device=order.device) < share
+    best = torch.zeros_like(active).scatter(-1, order, first.expand_as(active)) & active
+    return torch.where(sure.sum(-1, keepdim=True) >= share, sure, best)
+
+
+def ended(x, new, eos_id: int, mask_id: int) -> torch.Tensor:
+    """bool [bsz]: whether an eos stands in the new tokens with no mask before it."""
+    eos, masks = new & (x == eos_id), new & (x == mask_id)
+    return eos.any(1) & (masks.cumsum(1).gather(1, eos.int().argmax(1, keepdim=True))[:, 0] == 0)

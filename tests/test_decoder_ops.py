@@ -59,7 +59,7 @@ def test_qk_norm_rope(dtype, rotary, norm, rows, fused):
     heads, kv_heads, size, tokens, capacity = 4, 2, 12, 3, 9
     qkv = drawn(3 if rows is None else 2, tokens, (heads + 2 * kv_heads) * size, dtype=dtype, device=fused)
     weights = [drawn(size, dtype=dtype, seed=seed, device=fused) if norm else None for seed in (1, 2)]
-    cos, sin = (drawn(tokens, rotary, dtype=dtype, seed=seed, device=fused) for seed in (3, 4))
+    cos, sin = (drawn(capacity, rotary, dtype=dtype, seed=seed, device=fused) for seed in (3, 4))
     rows = rows if rows is None else torch.tensor(rows, device=fused)
     past = torch.tensor([5], device=fused)
     results = []
@@ -185,7 +185,7 @@ def test_whatever_torch_makes_tensors_on_by_default_the_inputs_say():
 def test_schema_and_fake_of_each_op(name, fused):
     x = drawn(2, 3, 48, device=fused)
     cache = [drawn(2, 1, 8, 8, seed=seed, device=fused) for seed in (1, 2)]
-    turn = [drawn(3, 4, seed=seed, device=fused) for seed in (1, 2)]
+    turn = [drawn(8, 4, seed=seed, device=fused) for seed in (1, 2)]
     arguments = dict(
         add_rms_norm=(x, x + 1, x[0, 0].clone(), 1e-6),
         qk_norm_rope=(x, None, None, 1e-6, *turn, None, torch.tensor([2], device=fused), *cache),

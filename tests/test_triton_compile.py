@@ -105,5 +105,6 @@ def test_decoder_ops(resources, chip):
     names = [row["kernel"] for row in rows]
     attention = ["attention_kernel", "combine_kernel", "attention_kernel"]
     heads = ["qk_norm_rope_kernel"] * 2
-    assert names == ["add_rms_norm_kernel", *heads, *attention, "greedy_kernel", "greedy_merge_kernel"]
+    step = ["count_kernel", "unmask_kernel", "greedy_kernel", "greedy_merge_kernel"]
+    assert names == ["add_rms_norm_kernel", *heads, *attention, *step]
     check(rows)

@@ -142,13 +142,21 @@ def launches(
 def _decoder_ops(serve, empty, n_tokens: int, hidden: int) -> None:
     x, past, size = empty(n_tokens, hidden), empty(1, dtype=torch.int64), 128
     serve.add_rms_norm(x, x, empty(hidden), 1e-6, x, x)
-    cache, turn, norm = empty(2, 4, 4096, size), empty(n_tokens, size // 2), empty(size)
+    cache, turn, norm = empty(2, 4, 4096, size), empty(4096, size // 2), empty(size)
     for rows in (None, past):
         qkv, query = empty(1, n_tokens, 24 * size), empty(1, 16, n_tokens, size)
         serve.qk_norm_rope(qkv, norm, norm, 1e-6, turn, turn, rows, past, cache, cache, query)
     for sequences in (1, 8):  # shares of the keys, and none
         query, keys = empty(sequences, 16, n_tokens, size), empty(sequences, 4, 1024, size)
         serve.block_attention(query, keys, keys, past, 32, empty(sequences, n_tokens, 16 * size))
+    long = functools.partial(empty, dtype=torch.int64)
+    ids, router_logits = empty(19, 1, 64, 8, dtype=torch.int32), empty(19, 1, 64, 256, dtype=torch.float32)
+    broken, active = empty(19, 1, dtype=torch.int32), empty(1, dtype=torch.bool)
+    text, new = long(1, 1024), empty(1, 1024, dtype=torch.bool)
+    serve.count_step(ids, router_logits, past, active, past, past, 32, long(3), long(3), long(3, 19), broken)
+    confidence = empty(1, 32, dtype=torch.float32)
+    state = (text, new, past, active, past, past)
+    serve.unmask(long(1, 32), confidence, broken, past, *state, 156895, 156892, True, 0.95, long(1, 3))
     serve.greedy(empty(n_tokens, 157184), empty(n_tokens, dtype=torch.int64), empty(n_tokens, dtype=torch.float32))
 
 
@@ -188,6 +196,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
+    torch.bool: "*i1",
 }
 
 

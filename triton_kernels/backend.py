@@ -9,7 +9,7 @@ import triton
 
 from .._call import LayerCall
 from ..formats import ExpertWeights
-from . import attention, decoder, dense, gathered, gradient, launch, router, schedule, tiles
+from . import attention, decoder, dense, gathered, gradient, launch, router, schedule, tiles, unmasking
 from .weights import stored
 
 DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
@@ -229,3 +229,15 @@ class Triton:
     def greedy(logits, *args) -> None:
         with launch.on(logits.device):
             decoder.greedy(logits, *args, has_pdl(logits.device))
+
+    @staticmethod
+    @launch.repeated
+    def count_step(topk_ids, *args) -> None:
+        with launch.on(topk_ids.device):
+            unmasking.count_step(topk_ids, *args, has_pdl(topk_ids.device))
+
+    @staticmethod
+    @launch.repeated
+    def unmask(tokens, *args) -> None:
+        with launch.on(tokens.device):
+            unmasking.unmask(tokens, *args, has_pdl(tokens.device))

@@ -85,7 +85,8 @@ def qk_norm_rope_kernel(
     from_ptr = qkv_ptr + (i * (HEADS + 2 * KV_HEADS) + head) * D
     x = tl.load(from_ptr + k, mask=inside, other=0.0)
     kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
-    place = ((row * KV_HEADS + kv_head) * capacity + tl.load(past_ptr) + token) * D + k
+    position = tl.load(past_ptr) + token
+    place = ((row * KV_HEADS + kv_head) * capacity + position) * D + k
     if head >= HEADS + KV_HEADS:
         tl.store(values_ptr + place, x, mask=inside)
     else:
@@ -96,8 +97,8 @@ def qk_norm_rope_kernel(
             weight_ptr = q_weight_ptr if head < HEADS else k_weight_ptr
             across = normalised(across, tl.load(weight_ptr + other, mask=turned, other=0.0), x, eps, D)
             y = normalised(x, tl.load(weight_ptr + k, mask=inside, other=0.0), x, eps, D)
-        cos = tl.load(cos_ptr + token * ROTARY + k, mask=turned, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + token * ROTARY + k, mask=turned, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + position * ROTARY + k, mask=turned, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + position * ROTARY + k, mask=turned, other=0.0).to(tl.float32)
         across = tl.where(k < ROTARY // 2, -across.to(tl.float32), across.to(tl.float32))
         straight = (y.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
         out = (straight + (across * sin).to(x.dtype).to(tl.float32)).to(x.dtype)

@@ -68,7 +68,7 @@ void qk_norm_rope(const QkNormRope& a, const ParallelFor& parallel) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sequence = i / a.tokens, token = i % a.tokens, row = a.rows ? a.rows[sequence] : sequence;
       const auto turning = [&](const void* from) {
-        return static_cast<const char*>(from) + token * a.rotary * size_of(a.dtype);
+        return static_cast<const char*>(from) + (a.past + token) * a.rotary * size_of(a.dtype);
       };
       cos.read(turning(a.cos), a.dtype, a.rotary);
       sin.read(turning(a.sin), a.dtype, a.rotary);

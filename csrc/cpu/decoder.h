@@ -28,8 +28,8 @@ struct QkNormRope {
   const void* q_weight;  // [size]; null: no norm
   const void* k_weight;  // [size]
   float eps;
-  const void* cos;      // [tokens, rotary]
-  const void* sin;      // [tokens, rotary]
+  const void* cos;      // [past + tokens or more, rotary]
+  const void* sin;      // like cos
   const int64_t* rows;  // [sequences], of the cache; null: all, in order
   int64_t past;         // tokens of the prefix
   void* query;          // [sequences, heads, tokens, size]

@@ -17,7 +17,7 @@ class KVCache:
 
     length: committed tokens, an int; or int64 [1] on the device, so that one graph serves every prefix.
     rows: int64 [n], the sequences that a forward is about; None: all, in order.
-    turns: cos and sin of all positions, [capacity, R], or None.
+    turns: cos and sin of all positions, [capacity, R]; None until a model gives them.
     """
 
     def __init__(
@@ -46,15 +46,6 @@ class KVCache:
         part.length = self.length if length is None else length
         return part
 
-    def turns_at(self, past: int | torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...] | None:
-        """Of the tokens behind `past`, [T, R]."""
-        if self.turns is None:
-            return None
-        if not isinstance(past, torch.Tensor):
-            return tuple(turn[past : past + tokens] for turn in self.turns)
-        position = past + torch.arange(tokens, device=past.device)
-        return tuple(turn.index_select(0, position) for turn in self.turns)
-
     def check(self, input_ids: torch.Tensor) -> None:
         _, batch, _, capacity, _ = self.keys.shape
         batch = batch if self.rows is None else len(self.rows)
@@ -72,8 +63,6 @@ class KVCache:
         query_weight: torch.Tensor | None,
         key_weight: torch.Tensor | None,
         eps: float,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
         at: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalises and turns the heads of qkv [n, T, ...] (`reference.qk_norm_rope`) and writes keys and values behind the
@@ -83,7 +72,7 @@ class KVCache:
         if qkv.requires_grad:
             raise ValueError("kv_cache must be used under torch.no_grad(), got keys with a gradient")
         buffers = self.keys[layer], self.values[layer]
-        query = decoder.qk_norm_rope(qkv, query_weight, key_weight, eps, cos, sin, self.rows, at, *buffers)
+        query = decoder.qk_norm_rope(qkv, query_weight, key_weight, eps, *self.turns, self.rows, at, *buffers)
         keys, values = (self._upto(buffer, qkv.shape[1]) for buffer in buffers)
         return query, keys, values
 

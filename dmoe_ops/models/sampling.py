@@ -1,4 +1,4 @@
-"""From logits to the tokens that a denoising step unmasks."""
+"""From logits to the tokens that a denoising step may unmask."""
 
 from __future__ import annotations
 
@@ -23,20 +23,3 @@ def sample(logits, temperature: float = 0.0, top_k=None, top_p=None, generator=N
     else:
         token = logits.argmax(1, keepdim=True)
     return token[:, 0], probability.gather(1, token)[:, 0]
-
-
-def choose(confidence, active, threshold: float, share) -> torch.Tensor:
-    """Which tokens a step unmasks, bool [..., B]: the active ones above the threshold, or, in a block where those are
-    fewer, the `share` most confident ones. share: a number, or int64 [..., 1]."""
-    confidence = confidence.masked_fill(~active, -torch.inf)
-    sure = confidence > threshold
-    order = confidence.sort(descending=True, stable=True).indices
-    first = torch.arange(order.shape[-1], device=order.device) < share
-    best = torch.zeros_like(active).scatter(-1, order, first.expand_as(active)) & active
-    return torch.where(sure.sum(-1, keepdim=True) >= share, sure, best)
-
-
-def ended(x, new, eos_id: int, mask_id: int) -> torch.Tensor:
-    """bool [bsz]: whether an eos stands in the new tokens with no mask before it."""
-    eos, masks = new & (x == eos_id), new & (x == mask_id)
-    return eos.any(1) & (masks.cumsum(1).gather(1, eos.int().argmax(1, keepdim=True))[:, 0] == 0)

@@ -10,9 +10,9 @@ import dataclasses
 
 import torch
 
-from .. import decoder
+from .. import decoder, reference, unmasking
 from .attention import KVCache
-from .sampling import choose, ended, sample
+from .sampling import sample
 
 KINDS = ("prefill", "commit", "denoising")
 
@@ -31,15 +31,12 @@ class Rule:
     top_p: float | None = None
     generator: torch.Generator | None = None
 
-    def sample(self, logits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens int64 [T] and their probabilities float32 [T], for logits [T, V]; and whether all that counts among the
-        logits is finite, bool []: without, a softmax has no most probable token."""
+    def sample(self, logits) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens int64 [T] and their probabilities float32 [T], for logits [T, V]; NaN where a logit is NaN or infinite,
+        as there is no most probable token then."""
         if self.temperature == 0 and self.top_k is None and self.top_p is None:
-            tokens, probability = decoder.greedy(logits)
-            return tokens, probability, probability.isfinite().all()
-        logits = logits.float()
-        finite = logits.amax(-1).isfinite().all()  # the largest of a row is NaN where the row holds one
-        return *sample(logits, self.temperature, self.top_k, self.top_p, self.generator), finite
+            return decoder.greedy(logits)
+        return sample(logits.float(), self.temperature, self.top_k, self.top_p, self.generator)
 
 
 class Counter:
@@ -57,14 +54,11 @@ class Counter:
     def add(self, kind: str, topk_ids, rows, forwards=True) -> None:
         """A forward of the sequences that `rows` bool [n] picks. topk_ids: int [layers, n, T, k]. forwards: whether it is
         one of its own, or goes on with one that was counted."""
-        layers, n, tokens, _ = topk_ids.shape
-        blocks, at = tokens // self.block_length, KINDS.index(kind)
-        # Slots without an expert (-1) are counted in a bin of their own.
-        used = topk_ids.new_zeros(layers, n, blocks, self.num_experts + 1, dtype=torch.bool)
-        used.scatter_(3, topk_ids.reshape(layers, n, blocks, -1).long() % (self.num_experts + 1), True)
-        self.unique[at] += (used[..., :-1].sum((2, 3)) * rows).sum(1)
+        at = KINDS.index(kind)
+        found = reference.unique_experts(topk_ids, self.num_experts, self.block_length)
+        self.unique[at] += (found.sum(2) * rows).sum(1)
         sequences = rows.sum()
-        self.blocks[at] += sequences * blocks
+        self.blocks[at] += sequences * found.shape[2]
         if forwards:
             self.forwards[at] += sequences
 
@@ -142,48 +136,43 @@ def denoise(model, batch: Batch, rule: Rule, rows, masks: int, rides: bool, fixe
     """
     size = rule.block_length
     if fixed:
-        cache = batch.cache.select(length=batch.begin - size * rides)
+        cache, x = batch.cache.select(length=batch.begin - size if rides else batch.begin), batch.x
     else:
         cache = batch.cache.select(None if len(rows) == len(batch.x) else rows)
-    x = batch.x.index_select(0, rows)
-    new, active = batch.new.index_select(0, rows), batch.active.index_select(0, rows)
+        x = batch.x.index_select(0, rows)
     position = batch.begin + torch.arange(size, device=x.device)
     block = x.index_select(1, position)
     ids = torch.cat([x.index_select(1, position - size), block], 1) if rides else block
     hidden, routed = model.hidden_states(ids, kv_cache=cache, block_length=size)
-    topk_ids = torch.stack([ids for _, ids in routed])
-    if rides:
-        prompt = batch.length.index_select(0, rows) >= batch.begin
-        count_committed(batch.counter, topk_ids[:, :, :size], prompt, active)
-    batch.counter.add("denoising", topk_ids[:, :, -size:], active)
-
-    masked = (block == rule.mask_id) & active[:, None]
+    router_logits, topk_ids = (torch.stack(each) for each in zip(*routed))
+    counter = batch.counter
+    counts = counter.forwards, counter.blocks, counter.unique
+    broken = unmasking.count_step(topk_ids, router_logits, rows, batch.active, batch.length, batch.begin, size, *counts)
     hidden, at = hidden[:, -size:].flatten(0, 1), None
-    if masks < masked.numel():
+    if masks < block.numel():
+        masked = (block == rule.mask_id) & batch.active.index_select(0, rows)[:, None]
         at = masked.flatten().sort(descending=True, stable=True).indices[:masks]
         hidden = hidden.index_select(0, at)
-    tokens, confidence, fine = rule.sample(model.head(hidden))
-    fine = fine & ~torch.stack([router for router, _ in routed]).isnan().any()
+    tokens, confidence = rule.sample(model.head(hidden))
     if at is not None:
         tokens = block.flatten().index_copy(0, at, tokens)
-        confidence = confidence.new_zeros(masked.numel()).index_copy(0, at, confidence)
-    steps = batch.steps.index_select(0, rows)[:, None]
-    share = size // steps + (batch.step < size % steps)
-    chosen = choose(confidence.view(block.shape), masked, rule.threshold, share)
-    block = torch.where(chosen, tokens.view(block.shape), block)
-
-    batch.x.index_put_((rows[:, None], position), block)
-    batch.step.add_(1)
-    left = (block == rule.mask_id).sum(1)
-    over = torch.zeros_like(active)
-    if rule.eos_id is not None:
-        x = x.index_copy(1, position, block)
-        over = (new & (x == rule.eos_id)).any(1)
-        if rule.eos_early_stop:
-            left = left.masked_fill(ended(x, new, rule.eos_id, rule.mask_id), 0)
-    left = (left * active).masked_fill(batch.step >= steps[:, 0], 0)  # a mask may be what the model predicts
-    batch.active.index_copy_(0, rows, left > 0)
-    return torch.stack([left, over.long(), fine.long().expand_as(left)], 1)
+        confidence = confidence.new_zeros(block.numel()).index_copy(0, at, confidence)
+    return unmasking.unmask(
+        tokens.view(block.shape),
+        confidence.view(block.shape),
+        broken,
+        rows,
+        batch.x,
+        batch.new,
+        batch.steps,
+        batch.active,
+        batch.begin,
+        batch.step,
+        rule.mask_id,
+        rule.eos_id,
+        rule.eos_early_stop,
+        rule.threshold,
+    )
 
 
 def count_committed(counter: Counter, topk_ids, prompt, rows, forwards=True) -> None:

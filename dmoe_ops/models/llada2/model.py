@@ -173,18 +173,19 @@ class LLaDA2ForDiffusion(nn.Module):
             past = kv_cache.length
             if not isinstance(past, torch.Tensor) and past % block_length:
                 raise ValueError(f"kv_cache must end with a block of block_length={block_length}, got {past} tokens")
-        position, mask = (None, None) if layout is None else layout
-        turns = kv_cache.turns_at(past, input_ids.shape[1]) if kv_cache is not None else None
-        if turns is None:
-            if position is None:
-                position = past + torch.arange(input_ids.shape[1], device=input_ids.device)
+        mask = None
+        if kv_cache is None:
+            position = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position, mask = (position, None) if layout is None else layout
             turns = self._turns(position)
+        elif kv_cache.turns is None:
+            kv_cache.turns = self._turns(torch.arange(kv_cache.keys.shape[3], device=input_ids.device))
         x, delta, routed = self.model.word_embeddings(input_ids), None, []
         at = past if isinstance(past, torch.Tensor) else torch.full((1,), past, device=x.device)
 
         def attend(layer: int, own: Attention, qkv):
             if kv_cache is not None:
-                query, *prefix = kv_cache.extend(layer, qkv, *own.norms(), *turns, at)
+                query, *prefix = kv_cache.extend(layer, qkv, *own.norms(), at)
             elif torch.is_grad_enabled():
                 query, *prefix = own.split(qkv, *turns)
             else:
