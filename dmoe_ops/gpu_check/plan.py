@@ -28,17 +28,18 @@ SMALL = {
     "small experts": ("tests/test_triton_experts.py", ""),
     "small quantised": ("tests/test_triton_quantized.py", ""),
     "small decoder": ("tests/test_decoder_ops.py", "triton"),
+    "small steps": ("tests/test_unmasking_ops.py", "triton"),
 }
 BENCHES = {
     "cuda": {
         "layer": "layer --tokens 32,64 --unique 8,15,32,70 --no-baseline --peers eager --seconds 6",
         "quantised": "experts --tokens 32 --unique 15,70 --weights bf16,fp8 --layers 4 --peers none --seconds 6",
-        "decode": "decode --policies token,dmoe --rounds 3",
+        "decode": "decode --policies token,dmoe --gen-length 256 --rounds 3",
     },
     "triton": {
         "layer beside peers": "layer --tokens 32 --unique 15,70 --peers all --seconds 12",
         "layer": "layer --tokens 128,512,2048 --unique 15,70,256 --no-baseline --peers none --seconds 6",
-        "decode": "decode --policies token,dmoe --rounds 3",
+        "decode": "decode --policies token,dmoe --gen-length 256 --rounds 3",
         "quantised": "experts --tokens 32 --unique 15,70 --weights bf16,fp8,int8,int4 --layers 4 --peers none --seconds 8",
         "experts beside peers": "experts --tokens 32 --unique 15,70 --peers all --no-baseline --seconds 8",
         "routing beside peers": "route --tokens 32,1024 --peers all --seconds 4",
