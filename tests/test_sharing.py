@@ -178,6 +178,7 @@ def test_where_tensors_lie_and_how_large_they_are(tmp_path):
     stored = checkpoint.Checkpoint(tmp_path)
     streamed = {name: tensor.clone() for name, tensor in stored.stream(tensors)}
     assert streamed.keys() == tensors.keys()
+    assert [name.split(".")[2] for name in streamed] == ["1"] * 4 + ["0"] * 4  # layer by layer
     for name, tensor in tensors.items():
         path, begin, size = stored.extent(name)
         assert path.read_bytes()[begin : begin + size] == tensor.view(torch.uint8).numpy().tobytes()

@@ -398,7 +398,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "nan_to_num(1.0), 1, generator=generator) | 1 -> 2": "the first of two is the one that is drawn alone",
     },
     "dmoe_ops/models/checkpoint.py": {
-        "].append(name) | '.' -> '.X'": "joins a key that is looked at nowhere",
+        "].append(name) | '.' -> '.X'\n": "joins a key that is looked at nowhere",
         "encoding='utf-8') -> (folder": "JSON is written in ASCII",
     },
     "dmoe_ops/reference.py": {
