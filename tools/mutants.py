@@ -356,7 +356,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "ones = topk_weights.new_ones(x.shape[0], 1) | 1 -> 2": "all entries are 1, and the first T are read",
         "ctx.n_inputs - 7 -> ctx.n_inputs + 7": "autograd drops a None beyond the inputs",
         "recurse=True): | True -> False": "a layer has no modules in it",
-        "device='me": "the result is the same; memory peaks higher",
+        "shape[0], dtype=first.dtype)\n": "the result is the same; memory peaks higher",
     },
     "dmoe_ops/hf_block.py": {
         '3 * ("weight",)': "zip ends with the three projections",
