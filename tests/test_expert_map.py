@@ -219,6 +219,14 @@ def test_ids_that_the_map_does_not_know_add_nothing():
         assert torch.equal(again, y)
 
 
+def test_the_rows_of_ids():
+    """-1 for what is no expert, elsewhere, or not loaded."""
+    expert_map = torch.tensor([1, -1, formats.NOT_LOADED, 0], dtype=torch.int32)
+    weights = formats.ExpertWeights(torch.zeros(2, 4, 3), torch.zeros(2, 3, 2), expert_map=expert_map)
+    rows = weights.local(torch.tensor([[-2, -1, 0, 1], [2, 3, 4, 9]], dtype=torch.int32))
+    assert rows.dtype == torch.int32 and rows.tolist() == [[-1, -1, 1, -1], [-1, 0, -1, -1]]
+
+
 def leaves(values):
     return {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in values.items()}
 
@@ -246,7 +254,7 @@ def test_gradients_of_parts_add_up():
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", [[4, 1, 9], []])
+@pytest.mark.parametrize("part", [[4, 0, 9], []])
 def test_gradients_are_those_of_the_reference(part):
     grads = []
     for function in (moe_experts, reference.moe_experts):

@@ -346,9 +346,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "dmoe_ops/experts.py": {
         "ctx.n_inputs - 5 -> ctx.n_inputs + 5": "autograd drops a None beyond the inputs",
     },
-    "dmoe_ops/formats.py": {
-        "(topk_ids >= experts), -1) | 1 -> 2": "no expert, as any id below 0",
-    },
     "dmoe_ops/layer.py": {
         "ctx.mark_non_differentiable": "integers are never differentiable; it spares autograd the look",
         "if x.shape[0]: | 0 -> 1": "spares a GPU empty launches; the CPU's backends take no rows too",
