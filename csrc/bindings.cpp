@@ -206,8 +206,8 @@ void moe_experts_out(const Tensor x, const Tensor w13, const Tensor w2, const st
                      const std::optional<Tensor> shared_w2, const std::optional<Tensor> w13_scale,
                      const std::optional<Tensor> w2_scale, const std::optional<Tensor> shared_w13_scale,
                      const std::optional<Tensor> shared_w2_scale, bool quantize_activations,
-                     const std::optional<Tensor> expert_map, const Tensor topk_ids, const Tensor topk_weights, Tensor y,
-                     std::optional<Tensor> carry, int64_t begin, int64_t end) {
+                     const std::optional<Tensor> expert_map, const std::string activation, const Tensor topk_ids,
+                     const Tensor topk_weights, Tensor y, std::optional<Tensor> carry, int64_t begin, int64_t end) {
   check(x, "x", {-1, -1});
   check_hidden(x);
   const int64_t tokens = x.size(0), hidden = x.size(1);
@@ -242,6 +242,9 @@ void moe_experts_out(const Tensor x, const Tensor w13, const Tensor w2, const st
     args.shared_w2 = weight_of(*shared_w2, shared_w2_scale);
   }
   args.quantize_activations = quantize_activations;
+  const auto named = dmoe::activation_of(activation);
+  STD_TORCH_CHECK(named.has_value(), "dmoe: activation must be silu or gelu_tanh, got ", activation);
+  args.activation = *named;
   args.y = y.mutable_data_ptr();
   dmoe::cpu::experts_forward(args, parallel_for);
 }

@@ -309,7 +309,7 @@ class Cuda:
         size = _C.cuda_workspace_bytes(*x.shape, *sizes, weights.experts, topk_ids.shape[1])
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         torch.ops.dmoe._block_dense_out(
-            x, *weights.tensors(), topk_ids, topk_weights, schedule, workspace, scheduled, y
+            x, *weights.tensors(), weights.activation, topk_ids, topk_weights, schedule, workspace, scheduled, y
         )
 
     @staticmethod

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from .formats import NOT_LOADED, QUANTIZED, ExpertWeights, scale_dtypes, scale_shape, stored_columns
+from .formats import ACTIVATIONS, NOT_LOADED, QUANTIZED, ExpertWeights, scale_dtypes, scale_shape, stored_columns
 from .routing import BlockRouting, is_number
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -152,6 +152,11 @@ def activations(value, w13) -> None:
         raise ValueError(f"activations must be None unless w13 is int8, got 'int8' with {_dtype_of(w13)}")
 
 
+def activation(value) -> None:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+
+
 def _dtype_of(value) -> str:
     return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else repr(value)
 
@@ -164,7 +169,7 @@ def experts(x, weights: ExpertWeights, topk_ids, topk_weights) -> None:
     tensor("x", x, ["T", "H"], WEIGHT_DTYPES)
     columns("x", x, "H")
     expert_weights(x, weights)
-    tensor("topk_ids", topk_ids, [x.shape[0], "top_k"], (torch.int32,), x.device)
+    tensor("topk_ids", topk_ids, [x.shape[0], "top_k"], (torch.int32, torch.int64), x.device)
     weight_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     tensor("topk_weights", topk_weights, list(topk_ids.shape), (weight_dtype,), x.device)
     expert_map(weights, "E_model", x.device)
@@ -194,6 +199,7 @@ def expert_map_values(weights: ExpertWeights) -> None:
 
 def expert_weights(x, weights: ExpertWeights) -> None:
     """w13 [E, 2I, H] and w2 [E, H, I], and the shared expert's without E, like x in dtype and device or quantised."""
+    activation(weights.activation)
     _swiglu("", ["E"], (x.dtype, *QUANTIZED), x, weights)
     if (weights.shared_w13 is None) != (weights.shared_w2 is None):
         order = ("shared_w13", "shared_w2") if weights.shared_w13 is None else ("shared_w2", "shared_w13")
@@ -277,7 +283,7 @@ def layer_arguments(x, gate_weight, expert_bias, weights: ExpertWeights, offsets
     """What `block_moe` itself looks at: x of two or three dimensions, and tensors where a schema asks for them."""
     rows("x", x, "H")
     required = dict(gate_weight=gate_weight, w13=weights.w13, w2=weights.w2)
-    names = [name for name in weights._fields[2:] if name != "quantize_activations"]
+    names = [name for name in weights._fields[2:] if name not in ("quantize_activations", "activation")]
     optional = dict(expert_bias=expert_bias, block_offsets=offsets) | {name: getattr(weights, name) for name in names}
     tensors(**required, optional=optional)
 

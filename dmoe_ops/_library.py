@@ -67,13 +67,13 @@ lib.define(
     "Tensor(d!) coreset_sizes) -> ()"
 )
 lib.define("_gate_out(Tensor x, Tensor gate_weight, Tensor(a!) logits) -> ()")
-# The arguments from w13 to expert_map are `formats.ExpertWeights`, which says what they hold. With a carry [T, H] in float32
+# The arguments from w13 to activation are `formats.ExpertWeights`, which says what they hold. With a carry [T, H] in float32
 # it is one wave of a call (`reference.all_experts`): experts begin to end - 1, and y is written by the last wave alone.
 lib.define(
     "_moe_experts_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor? w13_scale, "
     "Tensor? w2_scale, Tensor? shared_w13_scale, Tensor? shared_w2_scale, bool quantize_activations, "
-    "Tensor? expert_map, Tensor topk_ids, Tensor topk_weights, Tensor(a!) y, Tensor(b!)? carry=None, int begin=0, "
-    "int end=0) -> ()"
+    "Tensor? expert_map, str activation, Tensor topk_ids, Tensor topk_weights, Tensor(a!) y, Tensor(b!)? carry=None, "
+    "int begin=0, int end=0) -> ()"
 )
 # What a decoder layer does beside its products (decoder.py).
 lib.define(
@@ -93,8 +93,8 @@ lib.define(
 )
 lib.define(
     "_block_dense_out(Tensor x, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, Tensor? w13_scale, "
-    "Tensor? w2_scale, Tensor? shared_w13_scale, Tensor? shared_w2_scale, Tensor? expert_map, Tensor topk_ids, "
-    "Tensor topk_weights, Tensor(a!) schedule, Tensor(b!) workspace, bool scheduled, Tensor(c!) y) -> ()"
+    "Tensor? w2_scale, Tensor? shared_w13_scale, Tensor? shared_w2_scale, Tensor? expert_map, str activation, "
+    "Tensor topk_ids, Tensor topk_weights, Tensor(a!) schedule, Tensor(b!) workspace, bool scheduled, Tensor(c!) y) -> ()"
 )
 
 try:

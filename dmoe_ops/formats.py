@@ -23,6 +23,7 @@ GROUP = 128
 NOT_LOADED = -2  # in an expert_map
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 QUANTIZED = tuple(FORMATS.values())
+ACTIVATIONS = ("silu", "gelu_tanh")  # of gate; csrc/activation.h has them too
 MATRICES = ("w13", "w2", "shared_w13", "shared_w2")
 
 
@@ -62,7 +63,7 @@ def check_columns(weight, form: str, name: str = "weight") -> None:
 class ExpertWeights(NamedTuple):
     """The experts of a layer, in the order of `dmoe::_moe_experts_out`. Scales stand beside quantised weights alone;
     `quantize_activations`: x and h are rounded to int8 as well; `expert_map`: where each of the model's experts lies in w13
-    and w2, see `reference.moe_experts`."""
+    and w2, see `reference.moe_experts`; `activation`: one of `ACTIVATIONS`."""
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -74,6 +75,7 @@ class ExpertWeights(NamedTuple):
     shared_w2_scale: torch.Tensor | None = None
     quantize_activations: bool = False
     expert_map: torch.Tensor | None = None
+    activation: str = "silu"
 
     @property
     def experts(self) -> int:
@@ -85,7 +87,7 @@ class ExpertWeights(NamedTuple):
         return self.w13.dtype in QUANTIZED
 
     def tensors(self) -> tuple:
-        """All fields but `quantize_activations`."""
+        """All fields but `quantize_activations` and `activation`."""
         return *self[:8], self.expert_map
 
     def local(self, topk_ids) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -84,6 +84,21 @@ def num_experts(module: Any) -> int:
     return len(experts) if isinstance(experts, nn.ModuleList) else experts.gate_proj.shape[0]
 
 
+# Of transformers' names those that the ops compute.
+ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def activation_of(module: Any) -> Literal["silu", "gelu_tanh"]:
+    activation = getattr(getattr(module, "config", None), "hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"config.hidden_act must be silu or gelu_pytorch_tanh, got {activation!r}")
+    return ACTIVATIONS[activation]
+
+
 def check(module: Any, routing: BlockRouting) -> None:
     """Raises ValueError, naming the member, unless `BlockMoE.from_hf` can take over every weight of the module."""
     if not is_moe_block(module):
@@ -91,9 +106,7 @@ def check(module: Any, routing: BlockRouting) -> None:
             "module must have the members of LLaDA2's sparse MoE block (gate.weight, gate.expert_bias, "
             f"experts[i].gate_proj, up_proj, down_proj), got {type(module).__name__}"
         )
-    activation = getattr(getattr(module, "config", None), "hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ValueError(f"config.hidden_act must be silu, got {activation!r}")
+    activation_of(module)
     listed = isinstance(module.experts, nn.ModuleList)
     first, name = first_weight(module), "experts[0].gate_proj.weight" if listed else "experts.gate_proj"
     if first.dim() != (2 if listed else 3) or first.dtype not in _checks.WEIGHT_DTYPES or first.device.type == "meta":

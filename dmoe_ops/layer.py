@@ -32,6 +32,7 @@ def block_moe(
     shared_w2_scale: Tensor | None = None,
     activations: Literal["int8"] | None = None,
     expert_map: Tensor | None = None,
+    activation: Literal["silu", "gelu_tanh"] = "silu",
 ) -> tuple[Tensor, RoutingResult, Tensor]:
     """The whole MoE layer as one op: router logits, block routing, the routed experts and the shared expert.
 
@@ -44,6 +45,7 @@ def block_moe(
             for a layer without one. Plain in the dtype of x, or quantised like w13 with shared_w13_scale, shared_w2_scale.
         expert_map: see `moe_experts`; int32 [E]. Tokens are routed over all E experts, and y is the part of those that are
             here. The shared expert is added whole.
+        activation: see `moe_experts`; of the shared expert too.
 
     Returns:
         (y in the shape and dtype of x, `RoutingResult`, router_logits float32 [T, E]). y is rounded once, after the shared
@@ -56,8 +58,9 @@ def block_moe(
     """
     _checks.routing(routing)
     _checks.activations(activations, w13)
+    _checks.activation(activation)
     scales = (w13_scale, w2_scale, shared_w13_scale, shared_w2_scale)
-    weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None, expert_map)
+    weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None, expert_map, activation)
     arguments = (x, gate_weight, expert_bias, weights, block_offsets)
     if _library.nobody_listens(x, gate_weight, expert_bias, block_offsets, *weights.tensors()):
         _checks.once(_checks.layer_call, *arguments, routing)
@@ -68,7 +71,7 @@ def block_moe(
         rows = x.reshape(-1, x.shape[-1])
         plain = (gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, x.shape[-2])
         y, *routed, router_logits = torch.ops.dmoe.block_moe(
-            rows, *plain, *routing.args(), *scales, activations is not None, expert_map
+            rows, *plain, *routing.args(), *scales, activations is not None, expert_map, activation
         )
     return y.view(x.shape), router.routing_result(routed), router_logits
 
@@ -182,10 +185,10 @@ def block_moe_setup_context(ctx, inputs, output):
     x, gate_weight = inputs[:2]
     weights, ctx.routing = op_settings(inputs[3:7], inputs[9:])
     _checks.differentiable(weights, x=x, gate_weight=gate_weight)
-    ctx.n_inputs = len(inputs)
+    ctx.n_inputs, ctx.activation = len(inputs), weights.activation
     _, topk_weights, topk_ids, coreset_ids, coreset_sizes, router_logits = output
     ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
-    tensors = weights._replace(quantize_activations=None)  # such weights have no gradient
+    tensors = weights._replace(quantize_activations=None, activation=None)  # no tensors
     ctx.save_for_backward(x, gate_weight, topk_ids, topk_weights.detach(), router_logits.detach(), *tensors)
 
 
@@ -198,7 +201,7 @@ def block_moe_backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_si
 
     of_weights, scales = needs["w13"] or needs["w2"], (weights.w13_scale, weights.w2_scale)
     d_x, d_w13, d_w2, d_weights = expert_gradient(
-        d_y, x, weights.w13, weights.w2, weights.local(topk_ids), topk_weights, of_weights, *scales
+        d_y, x, weights.w13, weights.w2, weights.local(topk_ids), topk_weights, of_weights, *scales, ctx.activation
     )
     d_logits = d_router_logits + router.topk_weights_backward(
         d_weights + d_topk_weights, router_logits, topk_ids, ctx.routing
@@ -215,7 +218,7 @@ def block_moe_backward(ctx, d_y, d_topk_weights, _ids, _coreset_ids, _coreset_si
             for tensor in (weights.shared_w13, weights.shared_w2, weights.shared_w13_scale, weights.shared_w2_scale)
         )
         d_shared_x, d_shared_w13, d_shared_w2, _ = expert_gradient(
-            d_y, x, w13, w2, ids, ones, needs["shared_w13"] or needs["shared_w2"], *scales
+            d_y, x, w13, w2, ids, ones, needs["shared_w13"] or needs["shared_w2"], *scales, ctx.activation
         )
         d_x = d_x + d_shared_x
         d_shared_w13 = d_shared_w13[0] if needs["shared_w13"] else None
@@ -236,8 +239,8 @@ _library.define(
     "block_moe(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor w13, Tensor w2, Tensor? shared_w13, "
     f"Tensor? shared_w2, Tensor? block_offsets, SymInt seq_len, {_library.ROUTING}, Tensor? w13_scale=None, "
     "Tensor? w2_scale=None, Tensor? shared_w13_scale=None, Tensor? shared_w2_scale=None, "
-    "bool quantize_activations=False, Tensor? expert_map=None) -> (Tensor y, Tensor topk_weights, Tensor topk_ids, "
-    "Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
+    "bool quantize_activations=False, Tensor? expert_map=None, str activation='silu') -> (Tensor y, Tensor topk_weights, "
+    "Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
     block_moe_impl,
     block_moe_fake,
     block_moe_setup_context,
@@ -252,6 +255,7 @@ class BlockMoE(nn.Module):
     w2 [E, H, I], shared_w13 [2I_shared, H] and shared_w2 [H, I_shared] (None without a shared expert). Created empty.
     w13_scale, w2_scale, shared_w13_scale, shared_w2_scale: buffers beside quantised weights (see `quantize`), else None.
     expert_map: where w13 and w2 hold some of the experts, see `block_moe`; the output is then a part of the sum.
+    activation: see `moe_experts`.
     """
 
     gate_weight: nn.Parameter
@@ -275,12 +279,14 @@ class BlockMoE(nn.Module):
         *,
         shared_intermediate_size: int = 0,
         expert_bias: bool = True,
+        activation: Literal["silu", "gelu_tanh"] = "silu",
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
     ):
         _checks.routing(routing)
+        _checks.activation(activation)
         super().__init__()
-        self.routing = routing
+        self.routing, self.activation = routing, activation
 
         def parameter(*shape):
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
@@ -376,6 +382,7 @@ class BlockMoE(nn.Module):
             shared_w13_scale=self.shared_w13_scale,
             shared_w2_scale=self.shared_w2_scale,
             expert_map=self.expert_map,
+            activation=self.activation,
         )
 
     @classmethod
@@ -396,6 +403,7 @@ class BlockMoE(nn.Module):
             first.shape[-2],
             routing,
             shared_intermediate_size=0 if shared is None else shared.gate_proj.weight.shape[0],
+            activation=hf_block.activation_of(module),
             dtype=first.dtype,
             device="meta",
         )
@@ -450,4 +458,4 @@ class BlockMoE(nn.Module):
         module.train(self.training)
 
     def extra_repr(self) -> str:
-        return repr(self.routing)
+        return repr(self.routing) if self.activation == "silu" else f"{self.routing!r}, {self.activation}"

@@ -23,7 +23,8 @@ class PooledMoE(BlockMoE):
 
     def __init__(self, moe: BlockMoE, memory: ExpertMemory, index: int):
         nn.Module.__init__(self)
-        self.routing, self.memory, self.index, self.ids_dtype = moe.routing, memory, index, moe.ids_dtype
+        self.routing, self.memory, self.index = moe.routing, memory, index
+        self.activation, self.ids_dtype = moe.activation, moe.ids_dtype
         for name, parameter in moe._parameters.items():
             if name not in POOLED:
                 self.register_parameter(name, parameter)
@@ -56,6 +57,7 @@ class PooledMoE(BlockMoE):
             self.shared_w13_scale,
             self.shared_w2_scale,
             expert_map=expert_map,
+            activation=self.activation,
         )
 
     def prefer_resident(self, x, expert_bias, block_offsets, routed) -> None:

@@ -91,9 +91,19 @@ def _block_route(logits, expert_bias, routing: BlockRouting, block_offsets, pref
 
 
 def moe_experts(
-    x, w13, w2, topk_ids, topk_weights, *, w13_scale=None, w2_scale=None, activations=None, expert_map=None
+    x,
+    w13,
+    w2,
+    topk_ids,
+    topk_weights,
+    *,
+    w13_scale=None,
+    w2_scale=None,
+    activations=None,
+    expert_map=None,
+    activation="silu",
 ) -> torch.Tensor:
-    """y_t = sum_j topk_weights[t, j] * W_down[e] (silu(W_gate[e] x_t) * (W_up[e] x_t)), e = topk_ids[t, j].
+    """y_t = sum_j topk_weights[t, j] * W_down[e] (activation(W_gate[e] x_t) * (W_up[e] x_t)), e = topk_ids[t, j].
 
     x: [T, H] float32, bfloat16 or float16 (float64 too, for gradcheck).
     w13: [E, 2I, H], gate rows first; w2: [E, H, I]; contiguous, dtype of x, or both quantised (see `dmoe_ops.formats`):
@@ -101,21 +111,23 @@ def moe_experts(
         int8 with w13_scale float32 [E, 2I], w2_scale float32 [E, H];
         int4 as uint8 [E, 2I, H/2] and [E, H, I/2], w13_scale [E, 2I, ceil(H/128)], w2_scale [E, H, ceil(I/128)], bfloat16 or
         float32; H and I even.
-    topk_ids: int32 [T, k], -1 adds nothing; topk_weights: float32 [T, k].
-    activations: None, or with int8 weights "int8": each token's x, and each slot's h = silu(gate) * up, is rounded to int8
-        by its own scale, see `quantize_rows`.
+    topk_ids: int32 or int64 [T, k], -1 and all that are no expert's add nothing; topk_weights: float32 [T, k].
+    activations: None, or with int8 weights "int8": each token's x, and each slot's h = activation(gate) * up, is rounded to
+        int8 by its own scale, see `quantize_rows`.
     expert_map: None, or int32 [E_model]: topk_ids are the model's, and expert_map[e] is the row of w13, w2 and their scales
         that holds expert e. Rows may lie in any order, and be more than the experts; those that nobody names are not read.
         The map changes addresses alone: sums run in the order of the model's ids, so y has the bits of the call without it.
         -1: the expert is elsewhere and adds nothing; results over a partition of the experts (expert parallelism) add up to
         the whole. -2: it is not loaded; where a token chose it, that is an error on the CPU; on a GPU, which nobody
         waits for, it is taken for -1. The values are checked on the CPU only.
+    activation: "silu", or "gelu_tanh", which is gelu(gate, approximate="tanh").
 
     Returns y [T, H] in the dtype of x; quantised weights are widened to fp32, products accumulate in fp32 and y is rounded
     once. Differentiable with respect to x, topk_weights, and w13 and w2 unless they are quantised; with `activations`
     not at all. Raises ValueError, naming the argument and its value.
     """
     _checks.activations(activations, w13)
+    _checks.activation(activation)
     weights = ExpertWeights(
         w13,
         w2,
@@ -123,6 +135,7 @@ def moe_experts(
         w2_scale=w2_scale,
         quantize_activations=activations is not None,
         expert_map=expert_map,
+        activation=activation,
     )
     _checks.experts(x, weights, topk_ids, topk_weights)
     _checks.expert_map_values(weights)
@@ -143,7 +156,7 @@ def moe_experts_backward(d_y, x, weights: ExpertWeights, topk_ids, topk_weights,
     w13 = weights.w13
     top_k, num_experts, acc_type = topk_ids.shape[1], w13.shape[0], topk_weights.dtype
     order = topk_ids.flatten().argsort(stable=True)
-    counts = torch.bincount(topk_ids.flatten().clamp(min=-1) + 1)[: num_experts + 1].tolist()
+    counts = torch.bincount(topk_ids.flatten().clamp(-1, num_experts) + 1)[: num_experts + 1].tolist()
     order = order[counts[0] : sum(counts)]  # the slots that have an expert
     ends = list(itertools.accumulate(counts[1:]))
     used = [(e, slice(end - count, end)) for e, (end, count) in enumerate(zip(ends, counts[1:])) if count]
@@ -160,11 +173,15 @@ def moe_experts_backward(d_y, x, weights: ExpertWeights, topk_ids, topk_weights,
         torch.mm(tokens[part], wide("w13", e).T, out=gate_up[part])
         torch.mm(d_out[part], wide("w2", e), out=d_hidden[part])
     gate, up = gate_up.chunk(2, dim=1)
-    silu = F.silu(gate)
-    hidden = silu * up
+    activated = activate(gate, weights.activation)
+    hidden = activated * up
     d_topk_weights.zero_().view(-1)[order] = (d_hidden * hidden).sum(1)
     d_hidden *= scale
-    d_gate_up = torch.cat([torch.ops.aten.silu_backward(d_hidden * up, gate), d_hidden * silu], 1)
+    if weights.activation == "silu":
+        d_gate = torch.ops.aten.silu_backward(d_hidden * up, gate)
+    else:
+        d_gate = torch.ops.aten.gelu_backward(d_hidden * up, gate, approximate="tanh")
+    d_gate_up = torch.cat([d_gate, d_hidden * activated], 1)
     if d_w13 is not None:
         hidden *= scale
         d_w13.zero_()
@@ -195,6 +212,7 @@ def block_moe(
     shared_w2_scale=None,
     activations=None,
     expert_map=None,
+    activation="silu",
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     """The whole layer: gate, block routing, experts and the shared expert.
 
@@ -204,7 +222,7 @@ def block_moe(
     expert_map: see `moe_experts`; int32 [E], and w13 and w2 have any number of rows. Every token is routed over all experts;
     y is that of those which are here. The shared expert is added whole, so of the parts of an expert-parallel layer one
     alone may have it (or each its slice).
-    routing, block_offsets: see `block_route`.
+    routing, block_offsets: see `block_route`. activation: see `moe_experts`; of the shared expert too.
 
     Returns (y like x, `RoutingResult`, router_logits float32 [T, E]); y is rounded once, with the shared expert in it.
     Differentiable with respect to x, the gate weight (through the weights of the chosen experts), the expert weights
@@ -213,8 +231,9 @@ def block_moe(
     _checks.routing(routing)
     _checks.rows("x", x, "H")
     _checks.activations(activations, w13)
+    _checks.activation(activation)
     scales = w13_scale, w2_scale, shared_w13_scale, shared_w2_scale
-    weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None, expert_map)
+    weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None, expert_map, activation)
     flat = x.reshape(-1, x.shape[-1])
     _checks.layer(flat, gate_weight, expert_bias, weights, block_offsets, routing)
     _checks.expert_map_values(weights)
@@ -237,6 +256,7 @@ def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights, carry=None, b
     """
     y, experts = torch.zeros_like(x) if carry is None else carry, weights.experts
     end = experts if end is None else end
+    how = weights.quantize_activations, weights.activation
     row_of = range(experts) if weights.expert_map is None else weights.expert_map.tolist()
     for expert in range(begin, end):
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
@@ -248,18 +268,24 @@ def all_experts(x, weights: ExpertWeights, topk_ids, topk_weights, carry=None, b
                 f"expert_map must have a row for every expert that a token chose, got {row} for expert {expert}"
             )
         w13_scale, w2_scale = (part if part is None else part[row] for part in (weights.w13_scale, weights.w2_scale))
-        out = mlp(x[tokens], weights.w13[row], weights.w2[row], w13_scale, w2_scale, weights.quantize_activations)
+        out = mlp(x[tokens], weights.w13[row], weights.w2[row], w13_scale, w2_scale, *how)
         y = y.index_add(0, tokens, topk_weights[tokens, slots, None] * out)
     if weights.shared_w13 is not None and end == experts:
         shared = (weights.shared_w13, weights.shared_w2, weights.shared_w13_scale, weights.shared_w2_scale)
-        y = y + mlp(x, *shared, weights.quantize_activations)
+        y = y + mlp(x, *shared, *how)
     return y
 
 
-def mlp(x, w13, w2, w13_scale=None, w2_scale=None, quantize_activations: bool = False) -> torch.Tensor:
-    """W_down (silu(W_gate x) * (W_up x)) for x [T, H], w13 [2I, H], w2 [H, I], computed in the dtype of x."""
+def activate(gate, activation: str) -> torch.Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def mlp(
+    x, w13, w2, w13_scale=None, w2_scale=None, quantize_activations: bool = False, activation: str = "silu"
+) -> torch.Tensor:
+    """W_down (activation(W_gate x) * (W_up x)) for x [T, H], w13 [2I, H], w2 [H, I], computed in the dtype of x."""
     gate, up = linear(x, w13, w13_scale, quantize_activations, 2).chunk(2, dim=1)
-    return linear(F.silu(gate) * up, w2, w2_scale, quantize_activations, 1)
+    return linear(activate(gate, activation) * up, w2, w2_scale, quantize_activations, 1)
 
 
 def linear(x, weight, scale, quantize_activations: bool, halves: int) -> torch.Tensor:

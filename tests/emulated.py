@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dmoe_ops import _backends, _library, reference
+from dmoe_ops.formats import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of dmoe::cuda::Dtype
@@ -32,6 +33,7 @@ Experts = structure(
     ("dtype", ctypes.c_int32),
     ("x w13 w2 shared_w13 shared_w2 topk_ids topk_weights schedule workspace y", POINTER),
     ("w13_scale w2_scale shared_w13_scale shared_w2_scale expert_map", POINTER),
+    ("activation", ctypes.c_int32),
 )
 Router = structure(
     "Router",
@@ -136,7 +138,7 @@ class Emulator:
 
     def experts(
         self, x, w13, w2, shared_w13, shared_w2, ids, weights, schedule=None, workspace=None, y=None, scales=(None,) * 4,
-        expert_map=None,
+        expert_map=None, activation="silu",
     ) -> Experts:  # fmt: skip
         """scales: of w13, w2, shared_w13 and shared_w2, where they are float8_e4m3fn."""
         experts = len(w13 if expert_map is None else expert_map)
@@ -144,6 +146,7 @@ class Emulator:
         return Experts(
             *x.shape, w2.shape[2], experts, ids.shape[1], shared, DTYPES.index(x.dtype),
             *map(pointer, (x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y, *scales, expert_map)),
+            ACTIVATIONS.index(activation),
         )  # fmt: skip
 
     def workspace_of(self, args: Experts) -> torch.Tensor:
@@ -220,9 +223,9 @@ class Backend:
         self.emulator.run_packed_route(args, ints, floats, self.how)
 
     def block_dense_out(self, x, w13, w2, shared_w13, shared_w2, *rest) -> None:
-        *scales, expert_map, ids, weights, schedule, workspace, scheduled, y = rest
+        *scales, expert_map, activation, ids, weights, schedule, workspace, scheduled, y = rest
         tensors = (x, w13, w2, shared_w13, shared_w2, ids, weights, schedule, workspace, y)
-        args = self.emulator.experts(*tensors, scales, expert_map)
+        args = self.emulator.experts(*tensors, scales, expert_map, activation)
         self.emulator.run_experts(args, scheduled, self.how)
 
 

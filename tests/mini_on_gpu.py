@@ -56,16 +56,16 @@ def distance(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def expert_sum(x, weights, ids, scale, dtype):
+def expert_sum(x, weights, ids, scale, dtype, activation="silu"):
     """The experts by plain torch in a dtype."""
     x = x.to(dtype)
     y = torch.zeros_like(x)
     for e in ids.unique().tolist():
         if e >= 0:
             rows, slots = (ids == e).nonzero(as_tuple=True)
-            out = reference.mlp(x[rows], weights[2][e], weights[3][e])
+            out = reference.mlp(x[rows], weights[2][e], weights[3][e], activation=activation)
             y.index_add_(0, rows, out * scale[rows, slots, None].to(dtype))
-    return y if weights[4] is None else y + reference.mlp(x, weights[4], weights[5])
+    return y if weights[4] is None else y + reference.mlp(x, weights[4], weights[5], activation=activation)
 
 
 def kernels_of(call) -> list[str]:

@@ -3,7 +3,7 @@
 cut(tokens, seq_len, block_size, offsets) -> the rows of every block
 route(logits, bias, routing, blocks) -> (ids [T, k], weights [T, k], coresets, one ascending list per block)
 votes(scores, selection, routing, rows), choose(selection, members, routing): stages 1 and 3 by themselves
-experts(x, w13, w2, ids, weights), mlp(x, w13, w2) -> float64
+experts(x, w13, w2, ids, weights), mlp(x, w13, w2) -> float64; activation: silu or gelu_tanh
 """
 
 from __future__ import annotations
@@ -117,19 +117,22 @@ def route(logits, bias, routing, blocks):
     return ids, weights, coresets
 
 
-def mlp(x, w13, w2, absolute=False):
-    """W_down (silu(W_gate x) * (W_up x)) of one token, in float64; with `absolute` the sum of its terms' magnitudes."""
+def mlp(x, w13, w2, absolute=False, activation="silu"):
+    """W_down (activation(W_gate x) * (W_up x)) of one token, in float64; with `absolute` the sum of its terms' sizes."""
     x, w13, w2 = (v.double().numpy() for v in (x, w13, w2))
     gate, up = np.split(w13 @ x, 2)
     with np.errstate(over="ignore"):
-        hidden = gate / (1 + np.exp(-gate)) * up
+        if activation == "silu":
+            hidden = gate / (1 + np.exp(-gate)) * up
+        else:
+            hidden = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
         return abs(w2) @ abs(hidden) if absolute else w2 @ hidden
 
 
-def experts(x, w13, w2, ids, weights, absolute=False):
+def experts(x, w13, w2, ids, weights, absolute=False, activation="silu"):
     y = np.zeros(x.shape)
     for t in range(x.shape[0]):
         for e, w in zip(ids[t].tolist(), weights[t].tolist()):
             if e >= 0:
-                y[t] += w * mlp(x[t], w13[e], w2[e], absolute)
+                y[t] += w * mlp(x[t], w13[e], w2[e], absolute, activation)
     return torch.from_numpy(y)

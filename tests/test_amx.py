@@ -18,6 +18,7 @@ from test_experts import inputs, torch_loop
 from test_quantized import layer, routed, wide
 
 from dmoe_ops import _library, moe_experts
+from dmoe_ops.formats import ACTIVATIONS
 
 ISAS = ["plain", "avx2", "avx512", "avx512_bf16", "amx"]  # in the order of dmoe::cpu::Isa
 FORMATS = [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8]  # of dmoe::cpu::Format
@@ -26,7 +27,7 @@ EPS = torch.finfo(torch.bfloat16).eps
 Layer = emulated.structure(
     "Layer",
     ("tokens hidden intermediate experts top_k shared_intermediate", ctypes.c_int64),
-    ("isa threads format shared_format quantize_activations", ctypes.c_int32),
+    ("isa threads format shared_format quantize_activations activation", ctypes.c_int32),
     ("x w13 w13_scale w2 w2_scale shared_w13 shared_w13_scale shared_w2 shared_w2_scale", ctypes.c_void_p),
     ("topk_ids topk_weights y", ctypes.c_void_p),
 )
@@ -52,8 +53,9 @@ def library(tmp_path_factory):
 
 
 def emulate(
-    library, x, w13, w2, topk_ids, topk_weights, *, isa="amx", threads=2, activations=None, shared=(), **scales
-):
+    library, x, w13, w2, topk_ids, topk_weights, *, isa="amx", threads=2, activations=None, activation="silu",
+    shared=(), **scales
+):  # fmt: skip
     """y. `shared` is w13, w2 and, where they are quantised, their scales."""
     y = torch.full_like(x, torch.nan)
     shared_w13, shared_w2, *shared_scales = (*shared, None, None)[: max(len(shared), 2)]
@@ -81,6 +83,7 @@ def emulate(
         format=FORMATS.index(w13.dtype),
         shared_format=FORMATS.index(shared_w13.dtype) if shared else 0,
         quantize_activations=activations is not None,
+        activation=ACTIVATIONS.index(activation),
         **{name: emulated.pointer(tensor) for name, tensor in tensors.items()},
     )
     problem = library.forward(ctypes.byref(args))
@@ -110,11 +113,11 @@ def int8(hidden, inter, experts, seed=0):
     return weights, {name: weights[name] for name in ("w13_scale", "w2_scale")}
 
 
-def check(y, arguments, oracle, vectors=None):
+def check(y, arguments, oracle, vectors=None, **how):
     """Error at most twice torch's own, or a rounding; between two bodies, the order of the additions and a rounding."""
-    truth = oracle.experts(*arguments)
+    truth = oracle.experts(*arguments, **how)
     scale = truth.abs().max().item() + 1e-6
-    error, torchs = ((v.double() - truth).abs().max().item() for v in (y, torch_loop(*arguments)))
+    error, torchs = ((v.double() - truth).abs().max().item() for v in (y, torch_loop(*arguments, **how)))
     assert y.isfinite().all() and error <= max(2 * torchs, EPS / 2 * scale) + 5e-7 * scale, (error, torchs, scale)
     if vectors is not None:
         assert (y.double() - vectors.double()).abs().max() <= (EPS + 1e-6) * scale
@@ -139,6 +142,18 @@ def test_any_shape(library, tokens, hidden, inter, experts, top_k, seed, empty, 
 def test_against_float64(experts, shape, oracle):
     arguments = inputs(*shape, torch.bfloat16)
     check(experts(*arguments), arguments, oracle)
+
+
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16"])
+def test_gelu_tanh(library, isa, oracle):
+    how = dict(activation="gelu_tanh")
+    arguments = inputs(40, 66, 34, 3, 2, torch.bfloat16)
+    check(emulate(library, *arguments, isa=isa, **how), arguments, oracle, **how)
+    for form in ("fp8", "int8", "int4"):  # int8 by integers, whose h is rounded apart
+        weights, given = layer(form, 66, 34, 3), routed(40, 66, 3, dtype=torch.bfloat16)
+        truth = oracle.experts(given["x"], *wide(weights), given["topk_ids"], given["topk_weights"], **how)
+        y, size = emulate(library, **given, **weights, isa=isa, **how), truth.abs().max()
+        assert (y.double() - truth).abs().max() <= (EPS + 2e-6) * size
 
 
 @pytest.mark.parametrize("isa", ["amx", "avx512_bf16"])

@@ -95,6 +95,7 @@ MAP = [
     ([0, 1, 2, 3], "[0, 1, 2, 3]"),
 ]
 NO_ROUTING = [(None, "None"), ("dmoe", "dmoe"), (dict(top_p=0.6), "top_p")]
+ACTIVATION = [("gelu", "'gelu'"), ("SiLU", "'SiLU'"), (None, "None"), (["silu"], "['silu']"), (0, "got 0")]
 NO_TENSOR = [(None, "None"), ([1.0], "[1.0]")]
 
 FAULTS = {
@@ -116,13 +117,19 @@ FAULTS = {
             *NO_TENSOR,
         ],
         **{name: [*faults, *NO_TENSOR] for name, faults in EXPERT_WEIGHTS.items()},
-        "topk_ids": [*wrong_tensor((T, K), (T,), (T + 1, K), (1, T, K)), (torch.zeros(T, K), "float32"), *NO_TENSOR],
+        "topk_ids": [
+            *(fault for fault in wrong_tensor((T, K), (T,), (T + 1, K), (1, T, K)) if fault[1] != "int64"),
+            (torch.zeros(T, K, dtype=torch.int16), "int16"),
+            (torch.zeros(T, K), "float32"),
+            *NO_TENSOR,
+        ],
         "topk_weights": [
             *wrong_tensor((T, K), (T,), (T, K + 1), (T + 1, K), dtype=torch.int32),
             (torch.zeros(T, K).bfloat16(), "bfloat16"),
             *NO_TENSOR,
         ],
         "expert_map": [*MAP, (offsets(), "[]")],
+        "activation": ACTIVATION,
     },
     "block_moe": {
         "x": [*wrong_tensor((T, H), (H,), (1, 1, T, H), dtype=torch.int32), *NO_TENSOR],
@@ -146,6 +153,7 @@ FAULTS = {
         "routing": [*NO_ROUTING, (BlockRouting(num_experts=8, top_k=2, n_group=2, topk_group=1), "8")],
         "block_offsets": [*OFFSETS, ([0, 4, 6], "[0, 4, 6]")],
         "expert_map": [*MAP, (offsets(0, 1, 2), "[3]")],
+        "activation": ACTIVATION,
     },
 }
 CASES = [
@@ -251,6 +259,7 @@ PRIVATE = {
         shared_w2_scale=None,
         quantize_activations=False,
         expert_map=offsets(*range(E)),
+        activation="silu",
         topk_ids=torch.zeros(T, K, dtype=torch.int32),
         topk_weights=torch.zeros(T, K),
         y=torch.zeros(T, H),
@@ -327,6 +336,7 @@ def private_faults():
     yield "_moe_experts_out", "shared_w2", None
     yield "_moe_experts_out", "expert_map", offsets(*range(1, E + 1))
     yield "_moe_experts_out", "expert_map", offsets(*[-3] * E)
+    yield "_moe_experts_out", "activation", "gelu"
     yield "_moe_experts_out", "begin", -1
     yield "_moe_experts_out", "begin", E + 1
     yield "_moe_experts_out", "end", E + 1
@@ -512,4 +522,5 @@ def test_block_moe_modules_refuse_a_bad_routing(routing, says, make_block):
     refused(lambda: BlockMoE.from_hf(make_block(), routing), name, says)
     if not isinstance(routing, BlockRouting):
         refused(lambda: BlockMoE(16, 8, routing), name, says)
+    refused(lambda: BlockMoE(16, 8, ROUTING, activation="gelu"), "activation", "'gelu'")
     refused(lambda: BlockMoE.from_hf(nn.Linear(2, 2), ROUTING), "module", "Linear")

@@ -38,6 +38,7 @@ def run(
     scales=(None,) * 4,
     expert_map=None,
     scheduled=False,
+    activation="silu",
     **how,
 ):
     """y, and how many bytes of weights were copied."""
@@ -45,18 +46,18 @@ def run(
     schedule = emulator.schedule_of(len(w13 if expert_map is None else expert_map))
     tensors = x, w13, w2, shared_w13, shared_w2, ids, weights, schedule
     workspace = emulator.workspace_of(emulator.experts(*tensors, expert_map=expert_map))
-    args = emulator.experts(*tensors, workspace, y, scales, expert_map)
+    args = emulator.experts(*tensors, workspace, y, scales, expert_map, activation)
     emulator.run_experts(args, scheduled, emulated.form(**how))
     assert (workspace[-64:] == 255).all()
     return y, emulator.totals()[3]
 
 
-def check(y, x, w13, w2, shared_w13, shared_w2, ids, weights):
+def check(y, x, w13, w2, shared_w13, shared_w2, ids, weights, activation="silu"):
     """Within a few roundings to the dtype: h is rounded once, y once."""
     wide = [None if t is None else t.double() for t in (x, w13, w2, shared_w13, shared_w2)]
-    expected = reference.moe_experts(*wide[:3], ids, weights.double())
+    expected = reference.moe_experts(*wide[:3], ids, weights.double(), activation=activation)
     if shared_w13 is not None:
-        expected += reference.mlp(wide[0], wide[3], wide[4])
+        expected += reference.mlp(wide[0], wide[3], wide[4], activation=activation)
     step = torch.finfo(x.dtype).eps
     assert y.isfinite().all()
     assert (y.double() - expected).norm() <= step * expected.norm() + 1e-30
@@ -88,6 +89,17 @@ def test_against_the_reference(emulator, name):
     if shared_w13 is not None:
         wanted += shared_w13.nbytes + shared_w2.nbytes
     assert copied == wanted
+
+
+@pytest.mark.parametrize("name", ["two blocks", "odd", "wide tiles", "fp16"])
+def test_gelu_tanh(emulator, name):
+    torch.manual_seed(len(name))
+    tensors = layer(**CASES[name])
+    tensors[0].mul_(3)
+    rows = 128 if name.startswith("wide") else 64
+    y, _ = run(emulator, *tensors, rows=rows, activation="gelu_tanh")
+    check(y, *tensors, activation="gelu_tanh")
+    assert not torch.equal(y, run(emulator, *tensors, rows=rows)[0])
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
@@ -155,6 +167,8 @@ def test_a_layer_with_an_expert_map(emulator, monkeypatch, tokens):
     routing = BlockRouting(num_experts=12, top_k=3, block_size=16, n_group=3, topk_group=2, min_experts=5)
     gate, bias = torch.randn(12, 64), torch.randn(12) / 10
     y, result, _ = layers.block_moe(x, gate, bias, w13, w2, *shared, routing=routing)
+    gelu, *_ = layers.block_moe(x, gate, bias, w13, w2, *shared, routing=routing, activation="gelu_tanh")
+    check(gelu, x, w13, w2, *shared, result.topk_ids, result.topk_weights, "gelu_tanh")
     pools, expert_map = in_a_pool(dict(w13=w13, w2=w2))
     arguments = x, gate, bias, *pools.values(), *shared
     assert torch.equal(layers.block_moe(*arguments, routing=routing, expert_map=expert_map)[0], y)
@@ -193,7 +207,7 @@ def fp8_layer(shared_fp8=True, **sizes):
     return (x, *stored, ids, topk_weights), scales, (x, *wide, ids, topk_weights)
 
 
-def distances(y, x, w13, w2, shared_w13, shared_w2, ids, weights):
+def distances(y, x, w13, w2, shared_w13, shared_w2, ids, weights, activation="silu"):
     """From float64: of y, and of what rounds where the kernel has to, h times its weight and y."""
     w13, w2, shared_w13, shared_w2 = (t if t is None else t.double() for t in (w13, w2, shared_w13, shared_w2))
     truth, best = torch.zeros(2, *x.shape, dtype=torch.float64)
@@ -201,7 +215,7 @@ def distances(y, x, w13, w2, shared_w13, shared_w2, ids, weights):
         chosen = [(w13[e], w2[e], weight) for e, weight in zip(ids[t], weights[t].double()) if e >= 0]
         for up, down, weight in chosen + ([(shared_w13, shared_w2, 1.0)] if shared_w13 is not None else []):
             gate, up = (up @ token).chunk(2)
-            h = torch.nn.functional.silu(gate) * up * weight
+            h = reference.activate(gate, activation) * up * weight
             truth[t] += down @ h
             best[t] += down @ h.to(x.dtype).double()
     return [float((value.double() - truth).norm() / truth.norm()) for value in (y, best.to(x.dtype))]
@@ -230,6 +244,16 @@ def test_fp8_errs_no_more_than_exact_dequantisation(emulator, name):
     _, w13, w2, *shared, ids, _ = tensors
     used = len(ids.unique()) - 1
     assert copied == used * (w13[0].nbytes + w2[0].nbytes) + sum(t.nbytes for t in shared if t is not None)
+
+
+@pytest.mark.parametrize("name", ["ragged blocks", "a plain shared expert", "wide tiles", "fp16"])
+def test_gelu_tanh_in_fp8(emulator, name):
+    torch.manual_seed(len(name))
+    tensors, scales, wide = fp8_layer(**FP8_CASES[name])
+    rows = 128 if name.startswith("wide") else 64
+    y, _ = run(emulator, *tensors, scales=scales, rows=rows, splits=3, activation="gelu_tanh")
+    mine, best = distances(y, *wide, "gelu_tanh")
+    assert mine <= 1.05 * best
 
 
 @pytest.mark.parametrize("splits", [1, 3, 8])

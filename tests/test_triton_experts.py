@@ -63,9 +63,9 @@ def on_device(*tensors):
     return [t if t is None else t.to(DEVICE) for t in tensors]
 
 
-def check_experts(x, w13, w2, ids, weights, tolerance=1e-6):
-    want = reference.moe_experts(x.float(), w13.float(), w2.float(), ids, weights)
-    got = moe_experts(*on_device(x, w13, w2, ids, weights))
+def check_experts(x, w13, w2, ids, weights, tolerance=1e-6, **how):
+    want = reference.moe_experts(x.float(), w13.float(), w2.float(), ids, weights, **how)
+    got = moe_experts(*on_device(x, w13, w2, ids, weights), **how)
     assert got.dtype == x.dtype
     close(got, want, tolerance)
     return got
@@ -80,6 +80,26 @@ def some_ids(tokens, n_experts, k, seed=3):
 def test_experts(form, dtype):
     x = values(19, 32, dtype=dtype)
     check_experts(x, *weights_of(dtype=dtype), some_ids(19, 16, 3), values(19, 3, seed=5), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gelu_tanh(form, dtype):
+    x, ids, weights = values(19, 32, dtype=dtype, scale=3), some_ids(19, 16, 3).long(), values(19, 3, seed=5)
+    gelu = check_experts(x, *weights_of(dtype=dtype), ids, weights, TOLERANCE[dtype], activation="gelu_tanh")
+    assert not torch.equal(gelu, check_experts(x, *weights_of(dtype=dtype), ids, weights, TOLERANCE[dtype]))
+
+
+@pytest.mark.parametrize("shared", [16, 48])  # one more of the experts, and apart
+def test_gelu_tanh_of_the_whole_layer(form, shared):
+    check_layer(*layer((2, 13), shared=shared), activation="gelu_tanh")
+
+
+def test_gelu_tanh_where_a_power_of_gate_overflows(form):
+    """gate = ±1e20: 0 and gate, as with silu."""
+    x, ids, weights = torch.tensor([[1e20, 1.0], [-1e20, 1.0]]), torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+    given = on_device(x, torch.eye(2)[None], torch.ones(1, 2, 1), ids, weights)
+    y = moe_experts(*given, activation="gelu_tanh").cpu()
+    assert torch.equal(y[:, 0], torch.tensor([1e20, 0.0]))
 
 
 @pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16), (24, 40), (19, 7)])
@@ -154,10 +174,11 @@ def layer(tokens, dtype=torch.float32, hidden=32, intermediate=16, shared=16, **
     return [x, gate, values(routing.num_experts, seed=8, scale=0.1), *weights], routing
 
 
-def check_layer(args, routing, offsets=None):
+def check_layer(args, routing, offsets=None, **how):
     offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
-    want, routed, logits = reference.block_moe(*args, routing=routing, block_offsets=offsets)
-    got = block_moe(*on_device(*args), routing=routing, block_offsets=None if offsets is None else offsets.to(DEVICE))
+    want, routed, logits = reference.block_moe(*args, routing=routing, block_offsets=offsets, **how)
+    how |= dict(routing=routing, block_offsets=None if offsets is None else offsets.to(DEVICE))
+    got = block_moe(*on_device(*args), **how)
     torch.testing.assert_close(got[2].cpu(), logits.reshape(got[2].shape), rtol=1e-5, atol=1e-5)
     for name in ("topk_ids", "coreset_ids", "coreset_sizes"):
         assert torch.equal(getattr(got[1], name).cpu(), getattr(routed, name)), name
@@ -361,17 +382,17 @@ def test_which_form_serves():
 # ---- gradients ----
 
 
-def gradients(function, x, w13, w2, ids, weights, d_y):
+def gradients(function, x, w13, w2, ids, weights, d_y, **how):
     """d_x, d_w13, d_w2 and d_topk_weights by autograd through `function`."""
     leaves = [t.clone().requires_grad_() for t in (x, w13, w2, weights)]
-    function(*leaves[:3], ids, leaves[3]).backward(d_y)
+    function(*leaves[:3], ids, leaves[3], **how).backward(d_y)
     return [leaf.grad for leaf in leaves]
 
 
-def check_gradients(x, w13, w2, ids, weights):
+def check_gradients(x, w13, w2, ids, weights, **how):
     d_y = values(*x.shape, dtype=x.dtype, seed=9)
-    want = gradients(reference.moe_experts, x.float(), w13.float(), w2.float(), ids, weights, d_y.float())
-    got = gradients(moe_experts, *on_device(x, w13, w2, ids, weights, d_y))
+    want = gradients(reference.moe_experts, x.float(), w13.float(), w2.float(), ids, weights, d_y.float(), **how)
+    got = gradients(moe_experts, *on_device(x, w13, w2, ids, weights, d_y), **how)
     for mine, theirs, dtype in zip(got, want, (x.dtype, x.dtype, x.dtype, torch.float32)):
         assert mine.dtype == dtype
         close(mine, theirs, TOLERANCE[x.dtype])
@@ -381,6 +402,17 @@ def check_gradients(x, w13, w2, ids, weights):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_gradients(dtype):
     check_gradients(values(19, 32, dtype=dtype), *weights_of(dtype=dtype), some_ids(19, 16, 3), values(19, 3, seed=5))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_of_gelu_tanh(dtype):
+    x, weights = values(19, 32, dtype=dtype, scale=3), weights_of(dtype=dtype)
+    check_gradients(x, *weights, some_ids(19, 16, 3).long(), values(19, 3, seed=5), activation="gelu_tanh")
+
+
+def test_gradients_of_gelu_tanh_where_a_power_of_gate_overflows():
+    x, ids, weights = torch.tensor([[1e14, 1.0], [-1e14, 1.0]]), torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+    check_gradients(x, torch.eye(2)[None], torch.ones(1, 2, 1), ids, weights, activation="gelu_tanh")
 
 
 @pytest.mark.parametrize("hidden, intermediate", [(16, 16), (48, 80), (272, 16), (19, 7)])

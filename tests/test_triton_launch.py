@@ -209,6 +209,7 @@ def what_makes_another_call():
         dict(routing=dataclasses.replace(usual["routing"], top_p=0.5)),
         dict(weights=usual["weights"]._replace(shared_w13=None, shared_w2=None)),
         dict(weights=usual["weights"]._replace(expert_map=torch.zeros(16, dtype=torch.int32))),
+        dict(weights=usual["weights"]._replace(activation="gelu_tanh")),
     ]
     for count, changed in enumerate(changes, 2):
         made = call(**changed)

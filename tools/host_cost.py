@@ -102,13 +102,14 @@ STUB = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <optional>
+#include <string>
 #include <vector>
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 void gate_route(const Tensor, const Tensor, const Maybe, const Maybe, int64_t, const std::vector<int64_t>,
                 const std::vector<double>, Tensor, Tensor, Tensor, Tensor, Tensor, Maybe, const Maybe) {}
 void dense(const Tensor, const Tensor, const Tensor, const Maybe, const Maybe, const Maybe, const Maybe, const Maybe,
-           const Maybe, const Maybe, const Tensor, const Tensor, Tensor, Tensor, bool, Tensor) {}
+           const Maybe, const Maybe, const std::string, const Tensor, const Tensor, Tensor, Tensor, bool, Tensor) {}
 STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {
   m.impl("_gate_route_out", TORCH_BOX(&gate_route));
   m.impl("_block_dense_out", TORCH_BOX(&dense));

@@ -109,7 +109,8 @@ def launches(
     hidden, intermediate, shared, routing = MODELS[model]
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, n_experts = empty(n_tokens, hidden), routing.num_experts
-    weights = ExpertWeights(**_mlp(stored, dtype, hidden, intermediate, n_experts))
+    activation = "gelu_tanh" if model == "gemma" else "silu"
+    weights = ExpertWeights(**_mlp(stored, dtype, hidden, intermediate, n_experts), activation=activation)
     if shared:
         own = _mlp(stored, dtype, hidden, shared)
         weights = weights._replace(**{f"shared_{name}": value for name, value in own.items()})

@@ -61,6 +61,7 @@ def dense_up_kernel(
     FORMAT: tl.constexpr,
     SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """h [n_blocks, slots, BLOCK_N, I] of every used expert. The shared expert's is the first slot where it is as wide as
     the others, else shared_h [n_blocks, BLOCK_N, SHARED_I]. Programs [p, n_blocks] take the block's tiles in turn: the
@@ -95,7 +96,7 @@ def dense_up_kernel(
         while tile < SHARED_TILES:
             out = up_product(
                 x_cols, there, shared_w13_ptr, shared_w13_scale_ptr, 0, tile * BLOCK_I,
-                H, SHARED_I, BLOCK_I, BLOCK_H, STAGES, SHARED_FORMAT,
+                H, SHARED_I, BLOCK_I, BLOCK_H, STAGES, SHARED_FORMAT, ACTIVATION,
             )  # fmt: skip
             i = tile * BLOCK_I + row
             at = n.to(tl.int64)[None, :] * SHARED_I + i[:, None]
@@ -115,8 +116,9 @@ def dense_up_kernel(
         first_row = tile % TILES * BLOCK_I
         local = local_expert(expert, map_ptr, HAS_MAP)
         out = up_product(
-            x_cols, there, w13_ptr, w13_scale_ptr, local, first_row, H, I, BLOCK_I, BLOCK_H, STAGES, FORMAT
-        )
+            x_cols, there, w13_ptr, w13_scale_ptr, local, first_row,
+            H, I, BLOCK_I, BLOCK_H, STAGES, FORMAT, ACTIVATION,
+        )  # fmt: skip
         out = weighted(out, expert, ids, weights)
         i = first_row + row
         at = ((slots + member) * BLOCK_N + n)[None, :] * I + i[:, None]
@@ -306,6 +308,7 @@ def experts(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_si
         BLOCK_I=up.rows,
         BLOCK_H=up.depth,
         STAGES=up.stages,
+        ACTIVATION=weights.activation,
         num_warps=up.warps,
         **common,
     )

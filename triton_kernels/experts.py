@@ -1,4 +1,4 @@
-"""What both forms of the expert kernels share: the gate-up product with SiLU, and the routing weight in its epilogue.
+"""What both forms of the expert kernels share: the gate-up product with the activation, and the routing weight behind it.
 
 The forms are dense.py, for few tokens, and gathered.py, for many. In both, weights are the left operand of the MMA (M) and
 tokens the right one (N), the routing weight is multiplied into h before h is rounded, and the shared expert is one more
@@ -12,6 +12,8 @@ import triton.language as tl
 
 from .weights import of_expert, product
 
+GELU_LINEAR = tl.constexpr(1.5957691216057308)  # see csrc/activation.h
+GELU_CUBIC = tl.constexpr(0.07135481627260025)
 HALF_GROUP = tl.constexpr(8)  # rows of gate and of up alternate in groups: both halves of a product sit in one thread
 
 
@@ -29,8 +31,9 @@ def up_product(
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """silu(gate) * up for rows first_row .. first_row + BLOCK_I of one expert: float32 [BLOCK_I, tokens].
+    """activation(gate) * up for rows first_row .. first_row + BLOCK_I of one expert: float32 [BLOCK_I, tokens].
 
     x_cols: pointers [1, tokens] to the tokens' rows of x; w13_ptr: [experts, 2I, H].
     """
@@ -44,7 +47,15 @@ def up_product(
     gate, up = tl.split(tl.permute(halves, [0, 2, 3, 1]))
     gate = tl.reshape(gate, [BLOCK_I, token_mask.shape[0]])
     up = tl.reshape(up, [BLOCK_I, token_mask.shape[0]])
-    return gate / (1.0 + tl.exp(-gate)) * up
+    return gate / (1.0 + tl.exp(-exponent(gate, ACTIVATION))) * up
+
+
+@triton.jit
+def exponent(gate, ACTIVATION: tl.constexpr):
+    """z of activation(gate) = gate / (1 + exp(-z))."""
+    if ACTIVATION == "gelu_tanh":
+        gate *= GELU_LINEAR + GELU_CUBIC * gate * gate
+    return gate
 
 
 @triton.jit

@@ -49,6 +49,7 @@ def gathered_up_kernel(
     FORMAT: tl.constexpr,
     SHARED_FORMAT: tl.constexpr,
     PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """h [T * K, I] of every position of the experts begin to end - 1, and shared_h [T, SHARED_I] by the first programs,
     which need no schedule."""
@@ -69,7 +70,7 @@ def gathered_up_kernel(
             x_cols = x_ptr + token.to(tl.int64)[None, :] * H
             out = up_product(
                 x_cols, there, shared_w13_ptr, shared_w13_scale_ptr, 0, first_row,
-                H, SHARED_I, BLOCK_I, BLOCK_H, STAGES, SHARED_FORMAT,
+                H, SHARED_I, BLOCK_I, BLOCK_H, STAGES, SHARED_FORMAT, ACTIVATION,
             )  # fmt: skip
             i = first_row + row
             at = token.to(tl.int64)[None, :] * SHARED_I + i[:, None]
@@ -88,8 +89,9 @@ def gathered_up_kernel(
         if (expert >= begin) & (expert < end):
             local = local_expert(expert, map_ptr, HAS_MAP)
             out = up_product(
-                x_cols, there, w13_ptr, w13_scale_ptr, local, first_row, H, I, BLOCK_I, BLOCK_H, STAGES, FORMAT
-            )
+                x_cols, there, w13_ptr, w13_scale_ptr, local, first_row,
+                H, I, BLOCK_I, BLOCK_H, STAGES, FORMAT, ACTIVATION,
+            )  # fmt: skip
             out = weighted(out, expert, ids, weights)
             i = first_row + row
             at = position.to(tl.int64)[None, :] * I + i[:, None]
@@ -244,6 +246,7 @@ def experts(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pdl
         BLOCK_I=up.rows,
         BLOCK_H=up.depth,
         STAGES=up.stages,
+        ACTIVATION=weights.activation,
         num_warps=up.warps,
         **common,
         **early,

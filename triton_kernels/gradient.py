@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .experts import load_slots
+from .experts import GELU_CUBIC, GELU_LINEAR, exponent, load_slots
 from .products import multiply, rounded
 from .schedule import load_tile, popcount
 from .weights import dequantised, of_expert
@@ -49,9 +49,10 @@ def hidden_gradient_kernel(
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """Per position: hidden [., I], silu(gate) * up times the routing weight, for the gradient of w2; d_gate_up [., 2I]; and
-    d_weight [., I tiles], the parts of the routing weight's gradient. Programs [tiles * I tiles]."""
+    """Per position: hidden [., I], activation(gate) * up times the routing weight, for the gradient of w2;
+    d_gate_up [., 2I]; and d_weight [., I tiles], the parts of the routing weight's gradient. Programs [tiles * I tiles]."""
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     program = tl.program_id(0)
     if program < tl.load(n_tiles_ptr) * TILES:
@@ -80,10 +81,10 @@ def hidden_gradient_kernel(
             w = dequantised(w2, w2_scale, 0, columns, rows, w_mask, H, I, FORMAT, x.dtype)  # transposed
             d_hidden = multiply(w, d_y, d_hidden)
 
-        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-        silu = gate * sigmoid
+        sigmoid = 1.0 / (1.0 + tl.exp(-exponent(gate, ACTIVATION)))
+        activated = gate * sigmoid
         weight = tl.sum(tl.where(ids == expert, weights, 0.0), 1)[None, :]
-        hidden = silu * up
+        hidden = activated * up
         d_weight = tl.sum(d_hidden * hidden, 0)
         tl.store(d_weight_ptr + position.to(tl.int64) * TILES + i_tile, d_weight, mask=there)
         d_hidden *= weight
@@ -92,9 +93,13 @@ def hidden_gradient_kernel(
         at = position.to(tl.int64)[None, :] * I + i[:, None]
         tl.store(hidden_ptr + at, rounded(hidden * weight, dtype), mask=mask)
         at = position.to(tl.int64)[None, :] * (2 * I) + i[:, None]
-        d_gate = d_hidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        if ACTIVATION == "gelu_tanh":  # in this order: gate^3 may overflow where sigmoid is 0 or 1
+            slope = GELU_LINEAR + 3.0 * GELU_CUBIC * gate * gate
+            d_gate = d_hidden * up * (sigmoid + activated * (1.0 - sigmoid) * slope)
+        else:
+            d_gate = d_hidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         tl.store(d_gate_up_ptr + at, rounded(d_gate, dtype), mask=mask)
-        tl.store(d_gate_up_ptr + at + I, rounded(d_hidden * silu, dtype), mask=mask)
+        tl.store(d_gate_up_ptr + at + I, rounded(d_hidden * activated, dtype), mask=mask)
 
 
 @triton.jit
@@ -273,6 +278,7 @@ def experts_gradient(d_y, x, weights, topk_ids, topk_weights, schedule, buffers,
         BLOCK_H=depth,
         STAGES=2,
         FORMAT=form,
+        ACTIVATION=weights.activation,
         num_warps=4,
     )
     token_gradient_kernel[(most * triton.cdiv(hidden, 64),)](

@@ -24,7 +24,7 @@ TWO_TO_120 = tl.constexpr(2.0**120)
 class Stored(NamedTuple):
     """The weights of a layer as launchers pass them on. up, down: the weight, its scale, the shared expert's weight and its
     scale, None where there is none; formats: the FORMAT and SHARED_FORMAT of kernels; intermediate: I of the experts and
-    of the shared one, 0 without one; expert_map: as in `ExpertWeights`."""
+    of the shared one, 0 without one; expert_map, activation: as in `ExpertWeights`."""
 
     up: tuple
     down: tuple
@@ -32,6 +32,7 @@ class Stored(NamedTuple):
     intermediate: int
     shared_intermediate: int
     expert_map: torch.Tensor | None
+    activation: str
 
     @property
     def shared_alike(self) -> bool:
@@ -42,7 +43,7 @@ class Stored(NamedTuple):
 
 def stored(weights: ExpertWeights, has_fp8: bool) -> Stored:
     """has_fp8: whether the chip converts float8_e4m3fn."""
-    w13, w2, shared_w13, shared_w2, *scales, _, expert_map = weights
+    w13, w2, shared_w13, shared_w2, *scales, _, expert_map, activation = weights
     formats = {torch.float8_e4m3fn: "fp8" if has_fp8 else "fp8_bits", torch.int8: "int8", torch.uint8: "int4"}
     form = formats.get(w13.dtype, "plain")
     shared_form = form if shared_w13 is None else formats.get(shared_w13.dtype, "plain")
@@ -53,6 +54,7 @@ def stored(weights: ExpertWeights, has_fp8: bool) -> Stored:
         w13.shape[1] // 2,
         0 if shared_w13 is None else shared_w13.shape[0] // 2,
         expert_map,
+        activation,
     )
 
 

@@ -180,7 +180,7 @@ void pack_hidden(Call& call, const float* h, int64_t h_stride) {
   });
 }
 
-// h = silu(gate x) * (up x) of every slot. A task is kUpRows hidden values of an expert for some of its tiles.
+// h = activation(gate x) * (up x) of every slot. A task is kUpRows hidden values of an expert for some of its tiles.
 // Those that are to be rounded to integers stay fp32, in h_f32 [slots, h_stride].
 void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
   const Experts& a = call.a;
@@ -247,9 +247,11 @@ void up_projection(const Call& call, float* h_f32, int64_t h_stride) {
         const float* from = sums.get() + (begin[i] - begin[0]) * kSums;
         const int64_t width = begin[i + 1] - begin[i];
         if (call.parts(begin[i]) != Parts::bf16) {
-          call.kernels.hidden_f32(from, kSums, rows, width, h_f32 + begin[i] * h_stride + task.row, h_stride);
+          call.kernels.hidden_f32(call.a.activation, from, kSums, rows, width, h_f32 + begin[i] * h_stride + task.row,
+                                  h_stride);
         } else {
-          call.tiles.kernels[task.tile + i]->hidden(from, kSums, rows, width, task.row / kUpRows, call.h.at(begin[i]));
+          call.tiles.kernels[task.tile + i]->hidden(call.a.activation, from, kSums, rows, width, task.row / kUpRows,
+                                                    call.h.at(begin[i]));
         }
       }
     }

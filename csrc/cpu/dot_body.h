@@ -23,13 +23,14 @@ void pack(const char* const* line, int64_t width, int64_t bytes, char* to) {
   place(last_line, 0, width, to + whole * width);
 }
 
-void hidden(const float* gate_up, int64_t stride, int64_t rows, int64_t width, int64_t step, char* to) {
+void hidden(Activation activation, const float* gate_up, int64_t stride, int64_t rows, int64_t width, int64_t step,
+            char* to) {
   alignas(64) uint16_t lines[kMostTile][kStepDepth] = {};
   const char* line[kMostTile];
   for (int64_t t = 0; t < width; ++t) {
     for (int64_t i = 0; i < rows; i += 8) {
       const float* gate = gate_up + t * stride + i;
-      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kUpRows));
+      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kUpRows), activation);
       store(lines[t] + i, __builtin_convertvector(narrow_eight(value, Dtype::bf16), EightShorts));
     }
     for (int64_t i = rows; i < kStepDepth; ++i) lines[t][i] = 0;  // sums past the last row are not its own
@@ -38,11 +39,12 @@ void hidden(const float* gate_up, int64_t stride, int64_t rows, int64_t width, i
   place(line, 0, width, to + step * width * kStepBytes);
 }
 
-void hidden_f32(const float* gate_up, int64_t stride, int64_t rows, int64_t width, float* to, int64_t to_stride) {
+void hidden_f32(Activation activation, const float* gate_up, int64_t stride, int64_t rows, int64_t width, float* to,
+                int64_t to_stride) {
   for (int64_t t = 0; t < width; ++t)
     for (int64_t i = 0; i < rows; i += 8) {
       const float* gate = gate_up + t * stride + i;
-      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kUpRows));
+      const Eight value = gated(load<Eight>(gate), load<Eight>(gate + kUpRows), activation);
       std::memcpy(to + t * to_stride + i, &value, 4 * (rows - i < 8 ? rows - i : 8));
     }
 }

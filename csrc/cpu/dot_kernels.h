@@ -75,11 +75,13 @@ struct DotKernels {
   // Each fetches the rows of `next` into L2 on the way; a `next` without rows fetches nothing.
   void (*up)(const DotBlock& block, const DotBlock& next);
   void (*down)(const DotBlock& block, const DotBlock& next);
-  // Step `step` of a tile of hidden values: silu(gate) * up of `width` tokens and `rows` <= kUpRows, where a token's gate
-  // begins at gate_up + token * stride and its up kUpRows behind.
-  void (*hidden)(const float* gate_up, int64_t stride, int64_t rows, int64_t width, int64_t step, char* to);
+  // Step `step` of a tile of hidden values: activation(gate) * up of `width` tokens and `rows` <= kUpRows, where a token's
+  // gate begins at gate_up + token * stride and its up kUpRows behind.
+  void (*hidden)(Activation activation, const float* gate_up, int64_t stride, int64_t rows, int64_t width, int64_t step,
+                 char* to);
   // The same in fp32, to[token * to_stride + row].
-  void (*hidden_f32)(const float* gate_up, int64_t stride, int64_t rows, int64_t width, float* to, int64_t to_stride);
+  void (*hidden_f32)(Activation activation, const float* gate_up, int64_t stride, int64_t rows, int64_t width,
+                     float* to, int64_t to_stride);
   // A row of n numbers as integers, q[part][n] of int8, and the sum of each part: q = x / scale rounded half to even, scale =
   // max |x| / 127, of two parts / (127 * 256) (1 where that is 0). A row with NaN or infinity has the scale NaN.
   void (*quantize)(const void* x, Dtype dtype, int64_t n, Parts parts, int8_t* q, float* scale, int32_t sum[2]);

@@ -1,4 +1,4 @@
-// Rounding and silu, eight numbers at a time; no include guard, each instruction set includes it once.
+// Rounding and activations, eight numbers at a time; no include guard, each instruction set includes it once.
 // Everything is in an unnamed namespace and no function of std:: is called: the linker may merge a function that two
 // files define, and hand the AVX-512 version to a CPU without it.
 #include <cstdint>
@@ -54,8 +54,11 @@ EightBits narrow_eight(Eight x, Dtype dtype) {
   return half | ((bits >> 16) & 0x8000);
 }
 
-// silu(gate) * up
-Eight gated(Eight gate, Eight up) { return gate / (exp(-gate) + 1.f) * up; }
+// activation(gate) * up
+Eight gated(Eight gate, Eight up, Activation activation) {
+  const Eight z = activation == Activation::silu ? gate : gate * (kGeluLinear + kGeluCubic * gate * gate);
+  return gate / (exp(-z) + 1.f) * up;
+}
 
 }  // namespace
 }  // namespace dmoe::cpu

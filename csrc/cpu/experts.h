@@ -1,9 +1,11 @@
-// Expert feed-forward on the CPU: y_t = sum_j w_tj * W_down[e] (silu(W_gate[e] x_t) * (W_up[e] x_t)) + shared(x_t).
+// Expert feed-forward on the CPU: y_t = sum_j w_tj * W_down[e] (activation(W_gate[e] x_t) * (W_up[e] x_t)) + shared(x_t).
 // Plain pointers only: no torch header, so the same code serves the ops, a C++ program and its tests.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+
+#include "../activation.h"
 
 namespace dmoe::cpu {
 
@@ -49,6 +51,7 @@ struct Experts {
   // on where those of the wave before ended. [tokens, hidden], or null: one call for all experts.
   float* carry = nullptr;
   int64_t begin = 0, end = 0;
+  Activation activation = Activation::silu;
 
   bool first_wave() const { return !carry || begin == 0; }
   bool last_wave() const { return !carry || end == experts; }

@@ -100,7 +100,7 @@ void round_to_int8(float* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = std::clamp(std::nearbyint(row[i] / scale), -127.f, 127.f) * scale;
 }
 
-// silu(gate x) * (up x) of every slot, as activations.
+// activation(gate x) * (up x) of every slot, as activations.
 struct Hidden {
   int64_t routed, routed_stride, shared_stride;
   Buffer<float> data;
@@ -166,8 +166,8 @@ void up_projection(const Experts& a, const Slots& slots, const Inputs& x, const 
       const int64_t stride = padded(task.group->intermediate);
       for (int64_t i = 0; i < task.count; ++i) {
         float* gate = sums.data() + i * kSums;
-        widen_kernels().silu_mul(gate, gate + kUpRows, std::min(kUpRows, stride - task.row),
-                                 unpack ? Dtype::f32 : a.dtype, h.row(task.begin + i) + task.row);
+        widen_kernels().hidden(a.activation, gate, gate + kUpRows, std::min(kUpRows, stride - task.row),
+                               unpack ? Dtype::f32 : a.dtype, h.row(task.begin + i) + task.row);
         std::fill_n(gate, kSums, 0.f);
       }
     }

@@ -2,5 +2,5 @@
 #define DMOE_LANES 8
 #include "widen_body.h"
 
-const dmoe::cpu::WidenKernels dmoe::cpu::kWidenAvx2 = {"avx2", multiply_any, silu_mul, widen, narrow, max_of, sum_exp};
+const dmoe::cpu::WidenKernels dmoe::cpu::kWidenAvx2 = {"avx2", multiply_any, hidden, widen, narrow, max_of, sum_exp};
 #endif

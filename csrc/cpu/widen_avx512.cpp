@@ -2,6 +2,6 @@
 #define DMOE_LANES 16
 #include "widen_body.h"
 
-const dmoe::cpu::WidenKernels dmoe::cpu::kWidenAvx512 = {"avx512", multiply_any, silu_mul, widen,
+const dmoe::cpu::WidenKernels dmoe::cpu::kWidenAvx512 = {"avx512", multiply_any, hidden, widen,
                                                          narrow,   max_of,       sum_exp};
 #endif

@@ -314,9 +314,9 @@ void store_activations(float* to, Eight x, Dtype weight) {
   store(to, weight == Dtype::bf16 ? __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7) : x);
 }
 
-void silu_mul(const float* gate, const float* up, int64_t n, Dtype weight, float* h) {
+void hidden(Activation activation, const float* gate, const float* up, int64_t n, Dtype weight, float* h) {
   for (int64_t i = 0; i < n; i += kPad)
-    store_activations(h + i, gated(load<Eight>(gate + i), load<Eight>(up + i)), weight);
+    store_activations(h + i, gated(load<Eight>(gate + i), load<Eight>(up + i), activation), weight);
 }
 
 Eight widen_eight(const char* from, Dtype dtype) {

@@ -38,8 +38,8 @@ struct WidenKernels {
   const char* name;
   // Fetches the first rows of `next` into L2 on the way; a `next` without rows fetches nothing.
   void (*multiply)(const Block& block, const Block& next);
-  // h = silu(gate) * up, stored as activations against `weight` expect them; n is a multiple of kPad.
-  void (*silu_mul)(const float* gate, const float* up, int64_t n, Dtype weight, float* h);
+  // h = activation(gate) * up, stored as activations against `weight` expect them; n is a multiple of kPad.
+  void (*hidden)(Activation activation, const float* gate, const float* up, int64_t n, Dtype weight, float* h);
   void (*widen)(const void* from, Dtype dtype, int64_t n, Dtype weight, float* to);  // to activations, padding included
   void (*narrow)(const float* from, int64_t n, Dtype dtype, void* to);               // rounds to nearest even
   // Over n numbers, a multiple of kPad: the largest that is not NaN, and the sum of exp(x - max), NaN where an x is.

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../activation.h"
+
 #ifndef __CUDACC__
 #include "emulate.h"
 #else
@@ -154,6 +156,9 @@ DMOE_DEVICE void bulk_prefetch(const void* global, uint32_t bytes) {
 // gate * sigmoid(gate) by the approximations of exp2 and of a division: some units of the last place of a float. Exact code
 // is three times as long, and all of it has to be fetched while memory waits.
 DMOE_DEVICE float silu(float gate) { return __fdividef(gate, 1.0f + __expf(-gate)); }
+DMOE_DEVICE float gelu_tanh(float gate) {
+  return __fdividef(gate, 1.0f + __expf(-gate * (kGeluLinear + kGeluCubic * gate * gate)));
+}
 DMOE_DEVICE uint32_t bits(float value) { return __float_as_uint(value); }
 DMOE_DEVICE float from_bits(uint32_t value) { return __uint_as_float(value); }
 DMOE_DEVICE float half_to_float(uint16_t value) { return __half2float(__ushort_as_half(value)); }

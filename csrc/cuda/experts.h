@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../activation.h"
 #include "router.h"
 
 namespace dmoe::cuda {
@@ -32,6 +33,7 @@ struct Experts {
   const float* shared_w2_scale;
   const int32_t*
       expert_map;  // [experts] or null: the row of w13 and w2 that holds an expert of the schedule; else expert e is row e
+  Activation activation = Activation::silu;
 
   DMOE_BOTH bool fp8() const { return w13_scale; }
 };

@@ -418,7 +418,7 @@ DMOE_DEVICE void multiply_scaled(float (&sum)[kEights][4], const char* weights, 
 }
 
 // The warps that multiply. Warp i has rows 16 i .. 16 i + 15 of a tile, all tokens: at most 16 * kSixteens.
-template <bool kHalf, bool kFp8, int kSixteens>
+template <bool kHalf, bool kFp8, int kSixteens, bool kGelu>
 DMOE_DEVICE void consume(const Experts& a, const Plan<kFp8>& p, const ExpertsWorkspace& w, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const int n_stages = p.form.stages, threads = p.form.consumers();
@@ -499,7 +499,7 @@ DMOE_DEVICE void consume(const Experts& a, const Plan<kFp8>& p, const ExpertsWor
           if (token < tokens) {
             const float weight = ring.weight[token], gate = sum[n][j], up = sum[n][2 + j];
             // Weight 0: the token did not choose this expert, and an overflow there must not reach it.
-            const float value = weight == 0 ? 0.0f : dev::silu(gate) * up * weight;
+            const float value = weight == 0 ? 0.0f : (kGelu ? dev::gelu_tanh(gate) : dev::silu(gate)) * up * weight;
             h[token * inner + tile.row + warp * 8 + low] = round16<kHalf>(value);
           }
         }
@@ -546,7 +546,8 @@ DMOE_DEVICE void prefetch_shared(const Experts& a, int warp) {
   }
 }
 
-template <bool kHalf, bool kFp8, int kSixteens>
+// kGelu: activation is gelu_tanh, else silu.
+template <bool kHalf, bool kFp8, int kSixteens, bool kGelu = false>
 DMOE_DEVICE void experts_kernel(const Experts& a, const Form& form, char* shared) {
   Ring& ring = *reinterpret_cast<Ring*>(shared);
   const int consumer_warps = form.consumers() / 32;
@@ -567,7 +568,7 @@ DMOE_DEVICE void experts_kernel(const Experts& a, const Form& form, char* shared
   if (producer) {
     produce(a, plan, w, shared);
   } else {
-    consume<kHalf, kFp8, kSixteens>(a, plan, w, shared);
+    consume<kHalf, kFp8, kSixteens, kGelu>(a, plan, w, shared);
   }
 }
 

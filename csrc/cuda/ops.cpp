@@ -135,8 +135,8 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
                      const std::optional<Tensor> shared_w2, const std::optional<Tensor> w13_scale,
                      const std::optional<Tensor> w2_scale, const std::optional<Tensor> shared_w13_scale,
                      const std::optional<Tensor> shared_w2_scale, const std::optional<Tensor> expert_map,
-                     const Tensor topk_ids, const Tensor topk_weights, Tensor schedule, Tensor workspace,
-                     bool scheduled, Tensor y) {
+                     const std::string activation, const Tensor topk_ids, const Tensor topk_weights, Tensor schedule,
+                     Tensor workspace, bool scheduled, Tensor y) {
   Experts args{};
   args.x = aligned(x, "x", 2);
   args.w13 = aligned(w13, "w13", 3);
@@ -148,6 +148,9 @@ void block_dense_out(const Tensor x, const Tensor w13, const Tensor w2, const st
   args.expert_map = map_of(expert_map, args.experts);
   args.top_k = topk_ids.size(1);
   args.dtype = dtype_of(x);
+  const auto named = dmoe::activation_of(activation);
+  STD_TORCH_CHECK(named.has_value(), "dmoe: activation must be silu or gelu_tanh, got ", activation);
+  args.activation = *named;
   if (shared_w13) {
     args.shared_intermediate = shared_w2->size(1);
     args.shared_w13 = aligned(*shared_w13, "shared_w13", 2);

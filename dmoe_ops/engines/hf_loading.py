@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..experts import moe_experts
+from ..hf_block import ACTIVATIONS
 from ..models.llada2 import OWN, rotary, routing_for
 from ..routing import FIELDS, POLICIES
 from .hf import PatchedMoE
@@ -97,9 +98,10 @@ class RotaryEmbedding(nn.Module):
 
 def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     """`moe_experts` as an implementation of transformers' own experts modules: hidden_states [T, H], int64 top_k_index and
-    top_k_weights [T, k], self.gate_up_proj [E, 2I, H], self.down_proj [E, H, I]; ids from E on are another rank's.
+    top_k_weights [T, k], self.gate_up_proj [E, 2I, H], self.down_proj [E, H, I]; ids from E on are another rank's, and add
+    nothing. The activation is the config's hidden_act or hidden_activation.
 
-    Raises ValueError, naming what is different, for experts that are not SwiGLU with SiLU in this layout.
+    Raises ValueError, naming what is different, for experts that are not gated by SiLU or GELU (tanh) in this layout.
     """
     cls = type(self)
     activation = getattr(self.config, "hidden_act", None) or getattr(self.config, "hidden_activation", None)
@@ -110,9 +112,10 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
         (not getattr(self, "is_concatenated", True), "interleaves gate and up"),
         (getattr(self, "has_post_expert_norm", False), "has a norm behind each expert"),
         (cls._apply_gate.__name__ != "_default_apply_gate", "has a gate of its own"),
-        (activation not in ("silu", "swish"), f"has hidden_act={activation!r}"),
+        (activation not in ACTIVATIONS, f"has hidden_act={activation!r}"),
     ):
         if differs:
             raise ValueError(f"experts_implementation must not be 'dmoe' for {cls.__name__}: it {what}")
-    ids = top_k_index.int().masked_fill(top_k_index >= self.num_experts, -1)
-    return moe_experts(hidden_states, self.gate_up_proj, self.down_proj, ids, top_k_weights.float())
+    weights = self.gate_up_proj, self.down_proj
+    named = ACTIVATIONS[activation]
+    return moe_experts(hidden_states, *weights, top_k_index, top_k_weights.float(), activation=named)

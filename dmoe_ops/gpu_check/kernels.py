@@ -152,8 +152,8 @@ def stand_in() -> None:
         torch.ops.dmoe._block_route_out(logits, bias, offsets, seq_len, ints, floats, ids, weights, coreset_ids, sizes)
 
     def block_dense(x, *rest):
-        *weights, expert_map, ids, topk_weights, _schedule, _workspace, _scheduled, y = rest
-        torch.ops.dmoe._moe_experts_out(x, *weights, False, expert_map, ids, topk_weights, y)
+        *weights, expert_map, activation, ids, topk_weights, _schedule, _workspace, _scheduled, y = rest
+        torch.ops.dmoe._moe_experts_out(x, *weights, False, expert_map, activation, ids, topk_weights, y)
 
     library.impl("_gate_route_out", gate_route, "CPU")
     library.impl("_block_dense_out", block_dense, "CPU")

@@ -82,7 +82,7 @@ extern "C" {
 
 struct Layer {
   int64_t tokens, hidden, intermediate, experts, top_k, shared_intermediate;
-  int32_t isa, threads, format, shared_format, quantize_activations;
+  int32_t isa, threads, format, shared_format, quantize_activations, activation;
   const void *x, *w13, *w13_scale, *w2, *w2_scale, *shared_w13, *shared_w13_scale, *shared_w2, *shared_w2_scale;
   const int32_t* topk_ids;
   const float* topk_weights;
@@ -116,6 +116,7 @@ const char* forward(const Layer* layer) try {
                Weight(l.shared_w2, shared, l.shared_w2_scale, false),
                nullptr,
                l.quantize_activations != 0};
+  args.activation = static_cast<dmoe::Activation>(l.activation);
   const Guarded x(l.x, 2 * l.tokens * l.hidden), y(nullptr, 2 * l.tokens * l.hidden);
   args.x = x.data(), args.y = y.data();
   guard(args.w13, 2 * l.experts * l.intermediate * l.hidden);

@@ -17,6 +17,8 @@
 #include <string>
 #include <vector>
 
+#include "activation.h"
+
 #define DMOE_DEVICE inline
 
 namespace dmoe::emulate {
@@ -145,6 +147,9 @@ inline float from_bits(uint32_t value) {
   return result;
 }
 inline float silu(float gate) { return gate / (1.0f + std::exp(-gate)); }
+inline float gelu_tanh(float gate) {
+  return gate / (1.0f + std::exp(-gate * (kGeluLinear + kGeluCubic * gate * gate)));
+}
 inline float half_to_float(uint16_t value) {
   _Float16 half;
   std::memcpy(&half, &value, 2);

@@ -57,16 +57,23 @@ inline emulate::Launch schedule_launch(const int32_t* topk_ids, int64_t slots, i
           true, [=](char* shared) { schedule_kernel(topk_ids, slots, experts, expert_map, out, shared); }};
 }
 
-template <bool kHalf, bool kFp8>
-constexpr decltype(&experts_kernel<kHalf, kFp8, 1>) kExpertsKernels[] = {
-    experts_kernel<kHalf, kFp8, 1>, experts_kernel<kHalf, kFp8, 2>, experts_kernel<kHalf, kFp8, 3>,
-    experts_kernel<kHalf, kFp8, 4>};
+using ExpertsKernel = decltype(&experts_kernel<false, false, 1>);
+
+template <bool kHalf, bool kFp8, bool kGelu>
+constexpr ExpertsKernel kExpertsKernels[] = {
+    experts_kernel<kHalf, kFp8, 1, kGelu>, experts_kernel<kHalf, kFp8, 2, kGelu>, experts_kernel<kHalf, kFp8, 3, kGelu>,
+    experts_kernel<kHalf, kFp8, 4, kGelu>};
+
+template <bool kGelu>
+ExpertsKernel experts_kernel_of(const Experts& a) {
+  const bool half = a.dtype == Dtype::f16;
+  return (a.fp8() ? (half ? kExpertsKernels<true, true, kGelu> : kExpertsKernels<false, true, kGelu>)
+                  : (half ? kExpertsKernels<true, false, kGelu>
+                          : kExpertsKernels<false, false, kGelu>))[(a.tokens + 15) / 16 - 1];
+}
 
 inline emulate::Launch experts_launch(const Experts& a, int ctas, const Form& form) {
-  const int64_t sixteens = (a.tokens + 15) / 16;
-  const bool half = a.dtype == Dtype::f16;
-  const auto kernel = (a.fp8() ? (half ? kExpertsKernels<true, true> : kExpertsKernels<false, true>)
-                               : (half ? kExpertsKernels<true, false> : kExpertsKernels<false, false>))[sixteens - 1];
+  const auto kernel = a.activation == Activation::silu ? experts_kernel_of<false>(a) : experts_kernel_of<true>(a);
   return {ctas, form.threads(),
           1,    experts_shared(a, form),
           true, [a, form, kernel](char* shared) { kernel(a, form, shared); }};

@@ -16,6 +16,10 @@ if importlib.util.find_spec("transformers") is None:
 
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS
+from transformers.models.diffusion_gemma.configuration_diffusion_gemma import DiffusionGemmaTextConfig
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextExperts
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
 import dmoe_ops
 from dmoe_ops.engines import hf_loading
@@ -41,6 +45,7 @@ CONFIG = LLaDA2Config(
     eos_token_id=0,
     mask_token_id=1,
 )
+GELU = [(DiffusionGemmaTextExperts, DiffusionGemmaTextConfig), (Gemma4TextExperts, Gemma4TextConfig)]
 HERE = Path(__file__).resolve().parent
 IDS = torch.randint(2, 96, (2, 75), generator=torch.Generator().manual_seed(1))
 
@@ -164,14 +169,55 @@ def test_experts_of_transformers_own_models(family, dtype):
     assert 0 < error < (1e-5 if dtype == torch.float32 else 3e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts, config", GELU)
+def test_experts_with_gelu_tanh(experts, config, dtype):
+    """A module by its own forward and by our ops, with gradients, against its own in float64: at most twice as far. Ids are
+    int64, and one is that of no expert, as another rank's is."""
+    hf_loading.register()
+    config = config(hidden_size=64, moe_intermediate_size=32, num_experts=16, top_k_experts=4)
+    module, generator = experts(config), torch.Generator().manual_seed(0)
+    assert config.hidden_activation == "gelu_pytorch_tanh"
+    values = [torch.randn(p.shape, generator=generator).div(p.shape[-1] ** 0.5) for p in module.parameters()]
+    x, weights = torch.randn(40, 64, generator=generator), torch.rand(40, 4, generator=generator)
+    ids = torch.rand(40, 16, generator=generator).argsort(1)[:, :4]
+    ids[7, 2] = 16
+    results = []
+    for how, kind in (("eager", torch.float64), ("eager", dtype), ("dmoe", dtype)):
+        config._experts_implementation = how
+        module.to(kind).zero_grad()
+        with torch.no_grad():
+            for parameter, value in zip(module.parameters(), values):
+                parameter.copy_(value.to(dtype))
+        given = x.to(dtype).to(kind, copy=True).requires_grad_()
+        y = module(given, ids, weights.to(dtype).to(kind))
+        y.square().sum().backward()
+        results.append([t.detach().double() for t in (y, given.grad, *(p.grad for p in module.parameters()))])
+    for truth, eager, ours in zip(*results):
+        error, torchs = ((other - truth).norm() / truth.norm() for other in (ours, eager))
+        print(f"relative error {error:.2g}, torch's own {torchs:.2g}")
+        assert 0 < error <= 2 * torchs
+
+
+def test_a_model_with_gelu_tanh():
+    hf_loading.register()
+    small = dict(
+        hidden_size=64, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=96, num_experts=8, head_dim=16
+    )
+    config = Qwen3MoeConfig(**small, num_attention_heads=4, num_key_value_heads=4, hidden_act="gelu_pytorch_tanh")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    want = model(IDS).logits
+    model.set_experts_implementation("dmoe")
+    assert 0 < (model(IDS).logits - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def test_experts_that_are_not_ours_are_refused():
     hf_loading.register()
     small = dict(hidden_size=64, moe_intermediate_size=32, num_hidden_layers=1, vocab_size=96, num_experts=8)
-    config = Qwen3MoeConfig(**small, num_attention_heads=4, num_key_value_heads=4, hidden_act="gelu_pytorch_tanh")
+    config = Qwen3MoeConfig(**small, num_attention_heads=4, num_key_value_heads=4, hidden_act="gelu")
     model = AutoModelForCausalLM.from_config(config, experts_implementation="dmoe")
-    with pytest.raises(
-        ValueError, match="must not be 'dmoe' for Qwen3MoeExperts: it has hidden_act='gelu_pytorch_tanh'"
-    ):
+    with pytest.raises(ValueError, match="must not be 'dmoe' for Qwen3MoeExperts: it has hidden_act='gelu'"):
         model(IDS)
 
 

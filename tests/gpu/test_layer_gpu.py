@@ -60,6 +60,20 @@ def test_layer(weights, tokens, name):
     assert distance(alone, expert_sum(x, (*weights[:4], None, None), ids, scale, torch.float32)) <= 0.01
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 64, 512])
+def test_gelu_tanh(weights, tokens):
+    """As `test_layer`; ids in int64 give the bits of int32."""
+    x, how = activations(tokens), dict(activation="gelu_tanh")
+    y, routed, _ = block_moe(x, *weights, routing=BlockRouting(), **how)
+    ids, scale = routed.topk_ids, routed.topk_weights
+    want = expert_sum(x, weights, ids, scale, torch.float32, **how)
+    torch_bf16 = expert_sum(x, weights, ids, scale, torch.bfloat16, **how)
+    assert distance(y, want) <= 2 * distance(torch_bf16, want)
+    alone = [moe_experts(x, weights[2], weights[3], i, scale, **how) for i in (ids, ids.long())]
+    assert torch.equal(*alone)
+    assert distance(alone[0], expert_sum(x, (*weights[:4], None, None), ids, scale, torch.float32, **how)) <= 0.01
+
+
 def test_compile_without_graph_breaks(weights):
     routing, x = BlockRouting(), activations(32)
 

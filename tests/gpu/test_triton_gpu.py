@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -22,8 +23,9 @@ def triton_backend(monkeypatch):
     monkeypatch.setenv("DMOE_BACKEND", "triton")
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("tokens", [1, 45, 512])
-def test_gradients(weights, tokens):
+def test_gradients(weights, tokens, activation):
     """Against autograd in float32, at most twice as far as autograd in bf16."""
     x = activations(tokens)
     routed = reference.block_route(calibrated(tokens), routing=BlockRouting())
@@ -36,11 +38,14 @@ def test_gradients(weights, tokens):
         return [leaf.grad for leaf in leaves]
 
     def plain(x, w13, w2, scale):
-        return expert_sum(x, (None, None, w13, w2, None, None), ids, scale, x.dtype)
+        return expert_sum(x, (None, None, w13, w2, None, None), ids, scale, x.dtype, activation)
+
+    def ours(x, w13, w2, scale, **how):
+        return moe_experts(x, w13, w2, ids, scale, **how)
 
     want, torch_bf16 = gradients(plain, torch.float32), gradients(plain, torch.bfloat16)
     for _ in range(2):  # the second time, its launches are repeated
-        got = gradients(lambda x, w13, w2, scale: moe_experts(x, w13, w2, ids, scale), torch.bfloat16)
+        got = gradients(functools.partial(ours, activation=activation), torch.bfloat16)
         for mine, truth, other in zip(got, want, torch_bf16):
             assert distance(mine, truth) <= 2 * distance(other, truth)
 
