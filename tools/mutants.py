@@ -376,10 +376,13 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "shape[0], dtype=first.dtype)\n": "the result is the same; memory peaks higher",
     },
     "dmoe_ops/hf_block.py": {
-        '3 * ("weight",)': "zip ends with the three projections",
-        "3 * (experts,)": "zip ends with the three projections",
+        ".shape[0], at) | 3 -> 4\n": "zip ends with the three projections",
+        "(slice(None),)) | 3 -> 4\n": "zip ends with the three projections",
         "return False | return False -> return": "None is as false",
-        "dict(gate_proj=[intermediate, hidden], up_proj": "the sizes are those of gate_proj",
+        (
+            "shapes = dict( | dict(gate_proj=[intermediate, hidden], up_proj=[intermediate, hidden], "
+            "down_proj=[hidden, intermediate]) -> dict(up_proj"
+        ): "the sizes are those of gate_proj",
         "setattr(owner, name, own) | ": "for a weight that moves between kinds of devices; the tests have the CPU alone",
     },
     "dmoe_ops/models/decoding.py": {
