@@ -110,8 +110,8 @@ def test_ops_of_a_forward(fixed):
         with Count() as whole:
             denoise(model, batch, dataclasses.replace(RULE, block_length=32), torch.tensor([0]), 32, False, fixed)
     print(f"\nforward {sum(forward.ops.values())} ops, step {sum(whole.ops.values())}: {whole.ops}")
-    assert sum(forward.ops.values()) <= 250
-    assert sum(whole.ops.values()) <= 320
+    assert sum(forward.ops.values()) <= 170
+    assert sum(whole.ops.values()) <= 180
     assert forward.ops["add_rms_norm"] == 41 and forward.ops["qk_norm_rope"] == 20 and whole.ops["greedy"] == 1
 
 

@@ -24,7 +24,7 @@ class Part:
 
 
 def parts(machine: Machine, moe_us: float, moe_launches: int, prefix: int = 1024) -> list[Part]:
-    """moe_us: of one MoE layer, all its moe_launches. prefix: capacity of the cache, all of which is read."""
+    """moe_us: of one MoE layer, all its moe_launches. prefix: tokens in front of the block."""
 
     def part(name: str, launches: int, mbytes: float, own: float = 0.0) -> Part:
         each = machine.launch + machine.dram_us + own
@@ -41,9 +41,9 @@ def parts(machine: Machine, moe_us: float, moe_launches: int, prefix: int = 1024
         part("output projection", LAYERS, LAYERS * weights(HIDDEN, HEADS * HEAD_DIM)),
         part("dense layer", 5, 3 * weights(HIDDEN, DENSE)),
         part("head", 1, weights(VOCAB, HIDDEN)),
-        part("norms", 2 * LAYERS, 0, SMALL_US),
+        part("norms", 2 * LAYERS + 1, 0, SMALL_US),
         part("heads' norms, rotary embedding, cache", LAYERS, 0, SMALL_US),
-        part("attention", LAYERS, LAYERS * cache, 4 * SMALL_US),  # scores, softmax, values: one after the other
-        part("its output in rows, ids in int64", 2 * LAYERS - 1, 0, SMALL_US),
-        part("mask, sampling, unmasking, counts", 111, 2 * TOKENS * VOCAB / 1e6, SMALL_US),
+        part("attention, its shares added up", 2 * LAYERS, LAYERS * cache, 2 * SMALL_US),
+        part("choice of tokens", 2, 2 * TOKENS * VOCAB / 1e6, 2 * SMALL_US),
+        part("text, counts, unmasking", 10, 0, SMALL_US),
     ]
