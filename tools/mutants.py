@@ -404,6 +404,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "stable=True) -> masked.flatten().sort(descending=True)": "masks in any order: what fills up is not looked at",
         "indices[:masks] | True -> False (2)": "masks in any order: what fills up is not looked at",
     },
+    "csrc/cpu/decode_avx512.h": {
+        "scales_of(first - 1) == scales -> ": "rows of a task, 32 or 64 of them, lie in one block of 128",
+    },
     "csrc/cpu/dot_body.h": {
         "largest / limit == 0 ? 1.f": "spares a cast of NaN to an integer; a scale of 0 makes any integer 0",
         '*scale = __builtin_nanf("");': "the scale is infinite or NaN there, and times 0 that is NaN",
