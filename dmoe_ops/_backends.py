@@ -84,15 +84,6 @@ class Reference:
         args[-1].copy_(reference.qk_norm_rope(*args[:-1]))
 
     @staticmethod
-    def takes_parts(device) -> bool:
-        """Whether products with few rows are faster in parts (`decoder.linear`)."""
-        return False
-
-    @staticmethod
-    def linear_parts(*args) -> None:
-        args[-1].copy_(reference.linear_parts(*args[:-1], len(args[-1])))
-
-    @staticmethod
     def block_attention(*args) -> None:
         args[-1].copy_(reference.block_attention(*args[:-1]))
 
@@ -141,16 +132,14 @@ class Cpp:
         Cpp.route(call)(call.x, call.weights, call.y)
 
     @staticmethod
-    def add_rms_norm(x, delta, *args) -> None:
-        torch.ops.dmoe._add_rms_norm_out(x, reference.whole(delta, x.dim(), x.dtype), *args)
+    def add_rms_norm(*args) -> None:
+        torch.ops.dmoe._add_rms_norm_out(*args)
 
     @staticmethod
-    def qk_norm_rope(qkv, *args) -> None:
-        torch.ops.dmoe._qk_norm_rope_out(reference.whole(qkv, 3, args[-1].dtype), *args)
+    def qk_norm_rope(*args) -> None:
+        torch.ops.dmoe._qk_norm_rope_out(*args)
 
     # Torch's own are fast on a CPU.
-    takes_parts = Reference.takes_parts
-    linear_parts = Reference.linear_parts
     block_attention = Reference.block_attention
     count_step = Reference.count_step
     unmask = Reference.unmask
@@ -210,14 +199,6 @@ class Triton:
     @staticmethod
     def qk_norm_rope(*args) -> None:
         _triton_backend().qk_norm_rope(*args)
-
-    @staticmethod
-    def takes_parts(device) -> bool:
-        return _triton_backend().takes_parts(device)
-
-    @staticmethod
-    def linear_parts(*args) -> None:
-        _triton_backend().linear_parts(*args)
 
     @staticmethod
     def block_attention(*args) -> None:
@@ -338,14 +319,6 @@ class Cuda:
     @staticmethod
     def qk_norm_rope(*args) -> None:
         _without_cuda().qk_norm_rope(*args)
-
-    @staticmethod
-    def takes_parts(device) -> bool:
-        return _without_cuda().takes_parts(device)
-
-    @staticmethod
-    def linear_parts(*args) -> None:
-        _without_cuda().linear_parts(*args)
 
     @staticmethod
     def block_attention(*args) -> None:

@@ -1,5 +1,5 @@
-"""What a decoder layer does beside its products, fused: dmoe::linear_parts, dmoe::add_rms_norm,
-dmoe::qk_norm_rope, dmoe::block_attention and dmoe::greedy.
+"""What a decoder layer does beside its products, fused: dmoe::add_rms_norm, dmoe::qk_norm_rope, dmoe::block_attention and
+dmoe::greedy.
 
 The torch forms, with shapes and dtypes, are in reference.py. None of the ops has a gradient: with one to keep, a layer uses
 the torch forms.
@@ -8,55 +8,13 @@ the torch forms.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _backends, _library
 
-PART = 256  # columns of a part of a product; triton_kernels/linear.py
-FEW_ROWS = 64
-
-
-def linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """module(x), [..., N]; or, for few rows where the GPU can load weights ahead of x, its `linear_parts`, which the ops
-    below add up."""
-    plain = (
-        type(module) is nn.Linear and module.bias is None and not (module._forward_hooks or module._forward_pre_hooks)
-    )
-    if not (plain and x.numel() <= FEW_ROWS * x.shape[-1] and _loads_ahead(x, module.weight)):
-        return module(x)
-    parts = linear_parts(x.reshape(-1, x.shape[-1]), module.weight)
-    return parts.view(len(parts), *x.shape[:-1], -1)
-
-
-def _loads_ahead(x: Tensor, weight: Tensor) -> bool:
-    floats = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    if not floats or x.shape[-1] % PART or torch.is_grad_enabled() or not x.numel():
-        return False
-    return _backends.backend(x).takes_parts(x.device)
-
-
-def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, K] @ weight [N, K].T in parts, float32 [K / 256, rows, N], the sum of which it is. rows: at most 64."""
-    if _library.nobody_listens(x, weight):
-        return linear_parts_impl(x, weight)
-    return torch.ops.dmoe.linear_parts(x, weight)
-
-
-def linear_parts_fake(x, weight):
-    return x.new_empty(x.shape[1] // PART, x.shape[0], weight.shape[0], dtype=torch.float32)
-
-
-def linear_parts_impl(x, weight):
-    parts = linear_parts_fake(x, weight)
-    if parts.numel():
-        x, weight = _library.contiguous(x, weight)
-        _backends.backend(x).linear_parts(x, weight, parts)
-    return parts
-
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(the RMS norm of x + delta, scaled by weight; x + delta). x and delta: [..., N], weight: [N], all of one dtype; delta
-    may come in the parts of `linear`, float32 [parts, ..., N]."""
+    """(the RMS norm of x + delta, scaled by weight; x + delta). x and delta: [..., N], weight: [N], all of one dtype."""
     if _library.nobody_listens(x, delta, weight):
         return add_rms_norm_impl(x, delta, weight, eps)
     return torch.ops.dmoe.add_rms_norm(x, delta, weight, eps)
@@ -70,8 +28,7 @@ def add_rms_norm_impl(x, delta, weight, eps):
     normed, total = add_rms_norm_fake(x, delta, weight, eps)
     if x.numel():
         x, delta = _library.contiguous(x, delta)
-        parts = delta.shape[: delta.dim() - x.dim()]
-        flat = x.view(-1, x.shape[-1]), delta.view(*parts, -1, x.shape[-1])
+        flat = (tensor.view(-1, x.shape[-1]) for tensor in (x, delta))
         outs = (tensor.view(-1, x.shape[-1]) for tensor in (normed, total))
         _backends.backend(x).add_rms_norm(*flat, weight, eps, *outs)
     return normed, total
@@ -89,8 +46,8 @@ def qk_norm_rope(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """Splits qkv [n, T, (heads + 2 kv_heads) D], or its parts (`linear`), into heads, normalises and rotates queries and
-    keys, and appends keys and values to a cache. Returns the queries [n, heads, T, D].
+    """Splits qkv [n, T, (heads + 2 kv_heads) D] into heads, normalises and rotates queries and keys, and appends keys and
+    values to a cache. Returns the queries [n, heads, T, D].
 
     q_weight, k_weight: [D], or both None for no norm. cos, sin: of every position from 0 on, [past + T or more, R], which
     rotate the first R dimensions of a head.
@@ -104,8 +61,8 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_fake(qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, values):
-    n, tokens, width = qkv.shape[-3:]
-    return keys.new_empty(n, width // keys.shape[3] - 2 * keys.shape[1], tokens, keys.shape[3])
+    n, tokens, width = qkv.shape
+    return qkv.new_empty(n, width // keys.shape[3] - 2 * keys.shape[1], tokens, keys.shape[3])
 
 
 def qk_norm_rope_impl(qkv, q_weight, k_weight, eps, cos, sin, rows, past, keys, values):
@@ -163,7 +120,6 @@ def greedy_impl(logits):
 
 
 for schema, impl, fake in (
-    ("linear_parts(Tensor x, Tensor weight) -> Tensor parts", linear_parts_impl, linear_parts_fake),
     (
         "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor normed, Tensor total)",
         add_rms_norm_impl,

@@ -445,20 +445,9 @@ def rms_norm(x, weight, eps: float) -> torch.Tensor:
     return weight * wide.to(x.dtype)
 
 
-def linear_parts(x, weight, parts: int) -> torch.Tensor:
-    """x [rows, K] @ weight [N, K].T in parts along K, float32 [parts, rows, N], of which `whole` makes the product."""
-    x, weight = (tensor.float().unflatten(1, (parts, -1)).transpose(0, 1) for tensor in (x, weight))
-    return x @ weight.transpose(1, 2)
-
-
-def whole(value, dims: int, dtype) -> torch.Tensor:
-    """A value of `dims` dimensions, or its parts in one more, added up in float32 and rounded."""
-    return value if value.dim() == dims else value.sum(0).to(dtype)
-
-
 def add_rms_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(x + delta), x + delta), all [..., N] of one dtype; delta whole or in parts (`whole`)."""
-    total = x + whole(delta, x.dim(), x.dtype)
+    """(rms_norm(x + delta), x + delta), all [..., N] of one dtype."""
+    total = x + delta
     return rms_norm(total, weight, eps), total
 
 
@@ -480,12 +469,11 @@ def turned_heads(qkv, q_weight, k_weight, eps: float, cos, sin, kv_heads: int, s
 
 
 def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values) -> torch.Tensor:
-    """`turned_heads` of qkv [n, T, (heads + 2 kv_heads) D], whole or in parts (`whole`); keys and values are written behind
-    the prefix of `past` int64 [1] tokens, into keys and values [bsz, kv_heads, capacity, D] of the sequences `rows` int64
-    [n] (None: all). cos and sin: of every position, [past + T or more, R]. Returns the queries [n, heads, T, D]."""
-    position = past + torch.arange(qkv.shape[-2], device=qkv.device)
+    """`turned_heads` of qkv [n, T, (heads + 2 kv_heads) D], keys and values written behind the prefix of `past` int64 [1]
+    tokens, into keys and values [bsz, kv_heads, capacity, D] of the sequences `rows` int64 [n] (None: all). cos and sin:
+    of every position, [past + T or more, R]. Returns the queries [n, heads, T, D]."""
+    position = past + torch.arange(qkv.shape[1], device=qkv.device)
     turns = cos.index_select(0, position), sin.index_select(0, position)
-    qkv = whole(qkv, 3, keys.dtype)
     query, key, value = turned_heads(qkv, q_weight, k_weight, eps, *turns, keys.shape[1], keys.shape[3])
     rows = torch.arange(len(qkv), device=qkv.device) if rows is None else rows
     for buffer, new in ((keys, key), (values, value)):

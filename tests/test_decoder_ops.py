@@ -75,71 +75,6 @@ def test_qk_norm_rope(dtype, rotary, norm, rows, fused):
     assert changed.any(0).nonzero().flatten().tolist() == [5, 6, 7]
 
 
-def in_parts(value, parts: int = 3):
-    """Parts whose sum in float32 rounds to a value, all of one size and of either sign."""
-    noise = drawn(parts - 1, *value.shape, seed=9, device=value.device).round(decimals=3)
-    return torch.cat([noise, (value.float() - noise.sum(0))[None]])
-
-
-@dtypes
-@pytest.mark.parametrize(["rows", "columns", "n"], [(1, 256, 64), (32, 512, 130), (64, 768, 40), (0, 256, 8)])
-def test_linear_parts(dtype, rows, columns, n, fused):
-    """Each part against float64, of its own columns."""
-    x, weight = drawn(rows, columns, dtype=dtype, device=fused), drawn(n, columns, dtype=dtype, seed=1, device=fused)
-    parts = decoder.linear_parts(x, weight)
-    assert parts.shape == (columns // 256, rows, n) and parts.dtype == torch.float32
-    for i, part in enumerate(parts):
-        own = slice(256 * i, 256 * (i + 1))
-        want = x[:, own].double() @ weight[:, own].double().T
-        torch.testing.assert_close(part.double(), want, atol=1e-4, rtol=1e-5)
-
-
-@dtypes
-def test_what_follows_takes_parts(dtype, fused):
-    """A norm, and the heads of a layer, from parts: what their sum gives."""
-    x, delta, weight = (
-        drawn(*shape, dtype=dtype, seed=i, device=fused) for i, shape in enumerate([(2, 3, 40)] * 2 + [(40,)])
-    )
-    whole = reference.whole(in_parts(delta), 3, dtype)
-    for got, want in zip(
-        decoder.add_rms_norm(x, in_parts(delta), weight, 1e-6), reference.add_rms_norm(x, whole, weight, 1e-6)
-    ):
-        close(got, want, dtype)
-    qkv, turn = drawn(2, 3, 8 * 12, dtype=dtype, device=fused), drawn(9, 4, dtype=dtype, seed=3, device=fused)
-    norms = [drawn(12, dtype=dtype, seed=seed, device=fused) for seed in (4, 5)]
-    results = []
-    for form, given in ((decoder, in_parts(qkv)), (reference, reference.whole(in_parts(qkv), 3, dtype))):
-        cache = [torch.zeros(2, 2, 9, 12, dtype=dtype, device=fused) for _ in range(2)]
-        query = form.qk_norm_rope(given, *norms, 1e-6, turn, turn, None, torch.tensor([5], device=fused), *cache)
-        results.append((query, *cache))
-    for got, want in zip(*results):
-        assert got.shape == want.shape and got.dtype == dtype
-        close(got, want, dtype)
-
-
-@torch.no_grad()
-def test_only_plain_layers_are_taken_apart(fused, monkeypatch):
-    """A hook, a bias, many rows, float32, other columns: the layer itself."""
-    backend = _backends.backend(torch.empty(0, device=fused))
-    assert not backend.takes_parts(torch.device("cpu"))
-    monkeypatch.setattr(backend, "takes_parts", lambda device: True)
-    hooked = torch.nn.Linear(256, 8, bias=False)
-    hooked.register_forward_hook(lambda *_: None)
-    cases = [(torch.nn.Linear(256, 8, bias=False), 3), (torch.nn.Linear(256, 8), 3), (hooked, 3)]
-    cases += [(torch.nn.Linear(256, 8, bias=False), 65), (torch.nn.Linear(128, 8, bias=False), 3)]
-    for i, (module, rows) in enumerate(cases):
-        module, x = (
-            module.to(fused, torch.bfloat16),
-            drawn(1, rows, module.in_features, dtype=torch.bfloat16, device=fused),
-        )
-        got = decoder.linear(module, x)
-        assert got.shape == ((1, 1, rows, 8) if i == 0 else (1, rows, 8))
-        close(reference.whole(got, 3, x.dtype), module(x), torch.bfloat16)
-    with torch.enable_grad():
-        assert decoder.linear(cases[0][0], drawn(1, 3, 256, dtype=torch.bfloat16, device=fused)).dim() == 3
-    assert decoder.linear(cases[0][0].float(), drawn(1, 3, 256, device=fused)).dim() == 3
-
-
 @dtypes
 @pytest.mark.parametrize(
     ["n", "heads", "kv_heads", "size", "block", "tokens", "past", "capacity"],
@@ -246,13 +181,12 @@ def test_whatever_torch_makes_tensors_on_by_default_the_inputs_say():
         assert all(map(torch.equal, run(), wanted))
 
 
-@pytest.mark.parametrize("name", ["linear_parts", "add_rms_norm", "qk_norm_rope", "block_attention", "greedy"])
+@pytest.mark.parametrize("name", ["add_rms_norm", "qk_norm_rope", "block_attention", "greedy"])
 def test_schema_and_fake_of_each_op(name, fused):
     x = drawn(2, 3, 48, device=fused)
     cache = [drawn(2, 1, 8, 8, seed=seed, device=fused) for seed in (1, 2)]
     turn = [drawn(8, 4, seed=seed, device=fused) for seed in (1, 2)]
     arguments = dict(
-        linear_parts=(drawn(3, 512, device=fused), drawn(8, 512, seed=1, device=fused)),
         add_rms_norm=(x, x + 1, x[0, 0].clone(), 1e-6),
         qk_norm_rope=(x, None, None, 1e-6, *turn, None, torch.tensor([2], device=fused), *cache),
         block_attention=(x.view(2, 3, 6, 8), *cache, torch.tensor([2], device=fused), 2),

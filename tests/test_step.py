@@ -14,7 +14,6 @@ from sizes import EOS, MASK, SIZES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmoe_ops import _backends, decoder
 from dmoe_ops.models import LLaDA2Config, LLaDA2ForDiffusion, decoding, graphs
 from dmoe_ops.models.step import Batch, Counter, Rule, denoise
 
@@ -368,26 +367,6 @@ def test_what_a_graph_reads_is_held(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     made = graphs.StepGraphs(model, RULE, 2, 128, ())
     assert len(read) > 20 and read <= storages(made) | storages(list(model.state_dict().values()))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_model_whose_products_come_in_parts(cached, monkeypatch):
-    """Those of attention, for a few rows: with a cache and without."""
-    model, taken = build().to(torch.bfloat16), []
-    monkeypatch.setenv("DMOE_BACKEND", "reference")
-
-    def hidden():
-        cache = model.new_cache(32) if cached else None
-        return model.hidden_states(prompt(32), kv_cache=cache, block_length=32)[0].float()
-
-    want = hidden()
-    parts = decoder.linear_parts
-    monkeypatch.setattr(decoder, "PART", 8)
-    monkeypatch.setattr(_backends.Reference, "takes_parts", lambda device: True)
-    monkeypatch.setattr(decoder, "linear_parts", lambda *args: taken.append(args) or parts(*args))
-    assert (hidden() - want).norm() <= 0.02 * want.norm()
-    assert len(taken) == 2 * len(model.model.layers)
 
 
 def test_a_cancelled_decode_leaves_nothing_to_the_next(taped):

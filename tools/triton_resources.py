@@ -142,14 +142,10 @@ def launches(
 
 def _decoder_ops(serve, empty, n_tokens: int, hidden: int) -> None:
     x, past, size = empty(n_tokens, hidden), empty(1, dtype=torch.int64), 128
-    serve.linear_parts(x, empty(3072, hidden), empty(hidden // 256, n_tokens, 3072, dtype=torch.float32))
     serve.add_rms_norm(x, x, empty(hidden), 1e-6, x, x)
-    serve.add_rms_norm(x, empty(8, n_tokens, hidden, dtype=torch.float32), empty(hidden), 1e-6, x, x)
     cache, turn, norm = empty(2, 4, 4096, size), empty(4096, size // 2), empty(size)
     for rows in (None, past):
-        parts = () if rows is None else (8,)
-        kind = torch.float32 if parts else x.dtype
-        qkv, query = empty(*parts, 1, n_tokens, 24 * size, dtype=kind), empty(1, 16, n_tokens, size)
+        qkv, query = empty(1, n_tokens, 24 * size), empty(1, 16, n_tokens, size)
         serve.qk_norm_rope(qkv, norm, norm, 1e-6, turn, turn, rows, past, cache, cache, query)
     for sequences in (1, 8):  # shares of the keys, and none
         query, keys = empty(sequences, 16, n_tokens, size), empty(sequences, 4, 1024, size)

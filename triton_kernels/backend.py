@@ -9,7 +9,7 @@ import triton
 
 from .._call import LayerCall
 from ..formats import ExpertWeights
-from . import attention, decoder, dense, gathered, gradient, launch, linear, router, schedule, tiles, unmasking
+from . import attention, decoder, dense, gathered, gradient, launch, router, schedule, tiles, unmasking
 from .weights import stored
 
 DENSE_TOKENS = 64  # up to so many, `moe_experts` takes the dense form; not measured
@@ -217,16 +217,6 @@ class Triton:
     def qk_norm_rope(qkv, *args) -> None:
         with launch.on(qkv.device):
             decoder.qk_norm_rope(qkv, *args, has_pdl(qkv.device))
-
-    @staticmethod
-    def takes_parts(device) -> bool:
-        return has_pdl(device)
-
-    @staticmethod
-    @launch.repeated
-    def linear_parts(x, *args) -> None:
-        with launch.on(x.device):
-            linear.linear_parts(x, *args, has_pdl(x.device))
 
     @staticmethod
     @launch.repeated

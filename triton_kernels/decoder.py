@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear import whole
-
 GREEDY_CHUNK = 4096  # logits at a time; UNMEASURED
 GREEDY_PROGRAMS = 512  # for all rows, about: one per row took 49 us for 32 rows on an H200 (gpu-check step, af935c0)
 
@@ -38,16 +36,15 @@ def add_rms_norm_kernel(
     total_ptr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program per row. PARTS: of delta, see `linear.whole`."""
+    """A program per row."""
     follow(PDL)
     column = tl.arange(0, WIDTH)
     inside = column < N
     at = tl.program_id(0).to(tl.int64) * N + column
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    delta = whole(delta_ptr + at, tl.num_programs(0) * N, inside, PARTS, x.dtype)
+    delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
     total = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     tl.store(total_ptr + at, total, mask=inside)
@@ -76,10 +73,9 @@ def qk_norm_rope_kernel(
     ROTARY: tl.constexpr,
     NORM: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program per token and head. PARTS: of qkv, see `linear.whole`."""
+    """A program per token and head."""
     follow(PDL)
     i, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence, token = i // tokens, i % tokens
@@ -87,8 +83,7 @@ def qk_norm_rope_kernel(
     k = tl.arange(0, WIDTH)
     inside = k < D
     from_ptr = qkv_ptr + (i * (HEADS + 2 * KV_HEADS) + head) * D
-    stride = tl.num_programs(0).to(tl.int64) * (HEADS + 2 * KV_HEADS) * D
-    x = whole(from_ptr + k, stride, inside, PARTS, query_ptr.dtype.element_ty)
+    x = tl.load(from_ptr + k, mask=inside, other=0.0)
     kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
     position = tl.load(past_ptr) + token
     place = ((row * KV_HEADS + kv_head) * capacity + position) * D + k
@@ -97,7 +92,7 @@ def qk_norm_rope_kernel(
     else:
         turned = k < ROTARY
         other = tl.where(k < ROTARY // 2, k + ROTARY // 2, k - ROTARY // 2)
-        y, across = x, whole(from_ptr + other, stride, turned, PARTS, query_ptr.dtype.element_ty)
+        y, across = x, tl.load(from_ptr + other, mask=turned, other=0.0)
         if NORM:
             weight_ptr = q_weight_ptr if head < HEADS else k_weight_ptr
             across = normalised(across, tl.load(weight_ptr + other, mask=turned, other=0.0), x, eps, D)
@@ -177,8 +172,8 @@ def add_rms_norm(x, delta, weight, eps: float, normed, total, pdl: bool) -> None
     rows, size = x.shape
     width = triton.next_power_of_2(size)
     warps = max(1, min(8, width // 256))
-    args, parts = (x, delta, weight, eps, normed, total), len(delta) if delta.dim() == 3 else 0
-    add_rms_norm_kernel[(rows,)](*args, N=size, WIDTH=width, PARTS=parts, num_warps=warps, **early(pdl))
+    args = (x, delta, weight, eps, normed, total)
+    add_rms_norm_kernel[(rows,)](*args, N=size, WIDTH=width, num_warps=warps, **early(pdl))
 
 
 def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys, values, query, pdl: bool) -> None:
@@ -208,7 +203,6 @@ def qk_norm_rope(qkv, q_weight, k_weight, eps: float, cos, sin, rows, past, keys
         ROTARY=cos.shape[1],
         NORM=q_weight is not None,
         HAS_ROWS=rows is not None,
-        PARTS=len(qkv) if qkv.dim() == 4 else 0,
         num_warps=1,
         **early(pdl),
     )

@@ -65,15 +65,15 @@ class KVCache:
         eps: float,
         at: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalises and turns the heads of qkv [n, T, ...], whole or in parts (`reference.qk_norm_rope`), and writes keys
-        and values behind the prefix of `at` int64 [1] tokens. Returns the queries, and keys and values of prefix and both,
-        or the whole buffers where the length is on the device. Raises ValueError where they have a gradient, which the
-        buffers would keep from then on."""
+        """Normalises and turns the heads of qkv [n, T, ...] (`reference.qk_norm_rope`) and writes keys and values behind the
+        prefix of `at` int64 [1] tokens. Returns the queries, and keys and values of prefix and both, or the whole buffers
+        where the length is on the device. Raises ValueError where they have a gradient, which the buffers would keep from
+        then on."""
         if qkv.requires_grad:
             raise ValueError("kv_cache must be used under torch.no_grad(), got keys with a gradient")
         buffers = self.keys[layer], self.values[layer]
         query = decoder.qk_norm_rope(qkv, query_weight, key_weight, eps, *self.turns, self.rows, at, *buffers)
-        keys, values = (self._upto(buffer, qkv.shape[-2]) for buffer in buffers)
+        keys, values = (self._upto(buffer, qkv.shape[1]) for buffer in buffers)
         return query, keys, values
 
     def _upto(self, buffer, tokens: int) -> torch.Tensor:

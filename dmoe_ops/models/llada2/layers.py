@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
     def forward(self, x, attend):
         """attend: from this layer and [n, T, queries, keys and values] to what the queries see, [n, T, heads D]."""
-        return decoder.linear(self.dense, attend(self, decoder.linear(self.query_key_value, x)))
+        return self.dense(attend(self, self.query_key_value(x)))
 
     def norms(self) -> tuple:
         """Weights of the norms of queries and keys, or None, and their eps."""

@@ -189,8 +189,8 @@ class LLaDA2ForDiffusion(nn.Module):
             elif torch.is_grad_enabled():
                 query, *prefix = own.split(qkv, *turns)
             else:
-                shape = len(input_ids), own.kv_heads, input_ids.shape[1], own.head_dim
-                prefix = x.new_empty(shape), x.new_empty(shape)
+                shape = len(qkv), own.kv_heads, qkv.shape[1], own.head_dim
+                prefix = qkv.new_empty(shape), qkv.new_empty(shape)
                 query = decoder.qk_norm_rope(qkv, *own.norms(), *turns, None, at, *prefix)
             if mask is not None:
                 return reference.attention(query, *prefix, mask)
