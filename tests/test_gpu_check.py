@@ -183,7 +183,14 @@ def test_every_test_for_a_gpu_is_in_one_class(monkeypatch):
         for file in (ROOT / "tests/gpu").glob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
     ]
-    assert sorted(chosen) == sorted(named) and chosen
+    assert sorted(set(chosen)) == sorted(named) and chosen
+    # Those of both backends in two processes: one takes the tests of cuda, the other all others.
+    halves = [
+        step.command[step.command.index("-k") + 1]
+        for step in plan.test_steps(Path("tests/gpu"))
+        if "-k" in step.command
+    ]
+    assert halves == ["cuda", "not cuda"] * (len(halves) // 2)
 
 
 def test_the_plan_for_a_gpu(monkeypatch):

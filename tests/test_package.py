@@ -30,7 +30,7 @@ LAYERS = [
     {"models"},
     {"pooled"},
     {"layer"},
-    {"router", "experts", "decoder", "expert_memory", "hf_block"},
+    {"router", "experts", "decoder", "unmasking", "expert_memory", "hf_block"},
     {"_backends"},
     {"triton_kernels", "reference"},
     {"_library"},

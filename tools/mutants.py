@@ -12,6 +12,7 @@ TESTS = {
         "test_expert_map",
         "test_pooled",
         "test_decoder_ops",
+        "test_unmasking_ops",
         "test_activation",
     ],
     "dmoe_ops/routing.py": ["test_routing", "test_router", "test_bad_input"],
@@ -85,8 +86,10 @@ HAND = {
     ("dmoe_ops/models/llada2/model.py", "test_llada2"): [
         ("norm(dim=0, keepdim=True)", "norm(dim=1, keepdim=True)"),
     ],
-    ("dmoe_ops/models/sampling.py", "test_llada2"): [
+    ("dmoe_ops/reference.py", "test_llada2"): [
         ("sure = confidence > threshold", "sure = confidence >= threshold"),
+    ],
+    ("dmoe_ops/models/sampling.py", "test_llada2"): [
         ("(1, 0)) > top_p", "(1, 0)) >= top_p"),
     ],
     ("csrc/cpu/router.cpp", "test_router"): [
@@ -413,11 +416,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "dmoe_ops/models/sampling.py": {
         "top_k < logits.shape[1] -> top_k <= logits.shape[1]": "the k most probable of k tokens are all of them",
-        ">= share -> sure.sum(-1, keepdim=True) > share": "sure tokens are the most confident ones",
         "top_p < 1 -> top_p <= 1": "at 1 it could leave out only what vanishes in the rounding of a sum",
         "top_p < 1: | 1 -> 2": "at 1 it could leave out only what vanishes in the rounding of a sum",
         "nan_to_num(1.0), 1, generator=generator) | 1.0 -> 2.0": "what is drawn where a row is NaN ends the decode",
-        "active | torch.zeros_like -> torch.ones_like": "an order names every position",
         "nan_to_num(1.0), 1, generator=generator) | 1 -> 2": "the first of two is the one that is drawn alone",
     },
     "dmoe_ops/models/checkpoint.py": {
@@ -425,6 +426,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "encoding='utf-8') -> (folder": "JSON is written in ASCII",
     },
     "dmoe_ops/reference.py": {
+        ">= share -> sure.sum(-1, keepdim=True) > share": "sure tokens are the most confident ones",
+        "active | torch.zeros_like -> torch.ones_like": "an order names every position",
         "torch.tensor(routing.top_p, dtype=value.dtype, device=value.device) -> torch.tensor(routing.top_p, device": (
             "float32 is torch's default, and one number takes the dtype of what it is compared with"
         ),

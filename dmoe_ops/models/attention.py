@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from .. import decoder, reference
@@ -41,8 +39,8 @@ class KVCache:
 
     def select(self, rows: torch.Tensor | None = None, length: int | torch.Tensor | None = None) -> KVCache:
         """The same buffers for some sequences, or with another length."""
-        part = copy.copy(self)
-        part.rows = rows
+        part = KVCache.__new__(KVCache)  # torch 2.11 does not trace through copy.copy
+        part.keys, part.values, part.turns, part.rows = self.keys, self.values, self.turns, rows
         part.length = self.length if length is None else length
         return part
 
