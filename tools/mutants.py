@@ -163,7 +163,7 @@ HAND = {
         ("value *= 0x1p112f;", "value *= 0x1p111f;"),
     ],
     ("csrc/cpu/dot.cpp", "test_experts"): [
-        ("first_sums(a, part.token + t, part.row, part.rows, sums.data() + t * kDownRows);", ""),
+        ("first_sums(a, part.token + t, part.row, part.rows, sums.data() + t * kDownRows);", ";"),
         ("half * group.intermediate + task.row", "task.row"),
         ("if (begin == end) continue;", "if (begin + 1 == end) continue;"),
         ("if (first == end) continue;", "if (first + 1 == end) continue;"),
