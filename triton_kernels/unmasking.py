@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .decoder import early, follow
 
-SCAN = 1024  # tokens, or router logits, at a time; UNMEASURED
+SCAN = 1024  # tokens, or router logits, at a time; others were not measured
 SLOTS = 32  # slots of topk_ids at a time
 
 

@@ -1,6 +1,6 @@
 """Denoising steps as CUDA graphs: captured once per batch bucket and block length, replayed for every prefix.
 
-Not confirmed by a GPU yet; the tests replay what was recorded, op by op, on the CPU.
+On the CPU the tests replay what was recorded, op by op; tests/gpu has the graphs themselves.
 """
 
 from __future__ import annotations
