@@ -61,6 +61,8 @@ class KVCache:
         query_weight: torch.Tensor | None,
         key_weight: torch.Tensor | None,
         eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
         at: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalises and turns the heads of qkv [n, T, ...] (`reference.qk_norm_rope`) and writes keys and values behind the
@@ -70,7 +72,7 @@ class KVCache:
         if qkv.requires_grad:
             raise ValueError("kv_cache must be used under torch.no_grad(), got keys with a gradient")
         buffers = self.keys[layer], self.values[layer]
-        query = decoder.qk_norm_rope(qkv, query_weight, key_weight, eps, *self.turns, self.rows, at, *buffers)
+        query = decoder.qk_norm_rope(qkv, query_weight, key_weight, eps, cos, sin, self.rows, at, *buffers)
         keys, values = (self._upto(buffer, qkv.shape[1]) for buffer in buffers)
         return query, keys, values
 

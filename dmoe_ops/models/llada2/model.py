@@ -178,14 +178,16 @@ class LLaDA2ForDiffusion(nn.Module):
             position = torch.arange(input_ids.shape[1], device=input_ids.device)
             position, mask = (position, None) if layout is None else layout
             turns = self._turns(position)
-        elif kv_cache.turns is None:
-            kv_cache.turns = self._turns(torch.arange(kv_cache.keys.shape[3], device=input_ids.device))
+        else:
+            if kv_cache.turns is None:
+                kv_cache.turns = self._turns(torch.arange(kv_cache.keys.shape[3], device=input_ids.device))
+            turns = kv_cache.turns
         x, delta, routed = self.model.word_embeddings(input_ids), None, []
         at = past if isinstance(past, torch.Tensor) else torch.full((1,), past, device=x.device)
 
         def attend(layer: int, own: Attention, qkv):
             if kv_cache is not None:
-                query, *prefix = kv_cache.extend(layer, qkv, *own.norms(), at)
+                query, *prefix = kv_cache.extend(layer, qkv, *own.norms(), *turns, at)
             elif torch.is_grad_enabled():
                 query, *prefix = own.split(qkv, *turns)
             else:
