@@ -25,7 +25,8 @@ from . import tiles
 
 # Of the versions whose launches have been compared (tests/test_triton_launch.py, tests/gpu). AMD's kernels are specialised
 # on the sizes of storages too, which nobody keeps equal here.
-REPEATS = triton.__version__.startswith("3.6.") and torch.version.hip is None and not knobs.runtime.interpret
+COMPARED = triton.__version__.startswith(("3.6.", "3.8."))
+REPEATS = COMPARED and torch.version.hip is None and not knobs.runtime.interpret
 SCRATCH_ALIGNMENT = 512
 ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty}
 MAX_PLANS = 1024
