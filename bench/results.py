@@ -79,7 +79,10 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout, with -dirty behind it where anything but results was changed."""
+    """DMOE_COMMIT, which is for a copy that git knows nothing of, or knows wrongly; else that of the checkout, with -dirty
+    behind it where anything but results was changed."""
+    if given := os.environ.get("DMOE_COMMIT"):
+        return given
     git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
     changed = ["status", "--porcelain", "--untracked-files=no", "--", ":/", *(f":/!{place}" for place in LEFT_BEHIND)]
     try:
