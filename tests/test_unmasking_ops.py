@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from dmoe_ops import unmasking
+from dmoe_ops import reference, unmasking
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK, EOS = 50, 51
@@ -78,7 +78,7 @@ def plainly(tokens, confidence, x, new, steps, active, begin, step, eos, early, 
 def test_unmask(bsz, size, capacity, begin, rows, eos, early, backend):
     rows = torch.tensor(rows, device=DEVICE)
     for seed in range(8 if backend == "reference" else 4):
-        state, threshold = step_state(seed, bsz, size, capacity, begin), (0.3, 0.7, 0.99, 1.0)[seed % 4]
+        state, threshold = step_state(seed, bsz, size, capacity, begin), (0.5, 0.75, 0.25, 1.0)[seed % 4]
         tokens, confidence = predicted(seed, len(rows), size)
         broken = torch.zeros(3, len(rows), dtype=torch.int32, device=DEVICE)
         before = {name: value.clone() for name, value in state.items()}
@@ -93,6 +93,23 @@ def test_unmask(bsz, size, capacity, begin, rows, eos, early, backend):
         assert state["x"].tolist() == texts and state["active"].tolist() == active
         assert int(state["step"]) == int(before["step"]) + 1
         assert all(torch.equal(state[name], before[name]) for name in ("new", "steps", "begin"))
+
+
+def test_whatever_torch_makes_tensors_on_by_default_the_inputs_say():
+    """Of the torch form."""
+    state, rows = step_state(0, 2, 8, 16, 8), torch.arange(2, device=DEVICE)
+    settings = dict(mask_id=MASK, eos_id=EOS, early_stop=True, threshold=0.5)
+    broken = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+
+    def run():
+        given = {name: value.clone() for name, value in state.items()}
+        return reference.unmask(*predicted(0, 2, 8), broken, rows, **given, **settings), given["x"]
+
+    wanted, numbers = run(), predicted(0, 2, 8)
+    with torch.device("meta"):
+        given = {name: value.clone() for name, value in state.items()}
+        got = reference.unmask(*numbers, broken, rows, **given, **settings), given["x"]
+    assert all(map(torch.equal, got, wanted))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -116,7 +133,7 @@ def test_count_step(n, blocks, block, top_k, experts, backend):
     logits = torch.randn(layers, n, tokens, experts, generator=g)
     logits[2, n - 1, -1, -1] = float("nan")
     rows, active = torch.arange(n).flip(0), torch.tensor([True, False, True, True])[: n + 1]
-    length, begin = torch.tensor([9, 3, 4, 0])[: n + 1], torch.tensor([4])
+    length, begin = torch.tensor([9, 5, 3, 0])[: n + 1], torch.tensor([4])
     counts = [torch.full(size, 7, dtype=torch.int64) for size in ((3,), (3,), (3, layers))]
     want = [count.clone() for count in counts]
     for i, row in enumerate(rows.tolist()):

@@ -426,6 +426,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "encoding='utf-8') -> (folder": "JSON is written in ASCII",
     },
     "dmoe_ops/reference.py": {
+        "dtype=torch.bool) -> topk_ids.new_zeros(layers, n, blocks, num_experts + 1)": "ones add up to the same",
         ">= share -> sure.sum(-1, keepdim=True) > share": "sure tokens are the most confident ones",
         "active | torch.zeros_like -> torch.ones_like": "an order names every position",
         "torch.tensor(routing.top_p, dtype=value.dtype, device=value.device) -> torch.tensor(routing.top_p, device": (
