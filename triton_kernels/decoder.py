@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import early
+
 GREEDY_CHUNK = 4096  # logits at a time; others were not measured
 GREEDY_PROGRAMS = 512  # for all rows, about: one per row took 49 us for 32 rows on an H200 (gpu-check step, af935c0)
 
@@ -161,11 +163,6 @@ def greedy_merge_kernel(
     token = tl.min(tl.where(inside & (most == highest), token, 2147483647), 0)
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(probability_ptr + row, tl.where(highest == float("-inf"), float("nan"), 1.0 / total))
-
-
-def early(pdl: bool) -> dict:
-    """Options of a launch that may begin before the one in front of it ends."""
-    return dict(PDL=pdl, **(dict(launch_pdl=True) if pdl else {}))
 
 
 def add_rms_norm(x, delta, weight, eps: float, normed, total, pdl: bool) -> None:

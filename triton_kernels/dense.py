@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .experts import load_slots, local_expert, up_product, weighted
+from .launch import early
 from .products import multiply, rounded
 from .schedule import block_range
 from .weights import load_numbers, load_scales, product, scale_rows, scales_per_half, stored_columns
@@ -283,9 +284,8 @@ def experts(x, weights, topk_ids, topk_weights, block_offsets, seq_len, block_si
         BLOCK_N=tokens,
         HAS_OFFSETS=block_offsets is not None,
         HAS_MAP=weights.expert_map is not None,
-        PDL=pdl,
         **weights.formats,
-        **(dict(launch_pdl=True) if pdl else {}),
+        **early(pdl),
     )
     most = triton.cdiv(intermediate, up.rows) * width + triton.cdiv(weights.shared_intermediate, up.rows)
     programs = min(most, max(1, triton.cdiv(tiles.processors * up.per_processor, n_blocks)))

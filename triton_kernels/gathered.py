@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .experts import load_slots, local_expert, up_product, weighted
+from .launch import early
 from .products import rounded
 from .schedule import load_positions, load_tile
 from .weights import of_expert, product
@@ -225,7 +226,6 @@ def experts(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pdl
         HAS_MAP=weights.expert_map is not None,
         **weights.formats,
     )
-    early = dict(PDL=pdl, **(dict(launch_pdl=True) if pdl else {}))
     most, token_tiles = schedule.tiles.shape[0], triton.cdiv(n_tokens, schedule.tile)
     programs = most * triton.cdiv(intermediate, up.rows) + token_tiles * triton.cdiv(shared, up.rows)
     gathered_up_kernel[(programs,)](
@@ -249,7 +249,7 @@ def experts(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pdl
         ACTIVATION=weights.activation,
         num_warps=up.warps,
         **common,
-        **early,
+        **early(pdl),
     )
     programs = (most + (token_tiles if shared else 0)) * triton.cdiv(hidden, down.rows)
     gathered_down_kernel[(programs,)](
@@ -267,13 +267,13 @@ def experts(x, weights, topk_ids, topk_weights, schedule, h, rows, y, tiles, pdl
         STAGES=down.stages,
         num_warps=down.warps,
         **common,
-        **early,
+        **early(pdl),
     )
     if end < n_experts:
         return
     columns = min(COMBINE_COLUMNS, triton.next_power_of_2(hidden))
     combine_kernel[(n_tokens, triton.cdiv(hidden, columns))](
-        *rows, schedule.position_of, y, H=hidden, K=top_k, BLOCK_H=columns, num_warps=4, **early
+        *rows, schedule.position_of, y, H=hidden, K=top_k, BLOCK_H=columns, num_warps=4, **early(pdl)
     )
 
 

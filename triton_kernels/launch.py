@@ -69,6 +69,11 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def early(pdl: bool) -> dict:
+    """Options of a launch that may begin before the one in front of it ends, by programmatic dependent launch."""
+    return dict(PDL=pdl, **(dict(launch_pdl=True) if pdl else {}))
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The launches of one call. scratch: bytes; places: (index, offset) of each address that a kernel takes, where index

@@ -20,6 +20,7 @@ import functools
 import triton
 import triton.language as tl
 
+from .launch import early
 from .products import multiply
 from .schedule import MAX_WORD, block_range, local_only, order, store_used, store_word
 
@@ -623,7 +624,6 @@ def route(logits, score, expert_bias, block_offsets, seq_len, routing, out, sche
     tile: `tiles.Route`. pdl: launched behind `gate` by programmatic dependent launch.
     """
     n_blocks = out.coreset_sizes.shape[0]
-    pdl_option = dict(launch_pdl=True) if pdl else {}
     route_kernel[(n_blocks,)](
         logits,
         score,
@@ -646,8 +646,7 @@ def route(logits, score, expert_bias, block_offsets, seq_len, routing, out, sche
         HAS_OFFSETS=block_offsets is not None,
         HAS_MAP=expert_map is not None,
         SCHEDULE=schedule.form if schedule else "",
-        PDL=pdl,
-        **pdl_option,
+        **early(pdl),
     )
 
 

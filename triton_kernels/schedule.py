@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import early
+
 MAX_WORD = 32  # tokens in one bit mask
 
 
@@ -384,7 +386,6 @@ def order_all(topk_ids, n_experts: int, schedule, pdl: bool) -> None:
         TILE=schedule.tile,
         ROWS=max(1, 4096 // columns),
         SLOTS=1024,
-        PDL=pdl,
         num_warps=8,
-        **(dict(launch_pdl=True) if pdl else {}),
+        **early(pdl),
     )

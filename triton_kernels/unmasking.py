@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decoder import early, follow
+from .decoder import follow
+from .launch import early
 
 SCAN = 1024  # tokens, or router logits, at a time; others were not measured
 SLOTS = 32  # slots of topk_ids at a time
