@@ -143,6 +143,7 @@ setup(
         "dmoe_ops.models.llada2",
         "dmoe_ops.models.auto_classes",  # copied into checkpoints, imported by transformers alone
         "dmoe_ops.engines",
+        "dmoe_ops.eval",
         "dmoe_ops.gpu_check",
         "dmoe_ops.triton_kernels",
         "dmoe_ops.bench",
@@ -150,6 +151,7 @@ setup(
     ],
     package_data={
         "dmoe_ops": ["py.typed"],
+        "dmoe_ops.eval": ["data/*.jsonl"],
         "dmoe_ops.demo_checkpoint": ["config.json", "model.safetensors", "tokenizer.json"],
     },
     ext_modules=[Extension("dmoe_ops._C", sources=[], optional=True)],

@@ -17,7 +17,8 @@ import torch
 
 pytest.importorskip("tokenizers")
 
-from examples.miniature import model, paper, table, tasks, train, trainings
+from dmoe_ops.eval import paper
+from examples.miniature import model, table, tasks, train, trainings
 
 
 def of(name: str, count: int = 200, test: bool = False, seed: int = 0):

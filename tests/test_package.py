@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports run one way, from the top of this list down; modules of one line don't import each other's package.
 LAYERS = [
     {"__main__"},
-    {"decode"},
+    {"decode", "eval"},
     {"gpu_check", "tune", "demo", "convert", "chat"},
     {"bench", "info"},
     {"__init__"},

@@ -27,9 +27,11 @@ from tqdm import tqdm
 
 import dmoe_ops
 from dmoe_ops.convert import quantize_folder
+from dmoe_ops.eval import paper
+from dmoe_ops.eval.paper import wilson
 from dmoe_ops.formats import FORMATS
 
-from . import paper, tasks
+from . import tasks
 from .model import BASE, BLOCK, BLOCKS, DMOE, MIN_EXPERTS, answer, encode, load, pyplot
 
 SEED = 1_000_000  # of the test set; training seeds are small numbers, and its items are other ones anyway
@@ -137,14 +139,6 @@ def mask_of(ids, size: int) -> torch.Tensor:
     """bool [..., size] of ids [..., n]; -1 is none."""
     mask = torch.zeros(*ids.shape[:-1], size + 1, dtype=torch.bool)
     return mask.scatter(-1, ids.long() % (size + 1), True)[..., :size]
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson's score interval)."""
-    share, width = right / n, z * z / n
-    middle = (share + width / 2) / (1 + width)
-    half = z * math.sqrt(share * (1 - share) / n + width / n / 4) / (1 + width)
-    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def kept(run: Run, base: Run, draws: int = 2000) -> tuple[float, float, float]:
