@@ -292,21 +292,25 @@ HAND = {
         ("if (id >= 0 && id < experts && is_here", "if (id >= 0 && is_here"),
         ("row + block_size < a.seq_len ? row + block_size : a.seq_len", "row + block_size"),
     ],
-    ("csrc/cuda/experts_kernel.h", "test_experts_host"): [
+    ("csrc/cuda/experts_layout.h", "test_experts_host"): [
+        ("(r % 16 < 8 ? 0 : up_rows)", "(r % 16 < 8 ? up_rows : 0)"),
+        ("chunks = p.split_begin(split + 1) - first", "chunks = p.split_begin(1)"),
+        ("(last + 1 - first) * up_tiles_of_member", "(last - first) * up_tiles_of_member"),
+        ("if (end <= chunks_of_shared) return shared;", ""),
+    ],
+    ("csrc/cuda/experts_producer.h", "test_experts_host"): [
+        ("static_cast<uint32_t>(p.awaited(split))", "static_cast<uint32_t>(p.awaited(split) - 1)"),
+    ],
+    ("csrc/cuda/experts_consumer.h", "test_experts_host"): [
         ("weight == 0 ? 0.0f : (kGelu", "(kGelu"),
         ("kGelu ? dev::gelu_tanh(gate)", "kGelu ? dev::silu(gate)"),
         ("weight += chosen_weights[", "weight = chosen_weights["),
         ("tile.member < 0 ? 1.0f : 0.0f", "tile.member < 0 ? 0.5f : 0.0f"),
         ("dev::silu(gate)) * up", "dev::silu(up)) * gate"),
         ("total += part[s].v[c]", "total = part[s].v[c]"),
-        ("static_cast<uint32_t>(p.awaited(tile.split))", "static_cast<uint32_t>(p.awaited(tile.split) - 1)"),
         ("static_cast<uint32_t>(p.form.splits)) dev::pause", "static_cast<uint32_t>(p.form.splits - 1)) dev::pause"),
         ("all * (tile.split + 1) / pieces", "all * (tile.split + 1) / pieces - 1"),
-        ("(r % 16 < 8 ? 0 : up_rows)", "(r % 16 < 8 ? up_rows : 0)"),
-        ("chunks = p.split_begin(split + 1) - first", "chunks = p.split_begin(1)"),
-        ("(last + 1 - first) * up_tiles_of_member", "(last - first) * up_tiles_of_member"),
-        ("if (end <= chunks_of_shared) return shared;", ""),
-        ("inner = tile.member < 0 ? p.shared_inner : p.inner;", "inner = p.inner;"),
+        ("intermediate = tile.member < 0 ? p.shared_intermediate : p.intermediate;", "intermediate = p.intermediate;"),
         ("round16<kHalf>(total)", "round16<false>(total)"),
     ],
     ("triton_kernels/router.py", "test_triton_router"): [

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ["cuda/router_kernel.h", "cuda/experts_kernel.h", "select.h"]
+KERNELS = ["cuda/router_*.h", "cuda/experts_*.h", "select.h"]
 CALLS = (
     "sync|sync_some|sync_warp|cluster_arrive|cluster_arrive_relaxed|cluster_wait|wait_for_primary|barrier_init_done|"
     "barrier_expect|barrier_arrive|barrier_wait|fence_copies"
@@ -66,8 +66,8 @@ class Site:
 
 def sites(csrc: Path, device: bool) -> list[Site]:
     found = []
-    for file in ["cuda/device.h"] if device else KERNELS:
-        source = (csrc / file).read_text()
+    for path in [path for pattern in (["cuda/device.h"] if device else KERNELS) for path in csrc.glob(pattern)]:
+        file, source = str(path.relative_to(csrc)), path.read_text()
         rules = [("taken out", DEVICE, "(void)0;"), ("without its order", WEAKER, ".relaxed")] if device else RULES
         for how, pattern, instead in rules:
             for match in pattern.finditer(source):
