@@ -278,10 +278,15 @@ HAND = {
         ("is_nan(logits[e]) ? 0 : order_key(logits[e])", "order_key(logits[e])"),
         ("position == i * 32 + dev::lane()) keys[i] = 0;", "dev::lane() == position % 32) keys[i] = 0;"),
     ],
-    ("csrc/cuda/router_kernel.h", "test_select_host"): [
+    ("csrc/cuda/router_layout.h", "test_select_host"): [
+        ("{ return word & ((1u << bit) - 1); }", "{ return word & ((2u << bit) - 1); }"),
+        ("row + block_size < a.seq_len ? row + block_size : a.seq_len", "row + block_size"),
+    ],
+    ("csrc/cuda/router_gate.h", "test_select_host"): [
         ("if (value != value) b |= 0x00400000u;", ""),
         ("if (p + q > 2) continue;", "if (p + q > 0) continue;"),
-        ("{ return word & ((1u << bit) - 1); }", "{ return word & ((2u << bit) - 1); }"),
+    ],
+    ("csrc/cuda/router_coreset.h", "test_select_host"): [
         ("mine - (q < at / 4)", "mine"),
         ("i < at % 4 && own.word[i] == mine", "false"),
         ("if (lane >= by) upto += other;", "upto += other;"),
@@ -289,8 +294,9 @@ HAND = {
         ("static_cast<float>(lower + covered[i]) <= routing", "static_cast<float>(lower + covered[i]) < routing"),
         ("limit < routing.max_experts ? limit : routing.max_experts", "limit"),
         ("const uint32_t word = dev::ballot(in && e < p.experts);", "const uint32_t word = dev::ballot(in);"),
+    ],
+    ("csrc/cuda/router_schedule.h", "test_select_host"): [
         ("if (id >= 0 && id < experts && is_here", "if (id >= 0 && is_here"),
-        ("row + block_size < a.seq_len ? row + block_size : a.seq_len", "row + block_size"),
     ],
     ("csrc/cuda/experts_layout.h", "test_experts_host"): [
         ("(r % 16 < 8 ? 0 : up_rows)", "(r % 16 < 8 ? up_rows : 0)"),
