@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shards import shard
 from sizes import SIZES as SMALL
 
 from dmoe_ops import convert
@@ -34,12 +35,7 @@ def folder(tmp_path):
     """A checkpoint in three shards, with other files beside it."""
     folder = tmp_path / "model"
     build().save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    shard(folder)
     (folder / "tokenizer.json").write_text('{"ä": 1}')
     (folder / "merges.model").write_bytes(bytes(range(256)))
     (folder / "pytorch_model.bin").write_bytes(b"weights of another kind")

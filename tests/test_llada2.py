@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shards import shard
 from sizes import EOS, MASK, SIZES
 
 from dmoe_ops import BlockRouting, decoder, reference
@@ -134,16 +135,6 @@ def test_save_and_load_are_a_round_trip(folder):
     assert "model.layers.1.mlp.experts.15.down_proj.weight" in names
     assert "model.layers.2.mlp.gate.expert_bias" in names
     assert not any("w13" in name or "w2" in name for name in names)
-
-
-def shard(folder):
-    """Splits the checkpoint: every third tensor into one of three files."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
 
 
 def test_saved_in_another_dtype(tmp_path):

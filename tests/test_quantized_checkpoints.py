@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from dmoe_ops.bench import decode
 from safetensors.torch import load_file, save_file
 from sizes import SIZES as SMALL
 from torch import nn
@@ -534,22 +535,7 @@ def test_bytes_of_the_experts_that_a_step_reads():
     assert stats.expert_bytes_per_step == pytest.approx(sum(stats.unique_experts_denoising_by_layer) * expert)
 
 
-MINI = dict(
-    vocab_size=157184,
-    hidden_size=2048,
-    num_hidden_layers=20,
-    num_attention_heads=16,
-    num_key_value_heads=4,
-    head_dim=128,
-    intermediate_size=5120,
-    moe_intermediate_size=512,
-    num_experts=256,
-    num_experts_per_tok=8,
-    num_shared_experts=1,
-    first_k_dense_replace=1,
-    rope_theta=600000.0,
-    rms_norm_eps=1e-6,
-)
+MINI = dataclasses.asdict(decode.CONFIGS["llada2-mini"])
 
 
 def write_hole(folder, form: str, model: LLaDA2ForDiffusion) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+import multiprocessing
 import os
 from typing import NamedTuple
 
@@ -47,6 +49,16 @@ def report_every(environ=os.environ) -> int:
     if not text.isdecimal():
         raise ValueError(f"DMOE_STATISTICS must be a number of forwards, got {text!r:.100}")
     return int(text)
+
+
+def settings(logger: logging.Logger, engine: str) -> tuple[Asked | None, int]:
+    """`asked` and `report_every`, for a plugin: what is wrong with them is logged, and the engine's routing stays."""
+    try:
+        return asked(), report_every()
+    except ValueError as error:
+        if multiprocessing.parent_process() is None:  # every process of the engine comes here: one line is enough
+            logger.error("dmoe: %s; routing stays %s's own", error, engine)
+        return None, 0
 
 
 class Counts:

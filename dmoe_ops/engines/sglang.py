@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import multiprocessing
 
 from ..experts import map_of_rank
 from ..layer import block_moe
@@ -25,12 +24,7 @@ KNOWN = "LLaDA2's"
 
 
 def plugin() -> None:
-    try:
-        asked, report_every = serving.asked(), serving.report_every()
-    except ValueError as error:
-        if multiprocessing.parent_process() is None:  # every process of the engine comes here: one line is enough
-            logger.error("dmoe: %s; routing stays SGLang's own", error)
-        return
+    asked, report_every = serving.settings(logger, "SGLang")
     if asked is None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType

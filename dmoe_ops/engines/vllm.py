@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
 import os
 
 import torch
@@ -25,12 +24,7 @@ logger = logging.getLogger("vllm.dmoe")  # vLLM shows what loggers below its own
 
 @functools.cache  # vLLM may call it several times in a process
 def plugin() -> None:
-    try:
-        asked, report_every = serving.asked(), serving.report_every()
-    except ValueError as error:
-        if multiprocessing.parent_process() is None:  # every process of the engine comes here: one line is enough
-            logger.error("dmoe: %s; routing stays vLLM's own", error)
-        return
+    asked, report_every = serving.settings(logger, "vLLM")
     if asked is not None:
         from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
