@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from ..models.llada2 import LLaDA2ForDiffusion
+from ..models import load
 from . import cases, compare, decode, measure, memory, peers, released, report, results, roofline, sweep
 
 INTERRUPTED = 130  # by Ctrl-C, as a shell reports it
@@ -101,9 +101,9 @@ def decode_model(args, dtype) -> tuple:
     """The model, and what it is in one line."""
     if args.checkpoint:
         if args.expert_memory:
-            model = LLaDA2ForDiffusion.from_pretrained(args.checkpoint, expert_memory=args.expert_memory)
+            model = load(args.checkpoint, expert_memory=args.expert_memory)
             return model, f"checkpoint {args.checkpoint}, {args.expert_memory} of experts in memory"
-        model = LLaDA2ForDiffusion.from_pretrained(args.checkpoint).to(args.device, dtype)
+        model = load(args.checkpoint).to(args.device, dtype)
         return model, f"checkpoint {args.checkpoint}"
     config = decode.CONFIGS[args.model]
     # A CPU spends seconds on the full vocabulary's head, which block routing does not touch.

@@ -230,7 +230,7 @@ def floors(model: LLaDA2ForDiffusion, unique: float, bandwidth: float, gemm: flo
     width = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     attention = config.num_hidden_layers * config.hidden_size * (width + config.num_attention_heads * config.head_dim)
     expert = 3 * config.hidden_size * config.moe_intermediate_size
-    shared, layers = config.num_shared_experts or 0, len(model.moe_layers)
+    shared, layers = config.shared_intermediate_size / config.moe_intermediate_size, len(model.moe_layers)
     head = config.vocab_size * config.hidden_size
     parts = dict(  # weights read, weights that a token is multiplied with
         moe=(layers * expert * (unique + shared), layers * expert * (config.num_experts_per_tok + shared)),

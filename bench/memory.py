@@ -7,14 +7,14 @@ import sys
 import time
 
 from ..expert_memory import MemorySettings, parse_bytes
-from ..models.llada2 import LLaDA2ForDiffusion
+from ..models import DiffusionModel, families
 from . import results, timing
 
 
 class Contender:
     """A policy under a budget (None: all experts in memory). samples: seconds per token of each decode that counts."""
 
-    def __init__(self, policy: str, label: str, model: LLaDA2ForDiffusion, decode):
+    def __init__(self, policy: str, label: str, model: DiffusionModel, decode):
         self.policy, self.label, self.model, self.decode = policy, label, model, decode
         self.samples: list[float] = []
         self.stats: list = []
@@ -59,8 +59,8 @@ def run(
         del contenders
 
 
-def load(folder, settings: MemorySettings | None) -> LLaDA2ForDiffusion:
-    return LLaDA2ForDiffusion.from_pretrained(folder, policy="dmoe", device="cpu", expert_memory=settings)
+def load(folder, settings: MemorySettings | None) -> DiffusionModel:
+    return families.load(folder, policy="dmoe", device="cpu", expert_memory=settings)
 
 
 def row(mine: Contender, resident: Contender | None, out: dict) -> dict:

@@ -3,6 +3,7 @@
 from .engines.hf import PatchHandle, patch
 from .experts import moe_experts
 from .layer import BlockMoE, block_moe
+from .models.families import load
 from .router import block_route
 from .routing import BlockRouting, RoutingResult
 
@@ -14,6 +15,7 @@ __all__ = [
     "RoutingResult",
     "block_moe",
     "block_route",
+    "load",
     "moe_experts",
     "patch",
 ]

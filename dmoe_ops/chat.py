@@ -12,9 +12,9 @@ import unicodedata
 
 import torch
 
-from .models import LLaDA2ForDiffusion, TextCodec, hub
+from .models import DiffusionModel, TextCodec, hub, load
+from .models.config import OWN
 from .models.devices import default_device, usable
-from .models.llada2 import OWN
 from .models.text import before
 from .routing import POLICIES
 
@@ -29,7 +29,7 @@ MASK, DIM, PLAIN = "░", "\x1b[2m", "\x1b[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="FOLDER", help="a folder or a hub id of LLaDA2")
+    parser.add_argument("model", metavar="FOLDER", help="a folder or a hub id")
     parser.add_argument("--policy", choices=(OWN, *POLICIES), default=OWN, help="default: what the weights are for")
     parser.add_argument("--gen-length", metavar="N", type=int, default=256, help="tokens of an answer (default: 256)")
     parser.add_argument("--threshold", metavar="P", type=float, default=0.95, help="confidence that unmasks a token")
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         device = usable(args.device or default_device())
         print(f"loading {folder} on {device}", flush=True)
         options = dict(policy=args.policy, dtype=args.dtype, expert_memory=args.expert_memory)
-        model = LLaDA2ForDiffusion.from_pretrained(folder, device=device, **options)
+        model = load(folder, device=device, **options)
     except (ValueError, OSError) as error:
         print(f"dmoe chat: {error}", file=sys.stderr)
         return 2
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    def __init__(self, model: LLaDA2ForDiffusion, codec: TextCodec, args: argparse.Namespace):
+    def __init__(self, model: DiffusionModel, codec: TextCodec, args: argparse.Namespace):
         self.model, self.codec = model, codec
         self.policy, self.gen_length, self.stop = args.policy, args.gen_length, args.stop
         self.options = dict(threshold=args.threshold, temperature=args.temperature)

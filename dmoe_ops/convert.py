@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from . import _files
 from .formats import FORMATS
-from .models import LLaDA2Config, checkpoint, hub, quantized
-from .models.llada2 import open_checkpoint
+from .models import checkpoint, families, hub, quantized
+from .models.model import open_checkpoint
 from .models.quantized import WRITTEN, Matrix
 from .quantize import check_form, quantize
 
@@ -31,9 +31,7 @@ NOT_CARRIED = ("config.json", ".safetensors", ".index.json", ".bin", ".pt", ".pt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", metavar="FOLDER", help="a LLaDA2 checkpoint that is not quantised: a folder or a hub id"
-    )
+    parser.add_argument("folder", metavar="FOLDER", help="a checkpoint that is not quantised: a folder or a hub id")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of the routed experts")
     parser.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="a new or an empty folder")
 
@@ -71,14 +69,14 @@ def quantize_folder(folder, form: str, out, *, shard_bytes: int = SHARD_BYTES, p
     last. progress: shows a bar on a terminal.
 
     Raises ValueError, one line, before anything is written: for a format that is unknown or can't hold these experts, an
-    `out` that is not empty, a checkpoint that is quantised already or that `LLaDA2ForDiffusion.from_pretrained` would
+    `out` that is not empty, a checkpoint that is quantised already or that `dmoe_ops.load` would
     refuse, and a full disk. A value that is not finite, and a disk that fails, show later: what was written is removed.
     """
     check_form(form)
     out = Path(out)
     _check_empty(out)
     folder = hub.folder_of(folder, files=FILES)
-    config = LLaDA2Config.from_pretrained(folder)
+    config = families.config_of(folder)
     if config.storage:
         raise ValueError(f"{_files.short(folder)} must not be quantised already, got {config.storage.form}")
     stored, model = open_checkpoint(config, folder)

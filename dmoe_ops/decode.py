@@ -14,9 +14,9 @@ import time
 import torch
 
 from . import demo
-from .models import LLaDA2ForDiffusion, hub
+from .models import hub, load
+from .models.config import OWN
 from .models.devices import default_device, usable
-from .models.llada2 import OWN
 from .models.text import padded
 from .routing import POLICIES
 
@@ -67,7 +67,7 @@ def model_on(ranks: int, folder, args: argparse.Namespace):
     kind = args.device or default_device()
     options = dict(policy=args.policy, dtype=args.dtype)
     if ranks == 1:
-        yield LLaDA2ForDiffusion.from_pretrained(folder, device=kind, **options)
+        yield load(folder, device=kind, **options)
         return
     from .models import parallel  # takes torch's compiler, which is slow to import
 

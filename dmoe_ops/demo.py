@@ -20,7 +20,7 @@ from . import _backends, _files
 from .bench import timing
 from .expert_memory import MemoryStats
 from .layer import BlockMoE
-from .models import Decoded, LLaDA2Config, LLaDA2ForDiffusion, TextCodec, hub
+from .models import Decoded, DiffusionConfig, DiffusionModel, TextCodec, families, hub
 from .models.devices import default_device, usable
 from .models.text import StopStrings, before, padded
 from .reference import dequantize
@@ -45,7 +45,7 @@ NUMBERS = {2: "two", 3: "three"}
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="NAME", help="a folder or a hub id of LLaDA2 (default: the small checkpoint that ships)"
+        "--model", metavar="NAME", help="a folder or a hub id (default: the small checkpoint that ships)"
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", nargs="+", help="decoded together, as one batch")
@@ -109,14 +109,12 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
     device = usable(args.device or default_device())
     _backends.name_for(device)
     # What can be refused is refused before the weights are read.
-    settings = settings_of(args, LLaDA2Config.from_pretrained(folder))
+    settings = settings_of(args, families.config_of(folder))
     codec, ids, questions = prompts_of(args, folder)
 
     dtype = args.dtype or (None if args.model else "float32")
     print(f"loading {folder} on {device}", flush=True)
-    model = LLaDA2ForDiffusion.from_pretrained(
-        folder, policy="token", dtype=dtype, device=device, expert_memory=args.expert_memory
-    )
+    model = families.load(folder, policy="token", dtype=dtype, device=device, expert_memory=args.expert_memory)
     about(model, ids, codec)
     input_ids, lengths = padded(ids)
     options = dict(block_length=args.block_length, gen_length=args.gen_length, threshold=args.threshold)
@@ -138,7 +136,7 @@ def decode_three_ways(args: argparse.Namespace) -> dict:
     return dict(**about_run, prompts=questions, prompt_ids=ids, seconds_of_a_round=seconds, runs=runs)
 
 
-def settings_of(args: argparse.Namespace, config: LLaDA2Config) -> dict:
+def settings_of(args: argparse.Namespace, config: DiffusionConfig) -> dict:
     """The settings of the policy to show. Raises ValueError for one that is out of range."""
     settings = {}
     if args.policy == "dmoe":
@@ -148,10 +146,10 @@ def settings_of(args: argparse.Namespace, config: LLaDA2Config) -> dict:
     return settings
 
 
-def about(model: LLaDA2ForDiffusion, ids: list[list[int]], codec: TextCodec) -> None:
+def about(model: DiffusionModel, ids: list[list[int]], codec: TextCodec) -> None:
     config = model.config
     dtype = str(model.model.word_embeddings.weight.dtype).removeprefix("torch.")
-    weights = sum(p.numel() for p in LLaDA2ForDiffusion(config, device="meta").parameters())
+    weights = sum(p.numel() for p in DiffusionModel(config, device="meta").parameters())
     forms = sorted({moe.form for moe in model.moe_layers} - {None})
     experts = f", experts in {' and '.join(forms)}" if forms else ""
     print(
@@ -180,7 +178,7 @@ class Way:
         self.moe_samples: list[float] = []
 
     def decode(self, **options) -> Run:
-        for layer, moe in zip(self.model.model.layers[self.model.config.first_k_dense_replace :], self.layers):
+        for layer, moe in zip(self.model.sparse_layers, self.layers):
             layer.mlp = moe
         self.model.set_routing(self.policy, **self.settings)
         with Stopwatch(self.layers) as watch:

@@ -50,10 +50,12 @@ TESTS = {
     "dmoe_ops/models/attention.py": ["test_step", "test_llada2"],
     "dmoe_ops/models/graphs.py": ["test_step"],
     "dmoe_ops/models/step.py": ["test_step", "test_llada2"],
+    "dmoe_ops/models/config.py": ["test_llada2", "test_sharing", "test_quantized_checkpoints", "test_families"],
+    "dmoe_ops/models/families.py": ["test_families"],
+    "dmoe_ops/models/layers.py": ["test_llada2", "test_training"],
+    "dmoe_ops/models/model.py": ["test_llada2", "test_training", "test_quantized_checkpoints"],
+    "dmoe_ops/models/names.py": ["test_llada2", "test_quantized_checkpoints"],
     "dmoe_ops/models/llada2/config.py": ["test_llada2", "test_sharing", "test_quantized_checkpoints"],
-    "dmoe_ops/models/llada2/layers.py": ["test_llada2", "test_training"],
-    "dmoe_ops/models/llada2/model.py": ["test_llada2", "test_training", "test_quantized_checkpoints"],
-    "dmoe_ops/models/llada2/names.py": ["test_llada2", "test_quantized_checkpoints"],
     "dmoe_ops/engines/hf.py": ["test_layer", "test_bad_input", "test_patch"],
 }
 
@@ -83,7 +85,7 @@ HAND = {
     ("dmoe_ops/layer.py", "test_layer"): [
         ("module.train(self.training)", "pass"),
     ],
-    ("dmoe_ops/models/llada2/model.py", "test_llada2"): [
+    ("dmoe_ops/models/model.py", "test_llada2"): [
         ("norm(dim=0, keepdim=True)", "norm(dim=1, keepdim=True)"),
     ],
     ("dmoe_ops/reference.py", "test_llada2"): [

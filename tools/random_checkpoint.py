@@ -103,7 +103,7 @@ def set_routers(folder: Path, unique: float, scale: float | None) -> float:
         model, lambda: model.generate(prompt, gen_length=32, steps=2, eos_id=None), unique, 0, scale=scale
     )
     stored = checkpoint.Checkpoint(folder, model.config.storage)
-    gates = checkpoint_tensors(dict(model.named_parameters()) | dict(model.named_buffers()))
+    gates = checkpoint_tensors(dict(model.named_parameters()) | dict(model.named_buffers()), model.config)
     for name, gate in gates.items():
         if ".gate." in name:
             path, offset, _ = stored.extent(name)

@@ -1,17 +1,24 @@
 """Models that decode with block routing."""
 
 from .attention import KVCache
+from .config import DiffusionConfig
 from .decoding import Block, Decoded, DecodingStats
+from .families import load
 from .llada2 import LLaDA2Config, LLaDA2ForDiffusion, LLaDA2Output
+from .model import DiffusionModel, DiffusionOutput
 from .text import TextCodec
 
 __all__ = [
     "Block",
     "Decoded",
     "DecodingStats",
+    "DiffusionConfig",
+    "DiffusionModel",
+    "DiffusionOutput",
     "KVCache",
     "LLaDA2Config",
     "LLaDA2ForDiffusion",
     "LLaDA2Output",
     "TextCodec",
+    "load",
 ]

@@ -209,10 +209,10 @@ def _header(path: Path) -> tuple[dict, int]:
 
 
 def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes config.json, model.safetensors and the files of AUTO_CLASSES."""
+    """Writes config.json, model.safetensors and the files of AUTO_CLASSES that the config's auto_map names."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    for reference in AUTO_MAP.values():
+    for reference in config.get("auto_map", {}).values():
         name = reference.split(".")[0] + ".py"
         shutil.copyfile(AUTO_CLASSES / name, folder / name)

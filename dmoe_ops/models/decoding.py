@@ -96,7 +96,7 @@ def generate(
     eos_early_stop: stop as soon as no mask is left before an eos, not only at the end of its block.
     progress: show a progress bar.
     stream: a function that is given a `Block` as soon as it is finished, and, with every_step, after every step; where it
-    returns True, the decode ends there, with the tokens in front of the first mask. `LLaDA2ForDiffusion.stream` iterates.
+    returns True, the decode ends there, with the tokens in front of the first mask. `DiffusionModel.stream` iterates.
     use_graphs: replay the steps as CUDA graphs; by default where that is possible. True where it isn't is an error.
 
     Returns `Decoded`. Raises ValueError that names the argument and its value, or says that the logits are not finite.

@@ -1,4 +1,4 @@
-"""A LLaDA2 model over several ranks, by torch.distributed's tensor parallelism. Every rank calls the same methods with the
+"""A model over several ranks, by torch.distributed's tensor parallelism. Every rank calls the same methods with the
 same arguments and gets the same results.
 
 Attention is split by heads, dense MLPs and the shared expert by columns and rows, embedding and head by vocabulary, routed
@@ -20,14 +20,17 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from ..experts import map_of_rank
 from ..layer import BlockMoE
-from . import checkpoint, hub
+from . import checkpoint, families, hub
+from .config import OWN
 from .devices import usable
-from .llada2 import OWN, Attention, Layer, LLaDA2Config, LLaDA2ForDiffusion, checkpoint_tensors, open_checkpoint
+from .layers import Attention, Layer
+from .model import DiffusionModel, open_checkpoint, stored_dtype
+from .names import checkpoint_tensors
 
 EXPERTS = ("tensor", "expert")
 
 
-class ParallelLLaDA2(LLaDA2ForDiffusion):
+class ParallelModel(DiffusionModel):
     """A rank's part of a model: what `parallelize` makes of one. mesh, experts: as they were given."""
 
     mesh: DeviceMesh
@@ -38,7 +41,7 @@ class ParallelLLaDA2(LLaDA2ForDiffusion):
         return super().bytes_per_expert * (self.mesh.size() if self.experts == "tensor" else 1)
 
     def generate(self, input_ids, *, temperature: float = 0.0, generator=None, **options):
-        """See `LLaDA2ForDiffusion.generate`. Tokens are drawn as rank 0 draws them. Raises RuntimeError, one line, where
+        """See `DiffusionModel.generate`. Tokens are drawn as rank 0 draws them. Raises RuntimeError, one line, where
         another rank is gone."""
         with named_loss(self.mesh):
             if temperature:
@@ -69,7 +72,7 @@ class ParallelLLaDA2(LLaDA2ForDiffusion):
         return generator
 
 
-def parallelize(model: LLaDA2ForDiffusion, mesh: DeviceMesh, experts: str = "tensor") -> ParallelLLaDA2:
+def parallelize(model: DiffusionModel, mesh: DeviceMesh, experts: str = "tensor") -> ParallelModel:
     """Leaves of `model`, which every rank holds whole, the rank's own part; the model is changed in place and returned.
 
     mesh: one dimension, from `torch.distributed.init_device_mesh`, on the kind of device that the model is on.
@@ -86,45 +89,45 @@ def parallelize(model: LLaDA2ForDiffusion, mesh: DeviceMesh, experts: str = "ten
 
 def from_pretrained(
     folder, mesh: DeviceMesh, experts: str = "tensor", *, policy: str = OWN, dtype=None, device=None, **overrides
-) -> ParallelLLaDA2:
-    """`LLaDA2ForDiffusion.from_pretrained` and `parallelize` in one, layer by layer: no rank ever holds more than its own
+) -> ParallelModel:
+    """`dmoe_ops.load` and `parallelize` in one, layer by layer: no rank ever holds more than its own
     part and one whole layer."""
     dtype, device = checkpoint.dtype_of(dtype), usable(device)
-    config = LLaDA2Config.from_pretrained(folder)
+    config = families.config_of(folder)
     config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
     stored, _ = open_checkpoint(config, hub.folder_of(folder))
-    dtype = dtype or checkpoint.DTYPES.get(stored.dtypes.get("model.word_embeddings.weight"), torch.bfloat16)
-    model = LLaDA2ForDiffusion(config, dtype=dtype, device="meta")._quantize_like(stored)
+    dtype = dtype or stored_dtype(stored, config)
+    model = DiffusionModel(config, dtype=dtype, device="meta")._quantize_like(stored)
     model.set_routing(policy, **overrides)
     _check(model, mesh, experts, device=device or torch.get_default_device())
     names = {module: name for name, module in model.named_modules()}
     for part in _parts(model):
         part.to_empty(device=device or torch.get_default_device())
         with torch.no_grad():
-            stored.read(checkpoint_tensors(part.state_dict(prefix=f"{names[part]}.")))
+            stored.read(checkpoint_tensors(part.state_dict(prefix=f"{names[part]}."), config))
         _shard(part, mesh, experts)
     return _as_parallel(model.eval(), mesh, experts)
 
 
-def _parts(model: LLaDA2ForDiffusion) -> list[nn.Module]:
+def _parts(model: DiffusionModel) -> list[nn.Module]:
     head = [] if model.config.tie_word_embeddings else [model.lm_head]
     return [model.model.word_embeddings, *model.model.layers, model.model.norm, *head]
 
 
-def _check(model: LLaDA2ForDiffusion, mesh: DeviceMesh, experts: str, device=None) -> None:
+def _check(model: DiffusionModel, mesh: DeviceMesh, experts: str, device=None) -> None:
     config, device = model.config, torch.device(device or model.device)
     if experts not in EXPERTS:
         raise ValueError(f"experts must be one of {', '.join(EXPERTS)}, got {experts!r}")
-    if isinstance(model, ParallelLLaDA2):
+    if isinstance(model, ParallelModel):
         raise ValueError(f"model must be whole, got a part of {model.mesh.size()}")
     if mesh.ndim != 1 or mesh.device_type != device.type:
         raise ValueError(f"mesh must have one dimension of kind {device.type}, got {mesh.ndim} of {mesh.device_type}")
     divided = ["num_attention_heads", "num_key_value_heads"]
-    divided += ["intermediate_size"] * (config.first_k_dense_replace > 0)
+    divided += ["intermediate_size"] * (config.moe_layers < config.num_hidden_layers)
     quantised = any(moe.form for moe in model.moe_layers)
     if experts == "tensor" and quantised:
         raise ValueError("experts must be 'expert' for quantised ones, got 'tensor'")
-    divided += ["moe_intermediate_size"] if experts == "tensor" or config.num_shared_experts else []
+    divided += ["moe_intermediate_size"] if experts == "tensor" or config.shared_intermediate_size else []
     divided += ["num_experts"] * (experts == "expert")
     for name in divided:
         if getattr(config, name) % mesh.size():
@@ -133,8 +136,8 @@ def _check(model: LLaDA2ForDiffusion, mesh: DeviceMesh, experts: str, device=Non
             )
 
 
-def _as_parallel(model: LLaDA2ForDiffusion, mesh: DeviceMesh, experts: str) -> ParallelLLaDA2:
-    model.__class__ = ParallelLLaDA2
+def _as_parallel(model: DiffusionModel, mesh: DeviceMesh, experts: str) -> ParallelModel:
+    model.__class__ = ParallelModel
     model.mesh, model.experts = mesh, experts
     return model
 

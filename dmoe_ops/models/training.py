@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..routing import is_int
 from . import decoding
-from .llada2 import LLaDA2ForDiffusion
+from .model import DiffusionModel
 
 
 def two_halves(tokens: int, block_length: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +25,7 @@ def two_halves(tokens: int, block_length: int, device=None) -> tuple[torch.Tenso
 
 
 def denoising_loss(
-    model: LLaDA2ForDiffusion, clean, masked, *, block_length: int | None = None, mask_id: int | None = None
+    model: DiffusionModel, clean, masked, *, block_length: int | None = None, mask_id: int | None = None
 ):
     """Mean cross entropy of the masked tokens, every block denoised given the clean ones before it.
 
@@ -33,7 +33,7 @@ def denoising_loss(
     true where the model has to predict. The model's routing policy applies to each block, noisy or clean, as it does in
     decoding; the selection passes no gradient, the weights of the chosen experts do.
 
-    Returns (loss, routed): routed as in `LLaDA2Output`, over the 2T - block_length tokens of both halves.
+    Returns (loss, routed): routed as in `DiffusionOutput`, over the 2T - block_length tokens of both halves.
     Raises ValueError that names the argument and its value.
     Source: dMoE (arXiv 2605.30876), section 4.2 and figure 4.
     """

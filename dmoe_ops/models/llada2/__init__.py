@@ -1,13 +1,17 @@
-"""LLaDA2: a block-diffusion transformer with sparse MoE layers, on `BlockMoE`.
+"""LLaDA2.0 to 2.2 and dMoE-16B.
 
 Facts from the released code and checkpoints (LLaDA2.0-mini, LLaDA2.0-flash, dMoE-16B); tensor names are theirs.
 """
 
+from typing import ClassVar
+
+from ..config import OWN, own_policy, trained_for
 from ..devices import default_device, usable
-from .config import OWN, LLaDA2Config, own_policy, routing_for, trained_for
-from .layers import MLP, Attention, Decoder, Layer, RMSNorm, rotary
-from .model import LLaDA2ForDiffusion, LLaDA2Output, open_checkpoint
-from .names import checkpoint_tensors
+from ..layers import MLP, Attention, Decoder, Layer, RMSNorm, rotary
+from ..model import DiffusionModel, open_checkpoint
+from ..model import DiffusionOutput as LLaDA2Output
+from ..names import checkpoint_tensors
+from .config import LLaDA2Config, routing_for
 
 __all__ = [
     "MLP",
@@ -28,3 +32,9 @@ __all__ = [
     "trained_for",
     "usable",
 ]
+
+
+class LLaDA2ForDiffusion(DiffusionModel):
+    """A LLaDA2 model that routes by block; see `DiffusionModel`."""
+
+    config_class: ClassVar[type[LLaDA2Config]] = LLaDA2Config

@@ -1,14 +1,14 @@
-"""A LLaDA2 model whose routed experts stay in the files of its checkpoint."""
+"""A model whose routed experts stay in the files of its checkpoint."""
 
 from __future__ import annotations
 
 import numpy
 
-from ...expert_memory import ExpertMemory, Extents, MemorySettings
-from ...pooled import POOLED, PooledMoE
-from ..checkpoint import DTYPES, Checkpoint
-from ..quantized import PACKED
+from ..expert_memory import ExpertMemory, Extents, MemorySettings
+from ..pooled import POOLED, PooledMoE
+from .checkpoint import DTYPES, Checkpoint
 from .names import PROJECTIONS
+from .quantized import PACKED
 
 STORED = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -1,17 +1,19 @@
-"""The names that a checkpoint gives to the weights of a LLaDA2 model."""
+"""The names that a checkpoint gives to the weights of a model."""
 
 from __future__ import annotations
 
 import torch
 
-from ..quantized import Matrix
+from .config import DiffusionConfig
+from .quantized import Matrix
 
 # What a stacked weight of `BlockMoE` holds, in order of its rows.
 PROJECTIONS = dict(w13=("gate_proj", "up_proj"), w2=("down_proj",))
 
 
-def checkpoint_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Matrix]:
-    """A state dict, or a part of one, under the names of a checkpoint; see `LLaDA2ForDiffusion.checkpoint_tensors`."""
+def checkpoint_tensors(state: dict[str, torch.Tensor], config: DiffusionConfig) -> dict[str, torch.Tensor | Matrix]:
+    """A state dict, or a part of one, under the names of a checkpoint; see `DiffusionModel.checkpoint_tensors`. Ours are
+    LLaDA2's; `config.renamed` has other words for some of their parts, and three where query_key_value is three matrices."""
     tensors: dict[str, torch.Tensor | Matrix] = {}
     for name, value in state.items():
         prefix, _, last = name.rpartition(".")
@@ -25,8 +27,23 @@ def checkpoint_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         elif last in ("shared_w13", "shared_w2"):
             tensors.update(_projections(f"{prefix}.shared_experts", last.removeprefix("shared_"), value, scale))
         elif not last.endswith("_scale"):
-            tensors[name] = value
+            tensors.update(_renamed(name, value, config))
     return tensors
+
+
+def renamed(name: str, config: DiffusionConfig) -> str:
+    """What a checkpoint calls a weight that is neither stacked nor split there."""
+    return next(iter(_renamed(name, None, config)))
+
+
+def _renamed(name: str, value, config: DiffusionConfig) -> dict[str, torch.Tensor]:
+    words = [config.renamed.get(word, word) for word in name.split(".")]
+    at = next((i for i, word in enumerate(words) if isinstance(word, tuple)), None)
+    if at is None:
+        return {".".join(words): value}
+    kv_heads, head_dim = config.num_key_value_heads or 0, config.head_dim or 0
+    parts = value.split([heads * head_dim for heads in (config.num_attention_heads, kv_heads, kv_heads)])
+    return {".".join([*words[:at], word, *words[at + 1 :]]): part for word, part in zip(words[at], parts)}
 
 
 def _projections(prefix: str, stacked: str, weight, scale=None) -> dict[str, torch.Tensor | Matrix]:

@@ -5,27 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ... import decoder, reference
-from ...expert_memory import MemorySettings
-from ...layer import BlockMoE
-from ...routing import BlockRouting, is_int
-from .. import attention, checkpoint, decoding, hub, quantized
-from ..attention import KVCache
-from ..devices import usable
-from ..quantized import Matrix
-from .config import OWN, READ_BY_OTHERS, LLaDA2Config, own_policy
+from .. import decoder, reference
+from ..expert_memory import MemorySettings
+from ..layer import BlockMoE
+from ..routing import BlockRouting, is_int
+from . import attention, checkpoint, decoding, hub, quantized
+from .attention import KVCache
+from .config import OWN, DiffusionConfig, own_policy
+from .devices import usable
 from .layers import Attention, Decoder, rotary
-from .names import checkpoint_tensors
+from .names import checkpoint_tensors, renamed
 from .pooled import keep_in_files
+from .quantized import Matrix
 
 
-class LLaDA2Output(NamedTuple):
+class DiffusionOutput(NamedTuple):
     """logits: float32 [bsz, T, vocab]. routed: of each MoE layer in order, (router_logits float32 [bsz, T, E], topk_ids
     int64 [bsz, T, k])."""
 
@@ -33,16 +33,18 @@ class LLaDA2Output(NamedTuple):
     routed: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-class LLaDA2ForDiffusion(nn.Module):
-    """A LLaDA2 model that routes by block.
+class DiffusionModel(nn.Module):
+    """A model that routes by block; a family is a subclass with its `config_class`, see `dmoe_ops.models.families`.
 
-    config: `LLaDA2Config`; routing: see `set_routing`; dtype of the weights (by default torch's). The weights are created
+    config: a `DiffusionConfig`; routing: see `set_routing`; dtype of the weights (by default torch's). Weights are created
     empty and as floats: `from_pretrained` reads them, `init_weights` draws them, `quantize` rounds the experts.
     """
 
+    config_class: ClassVar[type[DiffusionConfig]]
+
     def __init__(
         self,
-        config: LLaDA2Config,
+        config: DiffusionConfig,
         routing: BlockRouting | str = OWN,
         *,
         dtype: torch.dtype | None = None,
@@ -69,8 +71,13 @@ class LLaDA2ForDiffusion(nn.Module):
         return self.model.word_embeddings.weight.dtype
 
     @property
+    def sparse_layers(self) -> list[nn.Module]:
+        """The layers that have experts."""
+        return [layer for i, layer in enumerate(self.model.layers) if self.config.has_experts(i)]
+
+    @property
     def moe_layers(self) -> list[nn.Module]:
-        return [layer.mlp for layer in self.model.layers[self.config.first_k_dense_replace :]]
+        return [layer.mlp for layer in self.sparse_layers]
 
     @property
     def bytes_per_expert(self) -> int:
@@ -85,7 +92,7 @@ class LLaDA2ForDiffusion(nn.Module):
 
     def set_routing(self, routing: BlockRouting | str, **overrides) -> None:
         """Routes all MoE layers by a `BlockRouting`, taken as it stands, or by a policy's name with `overrides`; "own" is
-        the policy that the weights were trained for (`LLaDA2Config`). A policy's blocks are those of the decode
+        the policy that the weights were trained for (`DiffusionConfig`). A policy's blocks are those of the decode
         (`block_length`) unless `block_size` is among the overrides, or the weights were trained for policy capacity.
 
         Raises ValueError, naming the argument, for an unknown policy or settings of another number of experts.
@@ -130,18 +137,18 @@ class LLaDA2ForDiffusion(nn.Module):
 
     def forward(
         self, input_ids: torch.Tensor, *, kv_cache: KVCache | None = None, block_length: int | None = None
-    ) -> LLaDA2Output:
+    ) -> DiffusionOutput:
         """Logits of every token under block-causal attention: a token sees its own block and all earlier ones.
 
         input_ids: int64 [bsz, T], at the positions behind `kv_cache`'s committed tokens (from 0 without one); blocks of
         `block_length` (by default config.block_length) are cut from position 0, and a cache's prefix must end with one.
         The tokens become part of the prefix by `kv_cache.commit(T)`. A cache needs `torch.no_grad()`.
 
-        Returns `LLaDA2Output`. Raises ValueError that names the argument and its value.
+        Returns `DiffusionOutput`. Raises ValueError that names the argument and its value.
         """
         decoding.check_ids(input_ids, self.config.vocab_size)
         hidden, routed = self.hidden_states(input_ids, kv_cache=kv_cache, block_length=block_length)
-        return LLaDA2Output(self.logits(hidden), tuple((router, ids.long()) for router, ids in routed))
+        return DiffusionOutput(self.logits(hidden), tuple((router, ids.long()) for router, ids in routed))
 
     def hidden_states(
         self,
@@ -218,14 +225,14 @@ class LLaDA2ForDiffusion(nn.Module):
             weight = (weight.float() / (weight.float().norm(dim=0, keepdim=True) + 1e-7)).to(weight.dtype)
         return F.linear(hidden, weight)
 
-    def quantize(self, form: str) -> LLaDA2ForDiffusion:
+    def quantize(self, form: str) -> DiffusionModel:
         """Puts the routed experts of every layer into a format ("fp8", "int8", "int4"); see `BlockMoE.quantize`."""
         for moe in self.moe_layers:
             moe.quantize(form)
         return self
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> LLaDA2ForDiffusion:
+    def init_weights(self, seed: int = 0) -> DiffusionModel:
         """Draws matrices from N(0, initializer_range); norms become 1, biases 0. The same seed gives the same weights on
         every device."""
         generator = torch.Generator().manual_seed(seed)
@@ -244,7 +251,7 @@ class LLaDA2ForDiffusion(nn.Module):
     def checkpoint_tensors(self) -> dict[str, torch.Tensor | Matrix]:
         """The weights by their names in a checkpoint; those of experts are views of `BlockMoE`'s stacked ones. Quantised
         ones are a Matrix under the name of the weight."""
-        return checkpoint_tensors(self.state_dict())
+        return checkpoint_tensors(self.state_dict(), self.config)
 
     @classmethod
     def from_pretrained(
@@ -258,7 +265,7 @@ class LLaDA2ForDiffusion(nn.Module):
         revision: str | None = None,
         expert_memory: MemorySettings | int | str | None = None,
         **overrides,
-    ) -> LLaDA2ForDiffusion:
+    ) -> DiffusionModel:
         """Reads a checkpoint folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
         "owner/model", where it is no folder, is a model on the Hugging Face hub (`revision`: which state of it); that takes
         the package huggingface_hub.
@@ -279,11 +286,11 @@ class LLaDA2ForDiffusion(nn.Module):
         dtype = checkpoint.dtype_of(torch_dtype if dtype is None else dtype)
         device = usable(device)
         settings = None if expert_memory is None else MemorySettings.of(expert_memory)
-        config = LLaDA2Config.from_pretrained(folder, revision=revision)
+        config = cls.config_class.from_pretrained(folder, revision=revision)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
         folder = hub.folder_of(folder, revision)
         stored, _ = open_checkpoint(config, folder)
-        dtype = dtype or checkpoint.DTYPES.get(stored.dtypes.get("model.word_embeddings.weight"), torch.bfloat16)
+        dtype = dtype or stored_dtype(stored, config)
         model = cls(config, dtype=dtype, device="meta")._quantize_like(stored)
         device = device or torch.get_default_device()
         if settings:
@@ -293,10 +300,11 @@ class LLaDA2ForDiffusion(nn.Module):
         model.to_empty(device=device)
         model.set_routing(policy, **overrides)
         with torch.no_grad():
-            stored.read(checkpoint_tensors(dict(model.named_parameters()) | dict(model.named_buffers())))
+            held = dict(model.named_parameters()) | dict(model.named_buffers())
+            stored.read(checkpoint_tensors(held, config))
         return model.eval() if settings is None else model.eval().requires_grad_(False)
 
-    def _quantize_like(self, stored: checkpoint.Checkpoint) -> LLaDA2ForDiffusion:
+    def _quantize_like(self, stored: checkpoint.Checkpoint) -> DiffusionModel:
         """Quantises the layers, which are on the meta device, whose experts a checkpoint has quantised, the shared expert
         among them. Whatever else is quantised there is read into floats."""
         for i, layer in enumerate(self.model.layers):
@@ -311,16 +319,11 @@ class LLaDA2ForDiffusion(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
         """Writes config.json and model.safetensors under a checkpoint's names, weights in `dtype` (by default the model's;
-        the selection bias stays float32, quantised weights and their scales as they are), and two files of Python by which
-        AutoConfig (SGLang asks it) and AutoModelForCausalLM read the folder under trust_remote_code=True. The tokenizer's
-        files are the caller's to add. Raises ValueError where layers are quantised in different formats."""
+        the selection bias stays float32, quantised weights and their scales as they are) and, for LLaDA2, two files of
+        Python by which AutoConfig (SGLang asks it) and AutoModelForCausalLM read the folder under trust_remote_code=True.
+        The tokenizer's files are the caller's to add. Raises ValueError where layers are quantised in different formats."""
         dtype = checkpoint.dtype_of(dtype) or self.dtype
-        config = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
-        if not self.config.expert_capacity:
-            del config["expert_capacity"]  # SGLang takes one that is there, 0 too, for block routing
-        extra = dict(architectures=["LLaDA2MoeModelLM"], torch_dtype=str(dtype).removeprefix("torch."))
-        extra |= dict(auto_map=checkpoint.AUTO_MAP, pad_token_id=self.config.eos_token_id, **READ_BY_OTHERS)
-        extra |= dict(norm_topk_prob=self.config.routing("token").norm_topk_prob)
+        config = dict(torch_dtype=str(dtype).removeprefix("torch.")) | self.config.to_dict()
         tensors = self.checkpoint_tensors()
         forms = sorted({moe.form for moe in self.moe_layers} - {None})
         if len(forms) > 1:
@@ -334,10 +337,10 @@ class LLaDA2ForDiffusion(nn.Module):
                 narrow |= quantized.WRITTEN[forms[0]].pack(name, tensor)
             else:
                 narrow[name] = tensor if name.endswith("expert_bias") else tensor.to(dtype)
-        checkpoint.write(Path(folder), {**extra, **config}, narrow)
+        checkpoint.write(Path(folder), config, narrow)
 
 
-def open_checkpoint(config: LLaDA2Config, folder: Path) -> tuple[checkpoint.Checkpoint, LLaDA2ForDiffusion]:
+def open_checkpoint(config: DiffusionConfig, folder: Path) -> tuple[checkpoint.Checkpoint, DiffusionModel]:
     """The checkpoint of a folder, and its model on the meta device, quantised as the checkpoint is. Raises ValueError, one
     line, unless its tensors are those of the config: from their shapes, so that nothing is allocated for others."""
     stored = checkpoint.Checkpoint(folder, config.storage)
@@ -345,10 +348,16 @@ def open_checkpoint(config: LLaDA2Config, folder: Path) -> tuple[checkpoint.Chec
         if getattr(config, name) > len(stored.file_of):
             raise ValueError(f"{name} must fit {len(stored.file_of)} stored tensors, got {getattr(config, name)}")
     try:
-        model = LLaDA2ForDiffusion(config, "token", device="meta")._quantize_like(stored)
+        model = DiffusionModel(config, "token", device="meta")._quantize_like(stored)
         targets = model.checkpoint_tensors()
     except RuntimeError as error:  # a size of more than 64 bits
         why = " ".join(str(error).splitlines()[:1])
         raise ValueError(f"{folder / 'config.json'} asks for weights that no memory holds: {why}") from None
     stored.check(targets, ignore=("rotary_emb.inv_freq", *(["lm_head.weight"] * config.tie_word_embeddings)))
     return stored, model
+
+
+def stored_dtype(stored: checkpoint.Checkpoint, config: DiffusionConfig) -> torch.dtype:
+    """That of the embedding."""
+    name = stored.dtypes.get(renamed("model.word_embeddings.weight", config), "")
+    return checkpoint.DTYPES.get(name, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The layers of a LLaDA2 model. A layer's MoE is `dmoe_ops.BlockMoE`."""
+"""The layers of a model, by the names that LLaDA2 has for them. A layer's MoE is `dmoe_ops.BlockMoE`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ... import decoder, reference
-from ...layer import BlockMoE
-from ...routing import BlockRouting
-from .config import LLaDA2Config
+from .. import decoder, reference
+from ..layer import BlockMoE
+from ..routing import BlockRouting
+from .config import DiffusionConfig
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LLaDA2Config, dtype):
+    def __init__(self, config: DiffusionConfig, dtype):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -68,7 +68,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: LLaDA2Config, routing: BlockRouting | None, dtype):
+    def __init__(self, config: DiffusionConfig, routing: BlockRouting | None, dtype):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.attention = Attention(config, dtype)
@@ -76,12 +76,12 @@ class Layer(nn.Module):
         if routing is None:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype)
         else:
-            shared = config.moe_intermediate_size * (config.num_shared_experts or 0)
             self.mlp = BlockMoE(
                 config.hidden_size,
                 config.moe_intermediate_size,
                 routing,
-                shared_intermediate_size=shared,
+                shared_intermediate_size=config.shared_intermediate_size,
+                expert_bias=config.expert_bias,
                 dtype=dtype,
             )
             self.mlp.ids_dtype = torch.int32
@@ -98,14 +98,13 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: LLaDA2Config, routing: BlockRouting, dtype):
+    def __init__(self, config: DiffusionConfig, routing: BlockRouting, dtype):
         super().__init__()
         # Given empty: to draw it on the meta device, torch would import its compiler first.
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
-        dense = config.first_k_dense_replace
         self.layers = nn.ModuleList(
-            Layer(config, routing if i >= dense else None, dtype) for i in range(config.num_hidden_layers)
+            Layer(config, routing if config.has_experts(i) else None, dtype) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
