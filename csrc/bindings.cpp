@@ -96,6 +96,15 @@ void check_blocks(const std::optional<Tensor>& offsets, int64_t tokens, int64_t 
   STD_TORCH_CHECK(rises, "dmoe: block_offsets must rise from 0 to ", tokens, " by at most ", block_size);
 }
 
+const int32_t* check_domains(const Tensor& offsets, int64_t n_blocks) {
+  check(offsets, "domain_offsets", {-1}, ScalarType::Int);
+  const auto* begin = static_cast<const int32_t*>(offsets.const_data_ptr());
+  const int64_t size = offsets.numel();
+  const bool rises = size > 0 && begin[0] == 0 && begin[size - 1] == n_blocks && std::is_sorted(begin, begin + size);
+  STD_TORCH_CHECK(rises, "dmoe: domain_offsets must rise from 0 to ", n_blocks);
+  return begin;
+}
+
 void check_hidden(const Tensor& x) { STD_TORCH_CHECK(x.size(1) > 0, "dmoe: x must have at least one column"); }
 
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
@@ -105,7 +114,8 @@ void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, in
 void block_route_out(const Tensor logits, const std::optional<Tensor> expert_bias,
                      const std::optional<Tensor> block_offsets, int64_t seq_len, const std::vector<int64_t> ints,
                      const std::vector<double> floats, Tensor topk_ids, Tensor topk_weights, Tensor coreset_ids,
-                     Tensor coreset_sizes) {
+                     Tensor coreset_sizes, const std::optional<Tensor> domain_offsets, int64_t pool_capacity,
+                     bool choose_in_pool, const std::optional<Tensor> given) {
   check(logits, "logits", {-1, -1}, ScalarType::Float);
   check(coreset_ids, "coreset_ids", {-1, -1}, ScalarType::Int);
   dmoe::cpu::BlockRoute args{};
@@ -119,7 +129,20 @@ void block_route_out(const Tensor logits, const std::optional<Tensor> expert_bia
   check(topk_weights, "topk_weights", {args.tokens, routing.top_k}, ScalarType::Float);
   check(coreset_sizes, "coreset_sizes", {args.n_blocks}, ScalarType::Int);
   check_blocks(block_offsets, args.tokens, seq_len, args.n_blocks, routing.block_size);
-  STD_TORCH_CHECK(args.coreset_width >= coreset_width(routing, args.experts), "dmoe: coreset_ids is too narrow");
+  if (given) {
+    check(*given, "given_coresets", {args.n_blocks, args.coreset_width}, ScalarType::Int);
+    args.given = static_cast<const int32_t*>(given->const_data_ptr());
+  } else {
+    int64_t width = choose_in_pool && domain_offsets ? args.experts : coreset_width(routing, args.experts);
+    if (pool_capacity && domain_offsets) width = std::min(width, pool_capacity);
+    STD_TORCH_CHECK(args.coreset_width >= width, "dmoe: coreset_ids is too narrow");
+  }
+  if (domain_offsets) {
+    args.n_domains = domain_offsets->numel() - 1;
+    args.domain_offsets = check_domains(*domain_offsets, args.n_blocks);
+    args.pool_capacity = pool_capacity;
+    args.choose_in_pool = choose_in_pool;
+  }
   args.logits = static_cast<const float*>(logits.const_data_ptr());
   args.expert_bias = expert_bias ? static_cast<const float*>(expert_bias->const_data_ptr()) : nullptr;
   args.block_offsets = block_offsets ? static_cast<const int32_t*>(block_offsets->const_data_ptr()) : nullptr;

@@ -27,8 +27,9 @@ from .routing import RoutingResult
 def _route_logits(backend, call: LayerCall):
     """The rest of `route` where the router logits are there already."""
     backend.block_route(
-        call.router_logits, call.expert_bias, call.block_offsets, call.seq_len, call.routing, call.routed
-    )
+        call.router_logits, call.expert_bias, call.block_offsets, call.seq_len, call.routing, call.routed,
+        call.domain_offsets, call.coreset_ids,
+    )  # fmt: skip
     return functools.partial(_experts, backend, call.routed)
 
 
@@ -49,11 +50,11 @@ class Reference:
         return None
 
     @staticmethod
-    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult, *shared) -> None:
         rows = logits.view(-1, seq_len, logits.shape[1]) if seq_len else logits
-        for written, value in zip(
-            out, reference.block_route(rows, expert_bias, routing=routing, block_offsets=block_offsets)
-        ):
+        given = dict(zip(("domain_offsets", "coreset_ids"), shared))
+        result = reference.block_route(rows, expert_bias, routing=routing, block_offsets=block_offsets, **given)
+        for written, value in zip(out, result):
             written.copy_(value)
 
     @staticmethod
@@ -113,8 +114,12 @@ class Cpp:
         return None
 
     @staticmethod
-    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
-        torch.ops.dmoe._block_route_out(logits, expert_bias, block_offsets, seq_len, *packed_routing(routing), *out)
+    def block_route(
+        logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult, domain_offsets=None, coreset_ids=None
+    ) -> None:
+        inputs = (logits, expert_bias, block_offsets, seq_len, *packed_routing(routing))
+        pool = (domain_offsets, routing.pool_capacity or 0, routing.choose == "pool", coreset_ids)
+        torch.ops.dmoe._block_route_out(*inputs, *out, *pool)
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y, *wave) -> None:
@@ -167,7 +172,11 @@ class Triton:
 
     @staticmethod
     def block_route(*args) -> None:
-        _triton_backend().block_route(*args)
+        *call, domain_offsets, coreset_ids = args
+        if domain_offsets is None and coreset_ids is None:
+            _triton_backend().block_route(*call)
+        else:
+            Reference.block_route(*args)
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, *args) -> None:
@@ -182,11 +191,15 @@ class Triton:
 
     @staticmethod
     def route(call: LayerCall):
-        return (_triton_backend() if Triton._takes(call.weights) else Reference).route(call)
+        return (_triton_backend() if Triton._takes_call(call) else Reference).route(call)
 
     @staticmethod
     def block_moe(call: LayerCall) -> None:
-        (_triton_backend() if Triton._takes(call.weights) else Reference).block_moe(call)
+        (_triton_backend() if Triton._takes_call(call) else Reference).block_moe(call)
+
+    @staticmethod
+    def _takes_call(call: LayerCall) -> bool:
+        return call.domain_offsets is None and call.coreset_ids is None and Triton._takes(call.weights)
 
     @staticmethod
     def _takes(weights: ExpertWeights) -> bool:
@@ -246,11 +259,14 @@ class Cuda:
         return _cuda_unavailable_reason(device)
 
     @staticmethod
-    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult) -> None:
-        if _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, 0):
-            _without_cuda().block_route(logits, expert_bias, block_offsets, seq_len, routing, out)
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult, *shared) -> None:
+        # Every block by itself, and its coreset its own: what this router knows.
+        alone = all(each is None for each in shared)
+        if not alone or _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, 0):
+            _without_cuda().block_route(logits, expert_bias, block_offsets, seq_len, routing, out, *shared)
         else:
-            Cpp.block_route(logits, expert_bias, block_offsets, seq_len, routing, out)
+            packed = packed_routing(routing)
+            torch.ops.dmoe._block_route_out(logits, expert_bias, block_offsets, seq_len, *packed, *out)
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:
@@ -289,7 +305,9 @@ class Cuda:
     def _refuses(call: LayerCall) -> bool:
         routing = call.routing
         return bool(
-            _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, call.x.shape[1])
+            call.domain_offsets is not None
+            or call.coreset_ids is not None
+            or _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, call.x.shape[1])
             or _cuda_experts_refuse(call.x, call.weights, routing.top_k)
             or call.gate_weight.dtype == torch.float64
         )

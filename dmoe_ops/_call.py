@@ -27,3 +27,6 @@ class LayerCall(NamedTuple):
     y: Tensor | None  # [T, H]; None where the experts are a second call (`layer.route`)
     routed: RoutingResult
     router_logits: Tensor  # float32 [T, E]
+    # inputs of routings over several blocks
+    domain_offsets: Tensor | None = None  # int32 [n_domains + 1]; None where no block reaches another
+    coreset_ids: Tensor | None = None  # int32 [n_blocks, width]

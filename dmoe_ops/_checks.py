@@ -108,6 +108,38 @@ def block_offset_values(value, tokens: int, block_size: int) -> None:
             )
 
 
+def sharing(domain_offsets, coreset_ids, n_blocks: int, device) -> None:
+    """What blocks share, or are given. Values are read on the CPU alone, see `block_offset_values`."""
+    if domain_offsets is None and coreset_ids is None:
+        return
+    if domain_offsets is not None:
+        tensor("domain_offsets", domain_offsets, ["n_domains + 1"], (torch.int32, torch.int64), device)
+        if domain_offsets.shape[0] == 0:
+            raise ValueError(f"domain_offsets must hold n_domains + 1 entries from 0 to n_blocks={n_blocks}, got []")
+        if coreset_ids is not None:
+            raise ValueError(f"domain_offsets must be None with coreset_ids, got {_shape_of(domain_offsets)}")
+        return
+    tensor("coreset_ids", coreset_ids, [n_blocks, "width"], (torch.int32,), device)
+    if coreset_ids.shape[1] == 0:
+        raise ValueError(f"coreset_ids must have a width of at least 1, got {list(coreset_ids.shape)}")
+
+
+def sharing_values(domain_offsets, coreset_ids, n_blocks: int, num_experts: int) -> None:
+    """What a CPU may look at of `sharing`."""
+    if domain_offsets is not None and domain_offsets.device.type == "cpu":
+        offsets = domain_offsets.tolist()
+        if offsets[0] != 0 or offsets[-1] != n_blocks:
+            raise ValueError(f"domain_offsets must rise from 0 to n_blocks={n_blocks}, got {_short(offsets)}")
+        for domain, (begin, end) in enumerate(itertools.pairwise(offsets)):
+            if end < begin:
+                raise ValueError(f"domain_offsets must not fall, got {begin} then {end} at domain {domain}")
+    if coreset_ids is not None and coreset_ids.device.type == "cpu" and coreset_ids.numel():
+        low, high = (int(value) for value in coreset_ids.aminmax())
+        if low < -1 or high >= num_experts:
+            wrong = low if low < -1 else high
+            raise ValueError(f"coreset_ids must be -1 or below num_experts={num_experts}, got {wrong}")
+
+
 def _short(values: list) -> str:
     return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
 
@@ -119,10 +151,10 @@ def logits(value, settings: BlockRouting) -> None:
         raise ValueError(f"logits must have num_experts={settings.num_experts} columns, got {list(value.shape)}")
 
 
-def route_arguments(value, expert_bias, offsets, settings: BlockRouting) -> None:
+def route_arguments(value, expert_bias, offsets, settings: BlockRouting, **shared) -> None:
     """What `block_route` itself looks at: logits of two or three dimensions, and tensors where a schema asks for them."""
     logits(value, settings)
-    tensors(optional=dict(expert_bias=expert_bias, block_offsets=offsets))
+    tensors(optional=dict(expert_bias=expert_bias, block_offsets=offsets) | shared)
 
 
 def route_call(value, expert_bias, offsets, settings: BlockRouting) -> None:
@@ -279,13 +311,13 @@ def contiguous(name: str, value) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
 
 
-def layer_arguments(x, gate_weight, expert_bias, weights: ExpertWeights, offsets) -> None:
+def layer_arguments(x, gate_weight, expert_bias, weights: ExpertWeights, offsets, **shared) -> None:
     """What `block_moe` itself looks at: x of two or three dimensions, and tensors where a schema asks for them."""
     rows("x", x, "H")
     required = dict(gate_weight=gate_weight, w13=weights.w13, w2=weights.w2)
     names = [name for name in weights._fields[2:] if name not in ("quantize_activations", "activation")]
     optional = dict(expert_bias=expert_bias, block_offsets=offsets) | {name: getattr(weights, name) for name in names}
-    tensors(**required, optional=optional)
+    tensors(**required, optional=optional | shared)
 
 
 def layer_call(x, gate_weight, expert_bias, weights: ExpertWeights, offsets, settings: BlockRouting) -> None:

@@ -12,7 +12,11 @@ from torch.autograd import forward_ad
 from .routing import AGGREGATES, PACKED_FLOATS, PACKED_INTS, SCORES, SELECTS, BlockRouting
 
 SCHEMA_TYPES = {"int": "int", "int | None": "int?", "float": "float", "str": "str", "bool": "bool"}
-ROUTING: str = ", ".join(f"{SCHEMA_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(BlockRouting))
+FIELDS = [f"{SCHEMA_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(BlockRouting)]
+ROUTING: str = ", ".join(FIELDS[:-2])
+# `BlockRouting.pool_args`, and what a call says of its blocks: at the end of a schema, where ops of 0.1 had nothing.
+SHARING: str = f"{FIELDS[-2]}=None, {FIELDS[-1]}='block', Tensor? domain_offsets=None, Tensor? given_coresets=None"
+N_ROUTING: int = len(FIELDS) - 2
 
 
 class Library(torch.library.Library):
@@ -64,7 +68,8 @@ def why_no_c(error: ImportError, package: Path = Path(__file__).parent) -> str:
 lib.define(
     "_block_route_out(Tensor logits, Tensor? expert_bias, Tensor? block_offsets, int seq_len, int[] ints, "
     "float[] floats, Tensor(a!) topk_ids, Tensor(b!) topk_weights, Tensor(c!) coreset_ids, "
-    "Tensor(d!) coreset_sizes) -> ()"
+    "Tensor(d!) coreset_sizes, Tensor? domain_offsets=None, int pool_capacity=0, bool choose_in_pool=False, "
+    "Tensor? given_coresets=None) -> ()"
 )
 lib.define("_gate_out(Tensor x, Tensor gate_weight, Tensor(a!) logits) -> ()")
 # The arguments from w13 to activation are `formats.ExpertWeights`, which says what they hold. With a carry [T, H] in float32
@@ -193,8 +198,14 @@ def contiguous(*tensors):
 
 
 @functools.lru_cache(maxsize=1024)
-def unpack_routing(args: tuple) -> BlockRouting:
-    return BlockRouting(*args)
+def unpack_routing(args: tuple, pool_args: tuple = ()) -> BlockRouting:
+    return BlockRouting(*args, *pool_args)
+
+
+def unpack_sharing(args: tuple) -> tuple[tuple, torch.Tensor | None, torch.Tensor | None]:
+    """(pool_args, domain_offsets, coreset_ids) from what an op gets for `SHARING`: torch leaves out trailing defaults."""
+    pool_capacity, choose, domain_offsets, coreset_ids = args + (None, "block", None, None)[len(args) :]
+    return (pool_capacity, choose), domain_offsets, coreset_ids
 
 
 @functools.lru_cache(maxsize=1024)

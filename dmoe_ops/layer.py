@@ -33,13 +33,15 @@ def block_moe(
     activations: Literal["int8"] | None = None,
     expert_map: Tensor | None = None,
     activation: Literal["silu", "gelu_tanh"] = "silu",
+    domain_offsets: Tensor | None = None,
+    coreset_ids: Tensor | None = None,
 ) -> tuple[Tensor, RoutingResult, Tensor]:
     """The whole MoE layer as one op: router logits, block routing, the routed experts and the shared expert.
 
     Args:
         x: [T, H] or [bsz, seq, H]; its dtypes, and those of the weights, are those of `moe_experts`.
         gate_weight: [E, H], any float dtype; the router logits are computed in float32.
-        expert_bias, routing, block_offsets: see `block_route`.
+        expert_bias, routing, block_offsets, domain_offsets, coreset_ids: see `block_route`.
         w13, w2, w13_scale, w2_scale, activations: see `moe_experts`.
         shared_w13: [2I_shared, H] and shared_w2: [H, I_shared], of an expert that takes every token with weight 1; both None
             for a layer without one. Plain in the dtype of x, or quantised like w13 with shared_w13_scale, shared_w2_scale.
@@ -62,17 +64,17 @@ def block_moe(
     scales = (w13_scale, w2_scale, shared_w13_scale, shared_w2_scale)
     weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None, expert_map, activation)
     arguments = (x, gate_weight, expert_bias, weights, block_offsets)
-    if _library.nobody_listens(x, gate_weight, expert_bias, block_offsets, *weights.tensors()):
+    shared = domain_offsets, coreset_ids
+    if _library.nobody_listens(x, gate_weight, expert_bias, block_offsets, *shared, *weights.tensors()):
         _checks.once(_checks.layer_call, *arguments, routing)
         rows = x.reshape(-1, x.shape[-1])
-        y, *routed, router_logits = block_moe_run(rows, *arguments[1:], x.shape[-2], routing)
+        y, *routed, router_logits = block_moe_run(rows, *arguments[1:], x.shape[-2], routing, *shared)
     else:
-        _checks.layer_arguments(*arguments)
+        _checks.layer_arguments(*arguments, domain_offsets=domain_offsets, coreset_ids=coreset_ids)
         rows = x.reshape(-1, x.shape[-1])
         plain = (gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, x.shape[-2])
-        y, *routed, router_logits = torch.ops.dmoe.block_moe(
-            rows, *plain, *routing.args(), *scales, activations is not None, expert_map, activation
-        )
+        rest = (*scales, activations is not None, expert_map, activation, *routing.pool_args(), *shared)
+        y, *routed, router_logits = torch.ops.dmoe.block_moe(rows, *plain, *routing.args(), *rest)
     return y.view(x.shape), router.routing_result(routed), router_logits
 
 
@@ -85,18 +87,31 @@ class Routed(NamedTuple):
 
 
 @torch.no_grad()
-def route(x, gate_weight, expert_bias, weights: ExpertWeights, *, routing: BlockRouting, block_offsets=None) -> Routed:
+def route(
+    x,
+    gate_weight,
+    expert_bias,
+    weights: ExpertWeights,
+    *,
+    routing: BlockRouting,
+    block_offsets=None,
+    domain_offsets=None,
+    coreset_ids=None,
+) -> Routed:
     """The first half of `block_moe`, for a caller that brings experts to memory between the two: arguments and errors as
     there, without gradients. Of `weights` no value is looked at, of the map neither."""
     _checks.routing(routing)
     _checks.once(_checks.layer_call, x, gate_weight, expert_bias, weights, block_offsets, routing)
-    rows, seq_len = x.reshape(-1, x.shape[-1]), x.shape[-2]
-    _, *routed, router_logits = allocate_layer(rows, block_offsets, seq_len, routing)
+    rows, seq_len, shared = x.reshape(-1, x.shape[-1]), x.shape[-2], (domain_offsets, coreset_ids)
+    _, *routed, router_logits = allocate_layer(rows, block_offsets, seq_len, routing, *shared)
     _checks.block_offset_values(block_offsets, rows.shape[0], routing.block_size)
     result, rest = router.routing_result(routed), None
+    domains = router.domains_for_kernels(routing, *shared, len(result.coreset_sizes), x.device)
     if rows.shape[0]:
-        rows, gate, bias, offsets = _library.contiguous(rows, gate_weight, expert_bias, block_offsets)
-        call = LayerCall(rows, gate, bias, weights, offsets, seq_len, routing, None, result, router_logits)
+        inputs = _library.contiguous(rows, gate_weight, expert_bias, block_offsets, coreset_ids)
+        rows, gate, bias, offsets, given = inputs
+        outputs = None, result, router_logits
+        call = LayerCall(rows, gate, bias, weights, offsets, seq_len, routing, *outputs, domains, given)
         rest = _backends.backend(x).route(call)
     return Routed(result, router_logits, rest)
 
@@ -129,34 +144,44 @@ def _adjoining(waves, n_experts: int):
         raise ValueError(f"waves must adjoin from 0 to {n_experts}, got {done} for the end")
 
 
-N_ROUTING = len(BlockRouting().args())
+N_EXPERTS = _library.N_ROUTING + len(ExpertWeights._fields) - 4  # of the op's arguments behind seq_len, all but SHARING
 
 
-def op_settings(experts: tuple, rest: tuple) -> tuple[ExpertWeights, BlockRouting]:
-    """From the op's arguments w13 to shared_w2, and those behind seq_len, where torch leaves out trailing defaults."""
-    return ExpertWeights(*experts, *rest[N_ROUTING:]), _library.unpack_routing(rest[:N_ROUTING])
+def op_settings(experts: tuple, rest: tuple) -> tuple:
+    """From the op's arguments w13 to shared_w2, and those behind seq_len, where torch leaves out trailing defaults:
+    (weights, routing, domain_offsets, coreset_ids)."""
+    routing, weights = rest[: _library.N_ROUTING], rest[_library.N_ROUTING : N_EXPERTS]
+    pool_args, *shared = _library.unpack_sharing(rest[N_EXPERTS:])
+    return ExpertWeights(*experts, *weights), _library.unpack_routing(routing, pool_args), *shared
 
 
-def allocate_layer(x: Tensor, block_offsets: Tensor | None, seq_len: int, routing: BlockRouting) -> tuple[Tensor, ...]:
+def allocate_layer(
+    x: Tensor,
+    block_offsets: Tensor | None,
+    seq_len: int,
+    routing: BlockRouting,
+    domain_offsets: Tensor | None = None,
+    coreset_ids: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """The op's outputs, empty."""
     logits_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    routed = router.allocate_routing(x.shape[0], seq_len, block_offsets, routing, x)
+    routed = router.allocate_routing(x.shape[0], seq_len, block_offsets, routing, x, domain_offsets, coreset_ids)
     router_logits = x.new_empty((x.shape[0], routing.num_experts), dtype=logits_dtype)
     return x.new_empty(x.shape), *router.route_outputs(routed), router_logits
 
 
 def block_moe_fake(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
-    weights, routing = op_settings((w13, w2, shared_w13, shared_w2), rest)
+    weights, routing, *shared = op_settings((w13, w2, shared_w13, shared_w2), rest)
     _checks.layer(x, gate_weight, expert_bias, weights, block_offsets, routing)
     router.check_seq_len(seq_len, x.shape[0])
-    return allocate_layer(x, block_offsets, seq_len, routing)
+    return allocate_layer(x, block_offsets, seq_len, routing, *shared)
 
 
 def block_moe_impl(x, gate_weight, expert_bias, w13, w2, shared_w13, shared_w2, block_offsets, seq_len, *rest):
-    weights, routing = op_settings((w13, w2, shared_w13, shared_w2), rest)
+    weights, routing, *shared = op_settings((w13, w2, shared_w13, shared_w2), rest)
     _checks.once(_checks.layer, x, gate_weight, expert_bias, weights, block_offsets, routing)
     router.check_seq_len(seq_len, x.shape[0])
-    return block_moe_run(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing)
+    return block_moe_run(x, gate_weight, expert_bias, weights, block_offsets, seq_len, routing, *shared)
 
 
 def block_moe_run(
@@ -167,23 +192,41 @@ def block_moe_run(
     block_offsets: Tensor | None,
     seq_len: int,
     routing: BlockRouting,
+    domain_offsets: Tensor | None,
+    coreset_ids: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The op, once its arguments are checked but for the values that only the CPU may look at."""
-    out = allocate_layer(x, block_offsets, seq_len, routing)
+    out = allocate_layer(x, block_offsets, seq_len, routing, domain_offsets, coreset_ids)
     _checks.block_offset_values(block_offsets, x.shape[0], routing.block_size)
     _checks.expert_map_values(weights)
+    y, *routed, router_logits = out
+    result = router.routing_result(routed)
+    n_blocks = len(result.coreset_sizes)
+    domains = router.domains_for_kernels(routing, domain_offsets, coreset_ids, n_blocks, x.device)
     if x.shape[0]:
-        y, *routed, router_logits = out
-        x, gate_weight, expert_bias, block_offsets = _library.contiguous(x, gate_weight, expert_bias, block_offsets)
-        inputs = (x, gate_weight, expert_bias, weights, block_offsets)
-        call = LayerCall(*inputs, seq_len, routing, y, router.routing_result(routed), router_logits)
+        inputs = _library.contiguous(x, gate_weight, expert_bias, block_offsets, coreset_ids)
+        x, gate_weight, expert_bias, block_offsets, given = inputs
+        call = LayerCall(
+            x,
+            gate_weight,
+            expert_bias,
+            weights,
+            block_offsets,
+            seq_len,
+            routing,
+            y,
+            result,
+            router_logits,
+            domains,
+            given,
+        )
         _backends.backend(x).block_moe(call)
     return out
 
 
 def block_moe_setup_context(ctx, inputs, output):
     x, gate_weight = inputs[:2]
-    weights, ctx.routing = op_settings(inputs[3:7], inputs[9:])
+    weights, ctx.routing, *_ = op_settings(inputs[3:7], inputs[9:])
     _checks.differentiable(weights, x=x, gate_weight=gate_weight)
     ctx.n_inputs, ctx.activation = len(inputs), weights.activation
     _, topk_weights, topk_ids, coreset_ids, coreset_sizes, router_logits = output
@@ -239,8 +282,8 @@ _library.define(
     "block_moe(Tensor x, Tensor gate_weight, Tensor? expert_bias, Tensor w13, Tensor w2, Tensor? shared_w13, "
     f"Tensor? shared_w2, Tensor? block_offsets, SymInt seq_len, {_library.ROUTING}, Tensor? w13_scale=None, "
     "Tensor? w2_scale=None, Tensor? shared_w13_scale=None, Tensor? shared_w2_scale=None, "
-    "bool quantize_activations=False, Tensor? expert_map=None, str activation='silu') -> (Tensor y, Tensor topk_weights, "
-    "Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
+    f"bool quantize_activations=False, Tensor? expert_map=None, str activation='silu', {_library.SHARING}) -> (Tensor y, "
+    "Tensor topk_weights, Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes, Tensor router_logits)",
     block_moe_impl,
     block_moe_fake,
     block_moe_setup_context,
@@ -352,19 +395,29 @@ class BlockMoE(nn.Module):
         return super()._apply(move, recurse)
 
     def forward(
-        self, hidden_states: Tensor, block_offsets: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        block_offsets: Tensor | None = None,
+        *,
+        domain_offsets: Tensor | None = None,
+        coreset_ids: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """hidden_states [bsz, seq, H] or [T, H], the dtype of w13 -> (y of that shape, (router_logits float32 [..., E],
-        topk_ids `ids_dtype` [..., k])): what LLaDA2's own block returns. block_offsets, errors: see `block_moe`."""
+        topk_ids `ids_dtype` [..., k])): what LLaDA2's own block returns. The rest, errors too: see `block_moe`."""
         bias_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         bias = None if self.expert_bias is None else self.expert_bias.to(bias_dtype)
-        y, routed, router_logits = self.compute(hidden_states, bias, block_offsets)
+        y, routed, router_logits = self.compute(hidden_states, bias, block_offsets, domain_offsets, coreset_ids)
         lead = hidden_states.shape[:-1]
         router_logits = router_logits.view(*lead, self.routing.num_experts)
         return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).to(self.ids_dtype))
 
     def compute(
-        self, x: Tensor, expert_bias: Tensor | None, block_offsets: Tensor | None
+        self,
+        x: Tensor,
+        expert_bias: Tensor | None,
+        block_offsets: Tensor | None,
+        domain_offsets: Tensor | None = None,
+        coreset_ids: Tensor | None = None,
     ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
         """`block_moe` with what the layer holds."""
         return block_moe(
@@ -383,6 +436,8 @@ class BlockMoE(nn.Module):
             shared_w2_scale=self.shared_w2_scale,
             expert_map=self.expert_map,
             activation=self.activation,
+            domain_offsets=domain_offsets,
+            coreset_ids=coreset_ids,
         )
 
     @classmethod

@@ -34,14 +34,25 @@ class PooledMoE(BlockMoE):
         for name, pool in zip(POOLED, memory.weights):
             setattr(self, name, pool)
 
-    def compute(self, x, expert_bias, block_offsets) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
+    def compute(
+        self, x, expert_bias, block_offsets, domain_offsets=None, coreset_ids=None
+    ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
         gate_weight, shared = self.gate_weight, (self.shared_w13, self.shared_w2)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate_weight, *shared)):
             raise ValueError(f"a gradient needs all experts in memory: {IN_FILES}; use torch.no_grad()")
         weights = self.weights_at(torch.empty(self.routing.num_experts, dtype=torch.int32, device=x.device))
-        routed = layer.route(x, gate_weight, expert_bias, weights, routing=self.routing, block_offsets=block_offsets)
-        if self.memory.settings.resident_bias and x.numel():
-            self.prefer_resident(x, expert_bias, block_offsets, routed)
+        routed = layer.route(
+            x,
+            gate_weight,
+            expert_bias,
+            weights,
+            routing=self.routing,
+            block_offsets=block_offsets,
+            domain_offsets=domain_offsets,
+            coreset_ids=coreset_ids,
+        )
+        if self.memory.settings.resident_bias and x.numel() and coreset_ids is None:
+            self.prefer_resident(x, expert_bias, block_offsets, domain_offsets, routed)
         with self.memory.visit(self.index, routed.result.topk_ids) as (expert_map, waves):
             y = layer.experts(x, self.weights_at(expert_map), routed, waves)
         return y, routed.result, routed.router_logits
@@ -60,7 +71,7 @@ class PooledMoE(BlockMoE):
             activation=self.activation,
         )
 
-    def prefer_resident(self, x, expert_bias, block_offsets, routed) -> None:
+    def prefer_resident(self, x, expert_bias, block_offsets, domain_offsets, routed) -> None:
         """Routes again, with what is in memory preferred."""
         memory = self.memory
         result, kept = reference.block_route_resident(
@@ -70,6 +81,7 @@ class PooledMoE(BlockMoE):
             resident_bias=memory.settings.resident_bias,
             routing=self.routing,
             block_offsets=block_offsets,
+            domain_offsets=domain_offsets,
         )
         for written, value in zip(routed.result, result):
             written.copy_(value)

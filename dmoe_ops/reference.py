@@ -1,7 +1,7 @@
 """The contract of every kernel, in plain torch: same names, same signatures, same results as the ops of this package.
 
 Written to be read, not to be fast. Sources: dMoE, arXiv 2605.30876, Algorithm 1; DES, arXiv 2602.00879; the
-LLaDA2.2 report.
+LLaDA2.2 report; OEA, arXiv 2511.02237, and XShare, arXiv 2602.07265, for blocks that share a pool.
 
 Rounding. The router is fp32, yet two of its steps would depend on the order of additions or on the exp at hand, and a
 coreset is a discrete thing. So every score and every sum is rounded to fp32 once, from float64: any order of summation
@@ -23,7 +23,9 @@ from .routing import BlockRouting, RoutingResult
 EPS = 1e-20
 
 
-def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None) -> RoutingResult:
+def block_route(
+    logits, expert_bias=None, *, routing: BlockRouting, block_offsets=None, domain_offsets=None, coreset_ids=None
+) -> RoutingResult:
     """Coreset of every block and experts of every token.
 
     logits: float32 [T, E] or [bsz, seq, E]; blocks of `routing.block_size` rows are cut inside each sequence, the last
@@ -32,32 +34,58 @@ def block_route(logits, expert_bias=None, *, routing: BlockRouting, block_offset
     block_offsets: int32 [n_blocks + 1] rising from 0 to T: block i holds rows offsets[i] to offsets[i + 1] - 1, of
     the flattened logits; at most `block_size` rows each. The values are checked on the CPU only: elsewhere it would
     need a synchronisation.
+    domain_offsets: int32 or int64 [n_domains + 1], from 0 to n_blocks and nowhere falling: the blocks of domain i are
+    offsets[i] to offsets[i + 1] - 1, those of a batch, say, whose experts are read from memory once for all. None: every
+    block is a domain by itself. What a domain shares is up to the routing:
+
+        choose="block", no pool_capacity: nothing; every block routes alone, whatever the domains.
+        choose="pool", no pool_capacity: the pool is the union of the coresets, and tokens choose in it. No expert is read
+            that no coreset has.
+        pool_capacity P: the pool is the first P experts by the sum of v / (sum v + 1e-20) over the domain's blocks, ties to
+            the lower id; negative v count 0, and an infinite one 1. choose="block": each coreset is selected inside the
+            pool, as if there were no other experts. choose="pool": tokens choose in the pool (`select` has no say then).
+
+    A block's result then depends on its domain, so that a batch reaches its members. Votes and pools know no groups:
+    n_group limits the choice of each token, inside its coreset or the pool (stage 3).
+    coreset_ids: int32 [n_blocks, width], in any order, -1 for none: the blocks' coresets, which nobody selects then (no
+    stage 1 and 2, no domains); a step may so use those of an earlier one. Values are checked on the CPU only.
 
     Returns `RoutingResult`, its rows flattened to T. topk_weights is differentiable with respect to logits; the
     selection passes no gradient. A NaN logit is never chosen and never votes.
 
-    Raises ValueError, naming the argument and its value, for wrong shapes, dtypes, devices or offsets.
+    Raises ValueError, naming the argument and its value, for wrong shapes, dtypes, devices, offsets or ids.
     Source: dMoE Algorithm 1, with every free slot filled from the coreset.
     """
-    return _block_route(logits, expert_bias, routing, block_offsets)[0]
+    return _block_route(logits, expert_bias, routing, block_offsets, domain_offsets, coreset_ids)[0]
 
 
 def block_route_resident(
-    logits, expert_bias=None, *, resident, resident_bias: float, routing: BlockRouting, block_offsets=None
+    logits,
+    expert_bias=None,
+    *,
+    resident,
+    resident_bias: float,
+    routing: BlockRouting,
+    block_offsets=None,
+    domain_offsets=None,
 ) -> tuple[RoutingResult, torch.Tensor]:
     """`block_route` with experts that are in memory preferred: every block's experts are ordered by v (1 + resident_bias)
     where `resident` bool [E] says so (and v > 0), by v elsewhere, v being the score of stage 1. top_p is a share of the true
     sum of v all the same, so a coreset covers at least what it would without, but for min_experts and max_experts.
 
-    resident_bias: at least 0. Only the orders of top_p and top_n change. The rest, errors too, is `block_route`.
+    resident_bias: at least 0. Only the orders of top_p and top_n change, that of a pool does not. The rest, errors too, is
+    `block_route`.
 
     Returns (result, kept_mass float32 [n_blocks]): the coreset's sum of v over that of the coreset without the bias.
     """
     _checks.resident(resident, resident_bias, logits)
-    return _block_route(logits, expert_bias, routing, block_offsets, resident.to(logits.dtype) * resident_bias)
+    preference = resident.to(logits.dtype) * resident_bias
+    return _block_route(logits, expert_bias, routing, block_offsets, domain_offsets, None, preference)
 
 
-def _block_route(logits, expert_bias, routing: BlockRouting, block_offsets, preference=None):
+def _block_route(
+    logits, expert_bias, routing: BlockRouting, block_offsets, domain_offsets, coreset_ids, preference=None
+):
     _checks.routing(routing)
     _checks.logits(logits, routing)
     seq_len = logits.shape[-2]
@@ -69,14 +97,18 @@ def _block_route(logits, expert_bias, routing: BlockRouting, block_offsets, pref
     score = scores(logits, routing.score)
     with torch.no_grad():
         block_of, n_blocks = blocks(tokens, seq_len, routing.block_size, block_offsets, logits.device)
+        _checks.sharing(domain_offsets, coreset_ids, n_blocks, logits.device)
+        _checks.sharing_values(domain_offsets, coreset_ids, n_blocks, num_experts)
         selection = selection_scores(score.detach(), logits, expert_bias)
         value = aggregate(score.detach(), selection, block_of, n_blocks, routing)
-        coreset = select(value, routing, preference)
+        if coreset_ids is None:
+            domain_of, n_domains = domains(n_blocks, domain_offsets, logits.device)
+            coreset = coresets(value, domain_of, n_domains, routing, preference)
+        else:
+            coreset = mask_of(coreset_ids, num_experts)
         chosen, valid = choose(selection.masked_fill(~coreset[block_of], -torch.inf), routing)
-        width = routing.coreset_width
-        members = torch.arange(num_experts, device=logits.device).expand(n_blocks, -1)
-        coreset_ids = members.masked_fill(~coreset, num_experts).sort().values[:, :width]
-        coreset_ids = coreset_ids.masked_fill(coreset_ids == num_experts, -1)
+        width = routing.coreset_width if coreset_ids is None else coreset_ids.shape[1]
+        coreset_ids = ids_of(coreset, width)
 
     weights = score.gather(1, chosen).masked_fill(~valid, 0)
     if routing.norm_topk_prob:
@@ -84,10 +116,12 @@ def _block_route(logits, expert_bias, routing: BlockRouting, block_offsets, pref
     result = RoutingResult(
         chosen.masked_fill(~valid, -1).int(),
         weights * routing.routed_scaling_factor,
-        coreset_ids.int(),
+        coreset_ids,
         coreset.sum(1).int(),
     )
-    return result, None if preference is None else share_of(coreset, select(value, routing), value)
+    if preference is None:
+        return result, None
+    return result, share_of(coreset, coresets(value, domain_of, n_domains, routing), value)
 
 
 def moe_experts(
@@ -213,6 +247,8 @@ def block_moe(
     activations=None,
     expert_map=None,
     activation="silu",
+    domain_offsets=None,
+    coreset_ids=None,
 ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
     """The whole layer: gate, block routing, experts and the shared expert.
 
@@ -222,7 +258,8 @@ def block_moe(
     expert_map: see `moe_experts`; int32 [E], and w13 and w2 have any number of rows. Every token is routed over all experts;
     y is that of those which are here. The shared expert is added whole, so of the parts of an expert-parallel layer one
     alone may have it (or each its slice).
-    routing, block_offsets: see `block_route`. activation: see `moe_experts`; of the shared expert too.
+    routing, block_offsets, domain_offsets, coreset_ids: see `block_route`. activation: see `moe_experts`; of the shared
+    expert too.
 
     Returns (y like x, `RoutingResult`, router_logits float32 [T, E]); y is rounded once, with the shared expert in it.
     Differentiable with respect to x, the gate weight (through the weights of the chosen experts), the expert weights
@@ -241,7 +278,14 @@ def block_moe(
         _checks.differentiable(weights, x=x, gate_weight=gate_weight)
     acc = flat.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     logits = F.linear(acc, gate_weight.to(acc.dtype))
-    routed = block_route(logits.view(*x.shape[:-1], -1), expert_bias, routing=routing, block_offsets=block_offsets)
+    routed = block_route(
+        logits.view(*x.shape[:-1], -1),
+        expert_bias,
+        routing=routing,
+        block_offsets=block_offsets,
+        domain_offsets=domain_offsets,
+        coreset_ids=coreset_ids,
+    )
     # In the accumulator's dtype, so that the routed and the shared part are rounded together.
     y = all_experts(acc, weights, routed.topk_ids, routed.topk_weights)
     return y.to(x.dtype).view(x.shape), routed, logits
@@ -345,6 +389,30 @@ def selection_scores(score, logits, expert_bias) -> torch.Tensor:
     return selection.masked_fill(logits.isnan() | selection.isnan(), -torch.inf)
 
 
+def mask_of(ids, num_experts: int) -> torch.Tensor:
+    """Coresets of ids [n_blocks, width] as a mask [n_blocks, E]; ids of no expert count for nothing."""
+    ids = ids.long().masked_fill((ids < 0) | (ids >= num_experts), num_experts)
+    mask = torch.zeros(len(ids), num_experts + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter(1, ids, True)[:, :num_experts]
+
+
+def ids_of(coreset, width: int) -> torch.Tensor:
+    """The inverse: int32 [n_blocks, width], ascending, padded with -1."""
+    n_blocks, num_experts = coreset.shape
+    members = torch.arange(num_experts, device=coreset.device).expand(n_blocks, -1)
+    ids = members.masked_fill(~coreset, num_experts).sort().values[:, :width]
+    ids = ids.masked_fill(ids == num_experts, -1).int()
+    return F.pad(ids, (0, width - ids.shape[1]), value=-1)
+
+
+def domains(n_blocks: int, domain_offsets, device) -> tuple[torch.Tensor, int]:
+    """The domain of every block, int64 [n_blocks], and the number of domains."""
+    block = torch.arange(n_blocks, device=device)
+    if domain_offsets is None:
+        return block, n_blocks
+    return torch.searchsorted(domain_offsets[1:].long(), block, right=True), domain_offsets.shape[0] - 1
+
+
 def blocks(tokens: int, seq_len: int, block_size: int, block_offsets, device) -> tuple[torch.Tensor, int]:
     """The block of every token, int64 [T], and the number of blocks."""
     token = torch.arange(tokens, device=device)
@@ -358,7 +426,7 @@ def blocks(tokens: int, seq_len: int, block_size: int, block_offsets, device) ->
 
 def aggregate(score, selection, block_of, n_blocks: int, routing: BlockRouting) -> torch.Tensor:
     """Stage 1: v [n_blocks, E], one score per block and expert."""
-    if routing.select == "all":
+    if not routing.votes:
         return score.new_zeros(n_blocks, score.shape[1])
     if routing.aggregate == "max":
         lowest = score.new_full((n_blocks, score.shape[1]), -torch.inf)
@@ -374,21 +442,48 @@ def aggregate(score, selection, block_of, n_blocks: int, routing: BlockRouting) 
     return total.index_add_(0, block_of, votes.double()).to(score.dtype)
 
 
+def coresets(value, domain_of, n_domains: int, routing: BlockRouting, preference=None) -> torch.Tensor:
+    """Stage 2, with what blocks of a domain share: the experts that a block's tokens choose from, a mask [n_blocks, E]."""
+    if not routing.pooled:
+        return select(value, routing, preference)
+    if routing.pool_capacity is None:
+        own = select(value, routing, preference)
+        count = torch.zeros(n_domains, value.shape[1], dtype=torch.int32, device=value.device)
+        return count.index_add_(0, domain_of, own.int())[domain_of] > 0
+    pool = pools(value, domain_of, n_domains, routing.pool_capacity)[domain_of]
+    return pool if routing.choose == "pool" else select(value, routing, preference, pool)
+
+
+def pools(value, domain_of, n_domains: int, capacity: int) -> torch.Tensor:
+    """The first experts of every domain, a mask [n_domains, E], by the sum of what the blocks give each: shares of v."""
+    positive = value.clamp(min=0)
+    share = (positive / (round_sum(positive) + EPS)).masked_fill(positive == torch.inf, 1)
+    total = torch.zeros(n_domains, value.shape[1], dtype=torch.float64, device=value.device)
+    total = total.index_add_(0, domain_of, share.double()).to(value.dtype)
+    first = total.sort(descending=True, stable=True).indices[:, :capacity]
+    return torch.zeros_like(total, dtype=torch.bool).scatter(1, first, True)
+
+
 def share_of(coreset, other, value) -> torch.Tensor:
     """The sum of v over a coreset, over that of another one; [n_blocks]. 1 where there is nothing to lose."""
     mine, full = (round_sum(value.clamp(min=0).masked_fill(~members, 0))[:, 0] for members in (coreset, other))
     return torch.where(full > 0, mine / full, 1)
 
 
-def select(value, routing: BlockRouting, preference=None) -> torch.Tensor:
-    """Stage 2: the coreset as a mask [n_blocks, E]. preference: [E], see `block_route_resident`."""
+def select(value, routing: BlockRouting, preference=None, pool=None) -> torch.Tensor:
+    """Stage 2: the coreset as a mask [n_blocks, E]. preference: [E], see `block_route_resident`. pool: None, or a mask
+    [n_blocks, E] of the experts there are, pool_capacity in each row."""
     n_blocks, num_experts = value.shape
     if routing.select == "all":
-        return torch.ones_like(value, dtype=torch.bool)
+        return torch.ones_like(value, dtype=torch.bool) if pool is None else pool
     if routing.select == "nonzero":
-        return value > 0
+        return value > 0 if pool is None else (value > 0) & pool
     ranked = value if preference is None else value + preference * value.clamp(min=0)
     order = ranked.sort(descending=True, stable=True).indices
+    if pool is not None:
+        value = value.masked_fill(~pool, 0)
+        inside = pool.gather(1, order).int().sort(descending=True, stable=True).indices
+        order = order.gather(1, inside)[:, : routing.pool_capacity]
     ordered = value.gather(1, order)
     if routing.select == "top_n":
         capacity: Any = routing.capacity
@@ -400,8 +495,8 @@ def select(value, routing: BlockRouting, preference=None) -> torch.Tensor:
         threshold = torch.tensor(routing.top_p, dtype=value.dtype, device=value.device)
         size = (covered <= threshold).sum(1, keepdim=True) + 1
         size = size.clamp(min=routing.min_experts).clamp(max=routing.max_experts or num_experts)
-    first = torch.arange(num_experts, device=value.device) < size
-    return first.scatter(1, order, first)
+    first = torch.arange(order.shape[1], device=value.device) < size
+    return torch.zeros_like(value, dtype=torch.bool).scatter(1, order, first)
 
 
 def choose(candidates, routing: BlockRouting) -> tuple[torch.Tensor, torch.Tensor]:

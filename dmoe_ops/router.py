@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks, _library, reference
-from .routing import BlockRouting, RoutingResult
+from .routing import BlockRouting, RoutingResult, count_blocks
 
 
 def block_route(
@@ -17,6 +17,8 @@ def block_route(
     *,
     routing: BlockRouting,
     block_offsets: Tensor | None = None,
+    domain_offsets: Tensor | None = None,
+    coreset_ids: Tensor | None = None,
 ) -> RoutingResult:
     """Picks a coreset of experts for every block of tokens, then the experts of every token inside its block's coreset.
 
@@ -27,6 +29,10 @@ def block_route(
         routing: the settings; `BlockRouting.policy("dmoe")` has those of the paper.
         block_offsets: int32 [n_blocks + 1], for blocks of different lengths: block i holds the tokens from offsets[i] up to
             offsets[i + 1]. The values must rise from 0 to T by at most `block_size`, which is checked on the CPU only.
+        domain_offsets: int32 or int64 [n_domains + 1], for blocks that share a pool of experts: domain i is the blocks from
+            offsets[i] up to offsets[i + 1]. What they share is `pool_capacity` and `choose` of the routing; a block's result
+            then depends on the others of its domain. None: every block is alone.
+        coreset_ids: int32 [n_blocks, width], coresets to use in place of those that `routing` would select; -1 is none.
 
     Returns:
         `RoutingResult`, with T = bsz * seq rows. Only topk_weights has a gradient, with respect to logits.
@@ -37,13 +43,17 @@ def block_route(
     `dmoe_ops.reference.block_route` is the contract. Source: dMoE (arXiv 2605.30876), Algorithm 1.
     """
     _checks.routing(routing)
-    if _library.nobody_listens(logits, expert_bias, block_offsets):
+    shared = domain_offsets, coreset_ids
+    if _library.nobody_listens(logits, expert_bias, block_offsets, *shared):
         _checks.once(_checks.route_call, logits, expert_bias, block_offsets, routing)
         rows = logits.reshape(-1, logits.shape[-1])
-        return routing_result(block_route_run(rows, expert_bias, block_offsets, logits.shape[-2], routing))
-    _checks.route_arguments(logits, expert_bias, block_offsets, routing)
+        return routing_result(block_route_run(rows, expert_bias, block_offsets, logits.shape[-2], routing, *shared))
+    _checks.route_arguments(
+        logits, expert_bias, block_offsets, routing, domain_offsets=domain_offsets, coreset_ids=coreset_ids
+    )
     rows = logits.reshape(-1, logits.shape[-1])
-    outputs = torch.ops.dmoe.block_route(rows, expert_bias, block_offsets, logits.shape[-2], *routing.args())
+    settings = (*routing.args(), *routing.pool_args())
+    outputs = torch.ops.dmoe.block_route(rows, expert_bias, block_offsets, logits.shape[-2], *settings, *shared)
     return routing_result(outputs)
 
 
@@ -60,22 +70,40 @@ def routing_result(outputs: Sequence[Tensor]) -> RoutingResult:
 
 
 def allocate_routing(
-    tokens: int, seq_len: int, block_offsets: Tensor | None, routing: BlockRouting, like: Tensor
+    tokens: int,
+    seq_len: int,
+    block_offsets: Tensor | None,
+    routing: BlockRouting,
+    like: Tensor,
+    domain_offsets: Tensor | None = None,
+    coreset_ids: Tensor | None = None,
 ) -> RoutingResult:
-    """Empty outputs for `tokens` rows in sequences of `seq_len`, on the device of `like`."""
-    if block_offsets is not None:
-        n_blocks = block_offsets.shape[0] - 1
-    elif isinstance(tokens, int) and tokens == 0:
-        n_blocks = 0
-    else:
-        n_blocks = tokens // seq_len * ((seq_len + routing.block_size - 1) // routing.block_size)
+    """Empty outputs for `tokens` rows in sequences of `seq_len`, on the device of `like`; checks what blocks share, whose
+    shapes depend on the number of blocks."""
+    n_blocks = count_blocks(tokens, seq_len, block_offsets, routing.block_size)
+    _checks.sharing(domain_offsets, coreset_ids, n_blocks, like.device)
+    width = routing.coreset_width if coreset_ids is None else coreset_ids.shape[1]
     weight_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return RoutingResult(
         like.new_empty((tokens, routing.top_k), dtype=torch.int32),
         like.new_empty((tokens, routing.top_k), dtype=weight_dtype),
-        like.new_empty((n_blocks, routing.coreset_width), dtype=torch.int32),
+        like.new_empty((n_blocks, width), dtype=torch.int32),
         like.new_empty((n_blocks,), dtype=torch.int32),
     )
+
+
+def domains_for_kernels(
+    routing: BlockRouting, domain_offsets: Tensor | None, coreset_ids: Tensor | None, n_blocks: int, device
+) -> Tensor | None:
+    """int32 [n_domains + 1] where blocks may reach each other, else None; looks at the values of a CPU's tensors."""
+    _checks.sharing_values(domain_offsets, coreset_ids, n_blocks, routing.num_experts)
+    if coreset_ids is not None or not routing.pooled:
+        return None
+    if domain_offsets is not None:
+        return domain_offsets.int().contiguous()
+    if routing.pool_capacity is None:
+        return None
+    return torch.arange(n_blocks + 1, dtype=torch.int32, device=device)
 
 
 def check_seq_len(seq_len: int, tokens: int) -> None:
@@ -83,29 +111,45 @@ def check_seq_len(seq_len: int, tokens: int) -> None:
         raise ValueError(f"seq_len must divide T={tokens}, got {seq_len}")
 
 
-def block_route_fake(logits, expert_bias, block_offsets, seq_len, *routing_args):
-    routing = _library.unpack_routing(routing_args)
+def op_settings(args: tuple) -> tuple[BlockRouting, Tensor | None, Tensor | None]:
+    """From the op's arguments behind seq_len: (routing, domain_offsets, coreset_ids)."""
+    pool_args, domain_offsets, coreset_ids = _library.unpack_sharing(args[_library.N_ROUTING :])
+    return _library.unpack_routing(args[: _library.N_ROUTING], pool_args), domain_offsets, coreset_ids
+
+
+def block_route_fake(logits, expert_bias, block_offsets, seq_len, *settings):
+    routing, *shared = op_settings(settings)
     _checks.route(logits, expert_bias, block_offsets, routing)
     check_seq_len(seq_len, logits.shape[0])
-    return route_outputs(allocate_routing(logits.shape[0], seq_len, block_offsets, routing, logits))
+    return route_outputs(allocate_routing(logits.shape[0], seq_len, block_offsets, routing, logits, *shared))
 
 
-def block_route_impl(logits, expert_bias, block_offsets, seq_len, *routing_args):
-    routing = _library.unpack_routing(routing_args)
+def block_route_impl(logits, expert_bias, block_offsets, seq_len, *settings):
+    routing, *shared = op_settings(settings)
     _checks.once(_checks.route, logits, expert_bias, block_offsets, routing)
     check_seq_len(seq_len, logits.shape[0])
-    return block_route_run(logits, expert_bias, block_offsets, seq_len, routing)
+    return block_route_run(logits, expert_bias, block_offsets, seq_len, routing, *shared)
 
 
 def block_route_run(
-    logits: Tensor, expert_bias: Tensor | None, block_offsets: Tensor | None, seq_len: int, routing: BlockRouting
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    block_offsets: Tensor | None,
+    seq_len: int,
+    routing: BlockRouting,
+    domain_offsets: Tensor | None,
+    coreset_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op on arguments that have been checked."""
-    result = allocate_routing(logits.shape[0], seq_len, block_offsets, routing, logits)
+    shared = domain_offsets, coreset_ids
+    result = allocate_routing(logits.shape[0], seq_len, block_offsets, routing, logits, *shared)
     _checks.block_offset_values(block_offsets, logits.shape[0], routing.block_size)
+    domains = domains_for_kernels(routing, *shared, len(result.coreset_sizes), logits.device)
     if logits.shape[0]:
-        logits, expert_bias, block_offsets = _library.contiguous(logits, expert_bias, block_offsets)
-        _backends.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, result)
+        inputs = _library.contiguous(logits, expert_bias, block_offsets, coreset_ids)
+        logits, expert_bias, block_offsets, coreset_ids = inputs
+        kernels = _backends.backend(logits)
+        kernels.block_route(logits, expert_bias, block_offsets, seq_len, routing, result, domains, coreset_ids)
     return route_outputs(result)
 
 
@@ -113,7 +157,7 @@ def block_route_setup_context(ctx, inputs, output):
     logits = inputs[0]
     _, topk_ids, coreset_ids, coreset_sizes = output
     ctx.mark_non_differentiable(topk_ids, coreset_ids, coreset_sizes)
-    ctx.routing, ctx.n_inputs = _library.unpack_routing(inputs[4:]), len(inputs)
+    (ctx.routing, *_), ctx.n_inputs = op_settings(inputs[4:]), len(inputs)
     ctx.save_for_backward(logits, topk_ids)
 
 
@@ -139,7 +183,8 @@ def block_route_backward(ctx, d_weights, _ids, _coreset_ids, _coreset_sizes):
 
 _library.define(
     "block_route(Tensor logits, Tensor? expert_bias, Tensor? block_offsets, SymInt seq_len, "
-    f"{_library.ROUTING}) -> (Tensor topk_weights, Tensor topk_ids, Tensor coreset_ids, Tensor coreset_sizes)",
+    f"{_library.ROUTING}, {_library.SHARING}) -> (Tensor topk_weights, Tensor topk_ids, Tensor coreset_ids, "
+    "Tensor coreset_sizes)",
     block_route_impl,
     block_route_fake,
     block_route_setup_context,

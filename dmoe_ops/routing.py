@@ -12,6 +12,7 @@ import torch
 SCORES = ("sigmoid", "softmax")
 AGGREGATES = ("topk_sum", "sum", "max", "union")
 SELECTS = ("top_p", "top_n", "nonzero", "all")
+CHOICES = ("block", "pool")
 # The order in which settings reach C++ and CUDA (csrc/routing.h), where a name of the three tuples above is its position.
 PACKED_INTS = (
     "top_k",
@@ -30,7 +31,8 @@ PACKED_INTS = (
 PACKED_FLOATS = ("top_p", "routed_scaling_factor")
 
 # Spec of each policy as a change to LLaDA2.0-mini's dMoE defaults. Sources: dMoE arXiv 2605.30876 (Algorithm 1, tables
-# 2 and 3), DES arXiv 2602.00879 (des_seq, des_vote), the LLaDA2.2 report (capacity).
+# 2 and 3), DES arXiv 2602.00879 (des_seq, des_vote), the LLaDA2.2 report (capacity), OEA arXiv 2511.02237 (oea), XShare
+# arXiv 2602.07265 (xshare, without its warm-up, which has no bound).
 POLICIES: dict[str, dict[str, Any]] = {
     "token": dict(select="all"),
     "top4": dict(select="all", top_k=4),
@@ -38,7 +40,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     "des_vote": dict(aggregate="topk_sum", select="top_n"),  # capacity: 0.15 E unless given
     "capacity": dict(aggregate="max", select="top_n", capacity=48, n_group=1, topk_group=1),
     "dmoe": dict(aggregate="topk_sum", select="top_p"),
+    "oea": dict(aggregate="union", select="nonzero", union_k=1, choose="pool"),
+    "xshare": dict(aggregate="sum", select="all", choose="pool"),  # pool_capacity: 3/16 E unless given
 }
+# The settings of a policy that are a share of the experts, unless given.
+SHARES = {"des_vote": ("capacity", 0.15), "xshare": ("pool_capacity", 3 / 16)}
 
 
 class RoutingResult(NamedTuple):
@@ -46,7 +52,8 @@ class RoutingResult(NamedTuple):
 
     topk_ids: int32 [T, top_k], best first, -1 for a slot without an expert.
     topk_weights: float32 [T, top_k], 0 for a slot without an expert.
-    coreset_ids: int32 [n, `BlockRouting.coreset_width`], ascending, padded with -1.
+    coreset_ids: int32 [n, width], ascending, padded with -1; width is `BlockRouting.coreset_width`, or that of the
+        coresets that were passed in.
     coreset_sizes: int32 [n].
     """
 
@@ -70,6 +77,8 @@ class BlockRouting:
     capacity: of "top_n": the size of the coreset.
     union_k: of "union": how many of each token's best experts join.
     norm_topk_prob, routed_scaling_factor: weights are divided by their sum over the token's experts, then scaled.
+    pool_capacity, choose: of blocks that share a pool, see `dmoe_ops.reference.block_route`: at most so many experts in a
+        domain (None: no limit); and whether tokens choose in their "block"'s coreset or in the whole "pool".
 
     Raises ValueError, naming the field and its value, when a value is outside its range.
     """
@@ -89,6 +98,8 @@ class BlockRouting:
     union_k: int | None = None
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
+    pool_capacity: int | None = None
+    choose: str = "block"
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -96,10 +107,11 @@ class BlockRouting:
         for name in ("num_experts", "top_k", "block_size", "n_group", "topk_group"):
             _check_int(name, getattr(self, name), 1)
         _check_int("min_experts", self.min_experts, 0)
-        for name in ("max_experts", "capacity", "union_k"):
+        for name in ("max_experts", "capacity", "union_k", "pool_capacity"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
-        for name, allowed in (("score", SCORES), ("aggregate", AGGREGATES), ("select", SELECTS)):
+        choices = dict(score=SCORES, aggregate=AGGREGATES, select=SELECTS, choose=CHOICES)
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
@@ -116,7 +128,7 @@ class BlockRouting:
             raise ValueError(f"topk_group must be at most n_group={self.n_group}, got {self.topk_group}")
         if self.select == "top_n" and self.capacity is None:
             raise ValueError("capacity must be given with select='top_n', got None")
-        needs_union_k = self.select != "all" and self.aggregate == "union"
+        needs_union_k = self.votes and self.aggregate == "union"
         if needs_union_k and (self.union_k is None or self.union_k > self.num_experts):
             raise ValueError(
                 f"union_k must be in [1, num_experts={self.num_experts}] with aggregate='union', got {self.union_k}"
@@ -124,18 +136,19 @@ class BlockRouting:
 
     @classmethod
     def policy(cls, name: str, **overrides) -> BlockRouting:
-        """The named policy ("dmoe", "token", "top4", "des_seq", "des_vote" or "capacity") with LLaDA2.0-mini's
-        geometry, every field open to an override. Raises ValueError for an unknown name or field."""
+        """The named policy ("dmoe", "token", "top4", "des_seq", "des_vote", "capacity", "oea" or "xshare") with
+        LLaDA2.0-mini's geometry, every field open to an override. Raises ValueError for an unknown name or field."""
         if name not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {name!r}")
         for key in overrides:
             if key not in FIELDS:
                 raise ValueError(f"{key} is not a field of BlockRouting, got {key}={overrides[key]!r}")
         values = {**POLICIES[name], **overrides}
-        if name == "des_vote" and "capacity" not in overrides:
+        if name in SHARES:
+            field, share = SHARES[name]
             num_experts = values.get("num_experts", cls.num_experts)
             _check_int("num_experts", num_experts, 1)
-            values["capacity"] = max(1, round(0.15 * num_experts))
+            values.setdefault(field, max(1, round(share * num_experts)))
         return cls(**values)
 
     @classmethod
@@ -151,24 +164,50 @@ class BlockRouting:
         return cls.for_model(policy, geometry, **overrides)
 
     def args(self) -> tuple:
-        """The fields in order: how the settings travel through an op's schema (`_library.ROUTING`)."""
-        return tuple(getattr(self, name) for name in FIELDS)
+        """The fields in order, but for those of `pool_args`: how the settings travel through an op's schema
+        (`_library.ROUTING`)."""
+        return tuple(getattr(self, name) for name in FIELDS[:-2])
+
+    def pool_args(self) -> tuple:
+        """The rest of them (`_library.SHARING`), which ops of 0.1 did not have."""
+        return self.pool_capacity, self.choose
+
+    @property
+    def votes(self) -> bool:
+        """Whether stage 1 has anything to do."""
+        return self.select != "all" or self.pool_capacity is not None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether blocks of one domain reach each other."""
+        return self.pool_capacity is not None or (self.choose == "pool" and self.select != "all")
 
     @property
     def coreset_width(self) -> int:
         """The largest coreset that these settings allow: the second dimension of `coreset_ids`."""
         limit: Any = self.num_experts  # the options that these settings use are integers, see __post_init__
-        if self.select == "top_p" and self.max_experts is not None:
+        if self.choose == "pool":
+            pass  # any number of blocks add to it
+        elif self.select == "top_p" and self.max_experts is not None:
             limit = self.max_experts
         elif self.select == "top_n":
             limit = self.capacity
         elif self.select == "nonzero" and self.aggregate in ("union", "topk_sum"):
             votes: Any = self.union_k if self.aggregate == "union" else self.top_k
             limit = self.block_size * votes
-        return min(limit, self.num_experts)
+        return min(limit, self.num_experts, self.pool_capacity or limit)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(BlockRouting))
+
+
+def count_blocks(tokens: int, seq_len: int, block_offsets: torch.Tensor | None, block_size: int) -> int:
+    """Blocks of `tokens` rows, in sequences of `seq_len` unless there are offsets."""
+    if block_offsets is not None:
+        return block_offsets.shape[0] - 1
+    if isinstance(tokens, int) and tokens == 0:
+        return 0
+    return tokens // seq_len * ((seq_len + block_size - 1) // block_size)
 
 
 def is_int(value: Any) -> bool:

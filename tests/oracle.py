@@ -1,7 +1,8 @@
 """The specification as plain loops over NumPy scalars; shares no code with the package.
 
 cut(tokens, seq_len, block_size, offsets) -> the rows of every block
-route(logits, bias, routing, blocks) -> (ids [T, k], weights [T, k], coresets, one ascending list per block)
+route(logits, bias, routing, blocks) -> (ids [T, k], weights [T, k], coresets, one ascending list per block); domains: the
+    blocks of every domain; given: the coresets, which nobody selects then
 votes(scores, selection, routing, rows), choose(selection, members, routing): stages 1 and 3 by themselves
 experts(x, w13, w2, ids, weights), mlp(x, w13, w2) -> float64; activation: silu or gelu_tanh
 """
@@ -61,22 +62,49 @@ def votes(scores, selection, routing, rows):
     return v.astype(f32)
 
 
-def _coreset(votes, routing):
-    """Stage 2, from the votes of one block."""
+def _coreset(votes, routing, there):
+    """Stage 2, from the votes of one block, among the experts that are there."""
     n = routing.num_experts
-    order = sorted(range(n), key=lambda e: (-votes[e], e))
+    if routing.select == "all":
+        return sorted(there)
+    order = sorted(there, key=lambda e: (-votes[e], e))
     if routing.select == "nonzero":
-        return [e for e in range(n) if votes[e] > 0]
+        return [e for e in sorted(there) if votes[e] > 0]
     if routing.select == "top_n":
         return sorted(order[: routing.capacity])
     covered, size = 0.0, 1
     with np.errstate(all="ignore"):
-        total = f32(votes.sum(dtype=np.float64)) + f32(1e-20)
+        total = f32(votes[sorted(there)].sum(dtype=np.float64)) + f32(1e-20)
         for e in order:
             covered += float(votes[e] / total)
             size += f32(covered) <= f32(routing.top_p)
     limit = n if routing.max_experts is None else routing.max_experts
     return sorted(order[: min(max(size, routing.min_experts), limit, n)])
+
+
+def _pool(votes, routing):
+    """The pool of a domain, from the votes of its blocks."""
+    total = np.zeros(routing.num_experts)
+    with np.errstate(all="ignore"):
+        for v in votes:
+            positive = np.maximum(v, f32(0))
+            norm = f32(positive.sum(dtype=np.float64)) + f32(1e-20)
+            total += [1.0 if p == np.inf else float(p / norm) for p in positive]
+    return sorted(range(routing.num_experts), key=lambda e: (-f32(total[e]), e))[: routing.pool_capacity]
+
+
+def _coresets(votes, routing, domains):
+    """Stage 2 of all blocks."""
+    result = []
+    for blocks in domains:
+        everyone = range(routing.num_experts)
+        there = everyone if routing.pool_capacity is None else _pool([votes[b] for b in blocks], routing)
+        own = [_coreset(votes[b], routing, there) for b in blocks]
+        if routing.choose == "pool":
+            pool = set().union(*own) if routing.pool_capacity is None else there
+            own = [sorted(pool)] * len(own)
+        result += own
+    return result
 
 
 def choose(selection, members, routing):
@@ -95,18 +123,19 @@ def choose(selection, members, routing):
     return (_best(selection, inside, k) + _best(selection, outside, k))[:k]
 
 
-def route(logits, bias, routing, blocks):
+def route(logits, bias, routing, blocks, domains=None, given=None):
     s = scores(logits, routing.score)
     selection = s if bias is None else s + bias
     selection = np.where(np.isnan(logits) | np.isnan(selection), f32(-np.inf), selection)
     ids = np.full((len(logits), routing.top_k), -1)
-    weights, coresets = np.zeros(ids.shape, f32), []
-    for rows in blocks:
-        everyone = routing.select == "all"
-        members = (
-            list(range(routing.num_experts)) if everyone else _coreset(votes(s, selection, routing, rows), routing)
-        )
-        coresets.append(members)
+    weights = np.zeros(ids.shape, f32)
+    if given is None:
+        has_votes = routing.select != "all" or routing.pool_capacity is not None
+        v = [votes(s, selection, routing, rows) if has_votes else None for rows in blocks]
+        coresets = _coresets(v, routing, [[b] for b in range(len(blocks))] if domains is None else domains)
+    else:
+        coresets = [sorted({e for e in members if e >= 0}) for members in given]
+    for rows, members in zip(blocks, coresets):
         for t in rows:
             chosen = choose(selection[t], members, routing)
             w = s[t, chosen]

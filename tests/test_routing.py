@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FIELDS = tuple(
     """num_experts top_k block_size n_group topk_group score aggregate select top_p min_experts max_experts capacity
-    union_k norm_topk_prob routed_scaling_factor""".split()  # noqa: SIM905
+    union_k norm_topk_prob routed_scaling_factor pool_capacity choose""".split()  # noqa: SIM905
 )
 
 
@@ -52,6 +52,8 @@ def test_the_defaults_are_dmoe_on_llada2_mini():
         union_k=None,
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
+        pool_capacity=None,
+        choose="block",
     )
 
 
@@ -89,6 +91,8 @@ def test_numbers_of_numpy_are_numbers(integer, backend_name, monkeypatch):
         "des_vote": dict(aggregate="topk_sum", select="top_n", capacity=38),
         "capacity": dict(aggregate="max", select="top_n", capacity=48, n_group=1),
         "dmoe": dict(aggregate="topk_sum", select="top_p", top_p=0.6, min_experts=16),
+        "oea": dict(aggregate="union", select="nonzero", union_k=1, choose="pool"),
+        "xshare": dict(aggregate="sum", select="all", choose="pool", pool_capacity=48),
     }.items(),
 )
 def test_named_policies(name, fields):
@@ -99,7 +103,7 @@ def test_named_policies(name, fields):
 
 
 def test_an_override_wins_over_a_policy():
-    for name in ("token", "top4", "des_seq", "des_vote", "capacity", "dmoe"):
+    for name in ("token", "top4", "des_seq", "des_vote", "capacity", "dmoe", "oea", "xshare"):
         routing = BlockRouting.policy(name, num_experts=64, top_k=6, n_group=1, topk_group=1, score="softmax")
         assert (routing.num_experts, routing.top_k, routing.n_group, routing.score) == (64, 6, 1, "softmax")
     assert BlockRouting.policy("des_seq", union_k=1).union_k == 1
@@ -107,6 +111,8 @@ def test_an_override_wins_over_a_policy():
     assert BlockRouting.policy("des_vote", num_experts=64).capacity == 10  # 0.15 E
     assert BlockRouting.policy("des_vote", num_experts=1, top_k=1, n_group=1, topk_group=1).capacity == 1
     assert BlockRouting.policy("capacity", capacity=24).capacity == 24
+    assert BlockRouting.policy("xshare", num_experts=64).pool_capacity == 12  # 3/16 E
+    assert BlockRouting.policy("xshare", pool_capacity=None).pool_capacity is None
 
 
 def test_a_models_geometry_gives_way_to_what_makes_the_policy():
@@ -124,17 +130,21 @@ def test_a_models_geometry_gives_way_to_what_makes_the_policy():
     "field, value, settings",
     [
         *[(name, value, {}) for name in FIELDS[:5] for value in (0, -1, 1.5, "8", None, True)],
-        *[(name, value, {}) for name in ("max_experts", "capacity", "union_k") for value in (0, -3, 2.0, "4", False)],
+        *[
+            (name, value, {})
+            for name in ("max_experts", "capacity", "union_k", "pool_capacity")
+            for value in (0, -3, 2.0, "4", False)
+        ],
         *[("min_experts", value, {}) for value in (-1, 1.5, None, True)],
         *[(name, value, {}) for name in FIELDS[:5] for value in (2**31, 10**400)],
-        *[(name, 2**31, {}) for name in ("min_experts", "max_experts", "capacity", "union_k")],
+        *[(name, 2**31, {}) for name in ("min_experts", "max_experts", "capacity", "union_k", "pool_capacity")],
         *[(name, 10**400, {}) for name in ("top_p", "routed_scaling_factor")],
         ("top_k", 257, {}),
         ("top_k", 9, dict(num_experts=8)),
         ("n_group", 7, {}),
         ("n_group", 512, {}),
         ("topk_group", 9, {}),
-        *[(name, value, {}) for name in ("score", "aggregate", "select") for value in ("relu", "", None, 1)],
+        *[(name, value, {}) for name in ("score", "aggregate", "select", "choose") for value in ("relu", "", None, 1)],
         *[
             ("top_p", value, {})
             for value in (0, 0.0, -0.1, 1.0000001, 60, float("nan"), float("inf"), "0.6", None, True)
@@ -145,6 +155,7 @@ def test_a_models_geometry_gives_way_to_what_makes_the_policy():
         ("union_k", None, dict(aggregate="union", select="nonzero")),
         ("union_k", 257, dict(aggregate="union", select="nonzero")),
         ("union_k", None, dict(aggregate="union", select="top_p")),
+        ("union_k", None, dict(aggregate="union", select="all", pool_capacity=8)),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field, value, settings):
@@ -218,6 +229,13 @@ def test_the_limits_of_each_range_are_allowed(settings):
         (dict(aggregate="topk_sum", select="nonzero", block_size=4), 32),
         (dict(aggregate="max", select="nonzero", block_size=4), 256),
         (dict(aggregate="sum", select="nonzero", block_size=1), 256),
+        (dict(choose="pool", max_experts=20), 256),
+        (dict(choose="pool", pool_capacity=48), 48),
+        (dict(pool_capacity=48), 48),
+        (dict(pool_capacity=500), 256),
+        (dict(pool_capacity=48, max_experts=20), 20),
+        (dict(pool_capacity=48, select="all"), 48),
+        (dict(pool_capacity=48, select="top_n", capacity=60), 48),
     ],
 )
 def test_coreset_width_is_the_largest_possible_coreset(settings, width):
@@ -243,5 +261,12 @@ def test_the_settings_as_cpp_reads_them():
     routing = BlockRouting(**numbers, **choices, top_p=0.25, routed_scaling_factor=1.5)
     ints, floats = _library.packed_routing(routing)
     assert ints == [3, 17, 6, 5, 1, 3, 2, 7, 60, 11, 13, 0] and floats == [0.25, 1.5]
+    pooled = dataclasses.replace(routing, pool_capacity=9, choose="pool")
+    assert _library.packed_routing(pooled) == _library.packed_routing(
+        routing
+    )  # another argument, of the CPU's op alone
+    assert [_library.unpack_routing(each.args(), each.pool_args()) for each in (routing, pooled)] == [routing, pooled]
     assert _library.unpack_routing(routing.args()) == routing
-    assert [part.split()[1] for part in _library.ROUTING.split(", ")] == list(vars(routing))
+    fields = [part.split()[1] for part in _library.ROUTING.split(", ")]
+    fields += [part.split()[1].split("=")[0] for part in _library.SHARING.split(", ")[:2]]
+    assert fields == list(vars(routing))

@@ -106,19 +106,27 @@ class Aggregator {
   std::vector<double> total_;
 };
 
-// Stage 2: marks the coreset of one block in member[experts].
-void select_coreset(const Routing& routing, const float* value, int64_t experts, uint8_t* member) {
-  if (routing.select == Select::all || routing.select == Select::nonzero) {
-    for (int64_t e = 0; e < experts; ++e) member[e] = routing.select == Select::all || value[e] > 0;
-    return;
-  }
-  std::vector<int32_t> order(experts);
-  std::iota(order.begin(), order.end(), 0);
+// Experts in the order of their values, ties by their ids.
+void rank(const float* value, std::vector<int32_t>& order) {
   std::stable_sort(order.begin(), order.end(),
                    [&](int32_t a, int32_t b) { return value[a] > value[b]; });  // none is NaN
+}
+
+// Stage 2: marks the coreset of one block in member[experts]. within: the experts there are, ascending.
+void select_coreset(const Routing& routing, const float* value, const std::vector<int32_t>& within, int64_t experts,
+                    uint8_t* member) {
+  std::fill(member, member + experts, 0);
+  if (routing.select == Select::all || routing.select == Select::nonzero) {
+    for (int32_t e : within) member[e] = routing.select == Select::all || value[e] > 0;
+    return;
+  }
+  std::vector<int32_t> order = within;
+  rank(value, order);
   int64_t size = routing.capacity;
   if (routing.select == Select::top_p) {
-    const float sum = static_cast<float>(std::accumulate(value, value + experts, 0.0));
+    double total = 0;
+    for (int32_t e : within) total += value[e];
+    const float sum = static_cast<float>(total);
     double covered = 0;
     size = 1;
     for (int32_t e : order) {
@@ -127,8 +135,49 @@ void select_coreset(const Routing& routing, const float* value, int64_t experts,
     }
     size = std::min(std::max(size, routing.min_experts), routing.max_experts);
   }
-  std::fill(member, member + experts, 0);
-  for (int64_t i = 0; i < std::min(size, experts); ++i) member[order[i]] = 1;
+  for (int64_t i = 0; i < std::min<int64_t>(size, order.size()); ++i) member[order[i]] = 1;
+}
+
+std::vector<int32_t> all_of(int64_t experts) {
+  std::vector<int32_t> all(experts);
+  std::iota(all.begin(), all.end(), 0);
+  return all;
+}
+
+// The first experts, ascending, by what `blocks` rows of values give each: shares of their sums.
+std::vector<int32_t> pool_of(const float* value, int64_t blocks, int64_t experts, int64_t capacity) {
+  std::vector<double> total(experts);
+  for (int64_t b = 0; b < blocks; ++b, value += experts) {
+    double sum = 0;
+    for (int64_t e = 0; e < experts; ++e) sum += std::max(value[e], 0.0f);
+    const float votes = static_cast<float>(sum) + kEps;
+    for (int64_t e = 0; e < experts; ++e) total[e] += value[e] == -kOut ? 1.0f : std::max(value[e], 0.0f) / votes;
+  }
+  std::vector<float> rounded(total.begin(), total.end());
+  std::vector<int32_t> pool = all_of(experts);
+  rank(rounded.data(), pool);
+  pool.resize(std::min(capacity, experts));
+  std::sort(pool.begin(), pool.end());
+  return pool;
+}
+
+// Stage 2 of the blocks of one domain: value and member [blocks, experts] are theirs.
+void share_pool(const BlockRoute& args, const Routing& routing, const float* value, int64_t blocks, uint8_t* member) {
+  const int64_t experts = args.experts;
+  std::vector<uint8_t> pool(experts);
+  std::vector<int32_t> within = all_of(experts);
+  if (args.pool_capacity) {
+    within = pool_of(value, blocks, experts, args.pool_capacity);
+    for (int32_t e : within) pool[e] = 1;
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    uint8_t* in = member + b * experts;
+    select_coreset(routing, value + b * experts, within, experts, in);
+    if (args.pool_capacity) continue;
+    for (int64_t e = 0; e < experts; ++e) pool[e] |= in[e];
+  }
+  if (!args.choose_in_pool) return;
+  for (int64_t b = 0; b < blocks; ++b) std::copy(pool.begin(), pool.end(), member + b * experts);
 }
 
 // Stage 3: the experts of one token, best first, from scores that are kOut outside its coreset.
@@ -223,6 +272,55 @@ std::vector<int64_t> block_begins(const BlockRoute& args, int64_t block_size) {
   return begins;
 }
 
+void write_coreset(const BlockRoute& args, int64_t block, const uint8_t* member) {
+  int32_t* ids = args.coreset_ids + block * args.coreset_width;
+  int32_t size = 0;
+  for (int64_t e = 0; e < args.experts; ++e) {
+    if (member[e]) ids[size++] = static_cast<int32_t>(e);
+  }
+  std::fill(ids + size, ids + args.coreset_width, -1);
+  args.coreset_sizes[block] = size;
+}
+
+// Stages 1 and 2: fills member [n_blocks, experts], zeros at first, and the coresets of args.
+void coresets(const BlockRoute& args, const Routing& routing, const std::vector<int64_t>& begins, const float* score,
+              const float* selection, uint8_t* member, const ParallelFor& parallel) {
+  const int64_t experts = args.experts;
+  if (args.given) {
+    const int32_t* id = args.given;
+    for (int64_t b = 0; b < args.n_blocks; ++b, member += experts) {
+      for (int64_t i = 0; i < args.coreset_width; ++i, ++id) {
+        if (0 <= *id && *id < experts) member[*id] = 1;
+      }
+      write_coreset(args, b, member);
+    }
+    return;
+  }
+  const bool shared = args.domain_offsets != nullptr, votes = routing.select != Select::all || args.pool_capacity;
+  const std::vector<int32_t> all = all_of(experts);
+  std::vector<float> values(shared ? args.n_blocks * experts : 0);
+  parallel(args.n_blocks, 1, [&](int64_t begin, int64_t end) {
+    Aggregator aggregator(routing, experts);
+    std::vector<float> own(experts);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t row = begins[b] * experts;
+      float* value = shared ? &values[b * experts] : own.data();
+      if (votes) aggregator.run(score + row, selection + row, begins[b + 1] - begins[b], value);
+      if (shared) continue;
+      select_coreset(routing, value, all, experts, member + b * experts);
+      write_coreset(args, b, member + b * experts);
+    }
+  });
+  if (!shared) return;
+  parallel(args.n_domains, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t d = begin; d < end; ++d) {
+      const int64_t first = args.domain_offsets[d], blocks = args.domain_offsets[d + 1] - first;
+      share_pool(args, routing, values.data() + first * experts, blocks, member + first * experts);
+      for (int64_t b = first; b < first + blocks; ++b) write_coreset(args, b, member + b * experts);
+    }
+  });
+}
+
 }  // namespace
 
 void block_route(const BlockRoute& args, const Routing& routing, const ParallelFor& parallel) {
@@ -238,25 +336,7 @@ void block_route(const BlockRoute& args, const Routing& routing, const ParallelF
     }
   });
 
-  parallel(args.n_blocks, 1, [&](int64_t begin, int64_t end) {
-    Aggregator aggregator(routing, experts);
-    std::vector<float> value(experts);
-    for (int64_t b = begin; b < end; ++b) {
-      uint8_t* in = &member[b * experts];
-      if (routing.select != Select::all) {
-        const int64_t row = begins[b] * experts;
-        aggregator.run(&score[row], &selection[row], begins[b + 1] - begins[b], value.data());
-      }
-      select_coreset(routing, value.data(), experts, in);
-      int32_t* ids = args.coreset_ids + b * args.coreset_width;
-      int32_t size = 0;
-      for (int64_t e = 0; e < experts; ++e) {
-        if (in[e]) ids[size++] = static_cast<int32_t>(e);
-      }
-      std::fill(ids + size, ids + args.coreset_width, -1);
-      args.coreset_sizes[b] = size;
-    }
-  });
+  coresets(args, routing, begins, score.data(), selection.data(), member.data(), parallel);
 
   parallel(args.tokens, 4, [&](int64_t begin, int64_t end) {
     Chooser chooser(routing, experts);

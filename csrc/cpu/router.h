@@ -18,6 +18,12 @@ struct BlockRoute {
   float* topk_weights;     // [tokens, top_k]
   int32_t* coreset_ids;    // [n_blocks, coreset_width]
   int32_t* coreset_sizes;  // [n_blocks]
+  // Blocks that reach each other, if domain_offsets is there, or coresets that are given.
+  int64_t n_domains;
+  const int32_t* domain_offsets;  // [n_domains + 1], over blocks, or null
+  int64_t pool_capacity;          // 0: the pool is the union of the coresets
+  bool choose_in_pool;
+  const int32_t* given;  // [n_blocks, coreset_width], in any order, or null
 };
 
 // Writes every element of the four outputs.

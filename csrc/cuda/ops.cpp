@@ -112,7 +112,9 @@ const int32_t* map_of(const std::optional<Tensor>& map, int64_t experts) {
 void block_route_out(const Tensor logits, const std::optional<Tensor> expert_bias,
                      const std::optional<Tensor> block_offsets, int64_t seq_len, const std::vector<int64_t> ints,
                      const std::vector<double> floats, Tensor topk_ids, Tensor topk_weights, Tensor coreset_ids,
-                     Tensor coreset_sizes) {
+                     Tensor coreset_sizes, const std::optional<Tensor> domain_offsets, int64_t, bool,
+                     const std::optional<Tensor> given) {
+  STD_TORCH_CHECK(!domain_offsets && !given, "dmoe: the CUDA router takes no domain_offsets and no given_coresets");
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "dmoe: logits must be contiguous with 2 dimensions");
   route(nullptr, nullptr, logits, expert_bias, block_offsets, seq_len, ints, floats, topk_ids, topk_weights,
         coreset_ids, coreset_sizes, nullptr, nullptr);
