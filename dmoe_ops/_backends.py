@@ -172,11 +172,7 @@ class Triton:
 
     @staticmethod
     def block_route(*args) -> None:
-        *call, domain_offsets, coreset_ids = args
-        if domain_offsets is None and coreset_ids is None:
-            _triton_backend().block_route(*call)
-        else:
-            Reference.block_route(*args)
+        _triton_backend().block_route(*args)
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, *args) -> None:
@@ -191,15 +187,11 @@ class Triton:
 
     @staticmethod
     def route(call: LayerCall):
-        return (_triton_backend() if Triton._takes_call(call) else Reference).route(call)
+        return (_triton_backend() if Triton._takes(call.weights) else Reference).route(call)
 
     @staticmethod
     def block_moe(call: LayerCall) -> None:
-        (_triton_backend() if Triton._takes_call(call) else Reference).block_moe(call)
-
-    @staticmethod
-    def _takes_call(call: LayerCall) -> bool:
-        return call.domain_offsets is None and call.coreset_ids is None and Triton._takes(call.weights)
+        (_triton_backend() if Triton._takes(call.weights) else Reference).block_moe(call)
 
     @staticmethod
     def _takes(weights: ExpertWeights) -> bool:

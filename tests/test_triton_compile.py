@@ -88,6 +88,13 @@ def test_ops(resources):
     check(rows)
 
 
+def test_pools(resources):
+    """Blocks that share a pool, two launches, and blocks with coresets passed in, one."""
+    rows = resources("--target", "sm_90", "--pools", "--tokens", 128)
+    assert [row["kernel"] for row in rows] == ["votes_kernel", "route_kernel"] * 3 + ["route_kernel"]
+    check(rows)
+
+
 @pytest.mark.parametrize("chip, dtype", [("sm_80", "float16"), ("gfx942", "bfloat16"), ("sm_90", "float32")])
 def test_gradient(resources, chip, dtype):
     rows = resources("--target", chip, "--ops", "--tokens", 2048, "--dtype", dtype)

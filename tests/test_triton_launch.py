@@ -142,6 +142,23 @@ def a_layer_of_few_tokens():
 
 
 @check
+def a_layer_whose_blocks_share_a_pool():
+    def pooled():
+        *call, logits = layer(64, choose="pool")
+        return *call, logits, torch.tensor([0, 2], dtype=torch.int32)
+
+    def given():
+        *call, logits = layer(32)
+        ids = torch.zeros(1, 16, dtype=torch.int32)
+        return *call, logits, None, ids
+
+    made = agree("block_moe", pooled)
+    assert [kernel for kernel, *_ in made][:3] == ["gate_kernel", "votes_kernel", "route_kernel"]
+    made = agree("block_moe", given)
+    assert [kernel for kernel, *_ in made][:3] == ["gate_kernel", "route_kernel", "dense_up_kernel"]
+
+
+@check
 def a_layer_of_many_tokens():
     made = agree("block_moe", lambda: layer(256, shared=0))
     assert [kernel for kernel, *_ in made][2:] == ["gathered_up_kernel", "gathered_down_kernel", "combine_kernel"]

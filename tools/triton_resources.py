@@ -103,9 +103,11 @@ def launches(
     ops: bool = False,
     stored: str | None = None,
     decoder: bool = False,
+    pools: bool = False,
 ) -> list[Call]:
     """What `block_moe` launches for that many tokens; with `ops`, `block_route`, `moe_experts` and its gradient; with
-    `decoder`, the ops beside the products, with LLaDA2.0-mini's heads and vocabulary. stored: a quantised format."""
+    `decoder`, the ops beside the products, with LLaDA2.0-mini's heads and vocabulary; with `pools`, `block_route` of blocks
+    that share a pool, or have coresets passed in. stored: a quantised format."""
     hidden, intermediate, shared, routing = MODELS[model]
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, n_experts = empty(n_tokens, hidden), routing.num_experts
@@ -128,6 +130,8 @@ def launches(
         serve = backend.Triton
         if decoder:
             _decoder_ops(serve, empty, n_tokens, hidden)
+        elif pools:
+            _pools(serve, logits, bias, n_tokens, routing)
         elif not ops:
             gate_weight = empty(n_experts, hidden)
             serve.block_moe(LayerCall(x, gate_weight, bias, weights, None, n_tokens, routing, x, out, logits))
@@ -138,6 +142,20 @@ def launches(
             grads = (x, *(weights[:2] if stored is None else (None, None)), out.topk_weights)
             serve.moe_experts_backward(x, x, experts, out.topk_ids, out.topk_weights, grads)
     return calls
+
+
+def _pools(serve, logits, bias, n_tokens: int, routing: BlockRouting) -> None:
+    ids = functools.partial(torch.empty, dtype=torch.int32, device="meta")
+    domains, given = ids(2), ids(-(-n_tokens // routing.block_size), 64)
+    for settings, shared in (
+        (dict(choose="pool"), (domains, None)),
+        (dict(pool_capacity=48), (domains, None)),
+        (dict(pool_capacity=48, choose="pool"), (domains, None)),
+        ({}, (None, given)),
+    ):
+        of = dataclasses.replace(routing, **settings)
+        out = router.allocate_routing(n_tokens, n_tokens, None, of, logits, *shared)
+        serve.block_route(logits, bias, None, n_tokens, of, out, *shared)
 
 
 def _decoder_ops(serve, empty, n_tokens: int, hidden: int) -> None:
@@ -262,10 +280,11 @@ def report(
     stored: str | None = None,
     kernels: list[str] | None = None,
     decoder: bool = False,
+    pools: bool = False,
 ):
     """One row (a dict) per distinct kernel."""
     chip, seen = CHIPS[chip_name], set()
-    for call in launches(chip, model, n_tokens, form, dtype, ops, stored, decoder):
+    for call in launches(chip, model, n_tokens, form, dtype, ops, stored, decoder, pools):
         if kernels and call.fn.__name__ not in kernels:
             continue
         kernel = compiled(call, chip)
@@ -308,6 +327,7 @@ def main() -> int:
     parser.add_argument(
         "--decoder", action="store_true", help="norms, rotary embedding and the choice of tokens instead"
     )
+    parser.add_argument("--pools", action="store_true", help="block_route of blocks that share a pool instead")
     parser.add_argument("--kernels", nargs="+", help="these alone")
     parser.add_argument("--json", action="store_true", help="one row per line, as JSON")
     parser.add_argument("--asm", help="folder for the assembly of each kernel")
@@ -329,6 +349,7 @@ def main() -> int:
             stored,
             args.kernels,
             args.decoder,
+            args.pools,
         ):
             bad += row["spills"] > 0 or row["shared"] > row["limit"]
             if args.json:

@@ -23,11 +23,12 @@ def form_of(n_blocks: int, routing, dense_blocks: int) -> str:
     of its tokens, but writes and adds up a row per slot, in one launch more. Two coresets hardly overlap where they are
     independent (15 of 256 experts each: 30 reads against 29), so dense saves the rest of the work; where they are the same,
     every further block costs as much as the first. Token routing has no coreset: there a second block reads most experts
-    again. `dense_blocks` is the GPU's entry in the tile table.
+    again, and so it does where tokens choose in a pool of blocks. `dense_blocks` is the GPU's entry in the tile table.
     """
     if routing.block_size > MAX_DENSE_BLOCK:
         return "gathered"
-    return "dense" if n_blocks <= (1 if routing.select == "all" else dense_blocks) else "gathered"
+    alike = routing.select == "all" or routing.choose == "pool"
+    return "dense" if n_blocks <= (1 if alike else dense_blocks) else "gathered"
 
 
 def least_experts(routing) -> int:
@@ -61,9 +62,9 @@ def plan_of(call: LayerCall) -> schedule.Dense | schedule.Gathered:
     x, routing, n_blocks = call.x, call.routing, call.routed.coreset_sizes.shape[0]
     table = tiles.for_device(x.device)
     if form_of(n_blocks, routing, table.dense_blocks) == "dense":
-        width = min(routing.num_experts, routing.coreset_width, routing.block_size * routing.top_k)
+        width = min(routing.num_experts, call.routed.coreset_ids.shape[1], routing.block_size * routing.top_k)
         return schedule.Dense.empty(n_blocks, width, x.device)
-    words = n_blocks * router.route_constants(routing, table.route)["N_WORDS"]
+    words = n_blocks * router.route_constants(routing, table.route, call.routed.coreset_ids.shape[1])["N_WORDS"]
     tile = tile_tokens(x.shape[0], routing.top_k, least_experts(routing))
     return schedule.Gathered.empty(x.shape[0], routing.num_experts, routing.top_k, words, tile, x.device)
 
@@ -87,6 +88,8 @@ def _route(call: LayerCall, plan) -> None:
         table.route,
         call.weights.expert_map,
         pdl,
+        call.domain_offsets,
+        call.coreset_ids,
     )
 
 
@@ -134,10 +137,11 @@ class Triton:
 
     @staticmethod
     @launch.repeated
-    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out) -> None:
+    def block_route(logits, expert_bias, block_offsets, seq_len, routing, out, *shared) -> None:
         with launch.on(logits.device):
             tile = tiles.for_device(logits.device).route
-            router.route(logits, None, expert_bias, block_offsets, seq_len, routing, out, None, tile, None, False)
+            inputs = logits, None, expert_bias, block_offsets
+            router.route(*inputs, seq_len, routing, out, None, tile, None, False, *shared)
 
     @staticmethod
     @launch.repeated

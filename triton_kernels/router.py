@@ -1,7 +1,8 @@
 """Router: the gate product, and block routing with the schedule of the expert kernels. Two launches, or one from logits.
 
 `gate_kernel` leaves logits and, for sigmoid, scores. `route_kernel` runs one program per block through the three stages of
-`dmoe_ops.reference.block_route`, whose rounding it follows: scores and sums are float64, rounded to float32 once.
+`dmoe_ops.reference.block_route`, whose rounding it follows: scores and sums are float64, rounded to float32 once. Where
+blocks share a pool, `votes_kernel` runs in front of it, and every program then adds up the ballots of its domain.
 
 Selections compare `rank_bits`: the bits of a float32 score as an int32 in the same order, NONE for what may not be
 chosen. Of equal ones the lowest column wins. Columns are experts laid out [groups, members], both padded to a power of
@@ -252,6 +253,89 @@ def coreset(
 
 
 @triton.jit
+def block_votes(
+    logits_ptr,
+    score_ptr,
+    bias_ptr,
+    start,
+    length,
+    column,
+    expert,
+    real,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    UNION_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    N_WORDS: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Stage 1 of a block: v [chunks, lanes]."""
+    t = tl.arange(0, BLOCK_T)
+    votes = tl.full(column.shape, -float("inf") if AGGREGATE == "max" else 0.0, tl.float64)
+    for word in range(0, N_WORDS):
+        local = word * BLOCK_T + t
+        score, selection, keys = load_scores(
+            logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real,
+            E, SOFTMAX, HAS_SCORE, HAS_BIAS, False,
+        )  # fmt: skip
+        more = vote(score, selection, keys, column[None, :, :], AGGREGATE, K, UNION_K)
+        votes = tl.maximum(votes, more) if AGGREGATE == "max" else votes + more
+    return votes.to(tl.float32)
+
+
+@triton.jit
+def pool_members(
+    block,
+    n_blocks,
+    top_p,
+    expert,
+    real,
+    ballots_ptr,
+    domains_ptr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    SELECT: tl.constexpr,
+    MIN_EXPERTS: tl.constexpr,
+    MAX_EXPERTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    POOL: tl.constexpr,
+    IN_POOL: tl.constexpr,
+):
+    """Stage 2 of a block of a domain, from the ballots that `votes_kernel` left: the members as a mask [EP]."""
+    domain = 0
+    while tl.load(domains_ptr + domain + 1) <= block:
+        domain += 1
+    first = tl.load(domains_ptr + domain)
+    row_ptr = ballots_ptr + first.to(tl.int64) * E
+    total = tl.zeros([EP], tl.float64)
+    for _ in range(first, tl.load(domains_ptr + domain + 1)):
+        total += tl.load(row_ptr + expert, mask=real, other=0.0).to(tl.float64)
+        row_ptr += E
+    if POOL == 0:
+        return real & (total > 0)
+    pool = real & (ranks(total.to(tl.float32), real, E, EP) < POOL)
+    if IN_POOL:
+        return pool
+    votes = tl.load(ballots_ptr + (n_blocks + block).to(tl.int64) * E + expert, mask=pool, other=0.0)
+    SIZE: tl.constexpr = POOL if POOL < E else E
+    return coreset(votes, pool, top_p, ballots_ptr, SIZE, EP, SELECT, MIN_EXPERTS, MAX_EXPERTS, CAPACITY, 0)
+
+
+@triton.jit
+def given_members(row_ptr, expert, real, EP: tl.constexpr, GIVEN: tl.constexpr):
+    """A coreset of GIVEN ids in any order, as a mask [EP]."""
+    inside = tl.zeros([EP], tl.int32)
+    for first in range(0, GIVEN, 32):
+        at = first + tl.arange(0, 32)
+        ids = tl.load(row_ptr + at, mask=at < GIVEN, other=-1)
+        inside |= tl.max((expert[:, None] == ids[None, :]).to(tl.int32), 1)
+    return real & (inside > 0)
+
+
+@triton.jit
 def group_ranks(best, second, there):
     """Rank bits of groups by the keys of their two best."""
     score = tl.where(second > NONE, value_of(best) + value_of(second), -float("inf"))
@@ -469,6 +553,70 @@ def assign(
         )
 
 
+@triton.jit(do_not_specialize=["n_blocks", "seq_len"])
+def votes_kernel(
+    logits_ptr,
+    score_ptr,
+    bias_ptr,
+    offsets_ptr,
+    coreset_ptr,
+    ballots_ptr,
+    n_blocks,
+    seq_len,
+    top_p,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    EP: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    SELECT: tl.constexpr,
+    MIN_EXPERTS: tl.constexpr,
+    MAX_EXPERTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    UNION_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    N_WORDS: tl.constexpr,
+    LANES: tl.constexpr,
+    POOL: tl.constexpr,
+    IN_POOL: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One block's ballot, its row of `ballots` [1 or 2, n_blocks, E]: 1.0 for a member of its coreset; or with POOL each
+    expert's share of its votes, and unless IN_POOL the votes. coreset_ptr: room for a row of the coresets."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    block = tl.program_id(0)
+    start, length = block_range(block, offsets_ptr, seq_len, BLOCK_SIZE, HAS_OFFSETS)
+    column = tl.arange(0, EP // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    expert, real = expert_of(column, E, G, EP // GP)
+    value = block_votes(
+        logits_ptr, score_ptr, bias_ptr, start, length, column, expert, real,
+        E, K, SOFTMAX, AGGREGATE, UNION_K, BLOCK_T, N_WORDS, HAS_SCORE, HAS_BIAS,
+    )  # fmt: skip
+    value = tl.reshape(value, [EP])
+    expert, real = expert_of(tl.arange(0, EP), E, G, EP // GP)
+    row_ptr = ballots_ptr + block.to(tl.int64) * E
+    if POOL == 0:
+        scratch = coreset_ptr + block.to(tl.int64) * WIDTH
+        inside = coreset(value, real, top_p, scratch, E, EP, SELECT, MIN_EXPERTS, MAX_EXPERTS, CAPACITY, WIDTH)
+        tl.store(row_ptr + expert, inside.to(tl.float32), mask=real)
+    else:
+        positive = tl.where(real & (value > 0), value, 0.0)
+        total = tl.sum(positive.to(tl.float64), 0).to(tl.float32) + EPS
+        share = tl.div_rn(positive, tl.full([EP], 1.0, tl.float32) * total)
+        tl.store(row_ptr + expert, tl.where(positive == float("inf"), 1.0, share), mask=real)
+        if not IN_POOL:
+            tl.store(row_ptr + n_blocks.to(tl.int64) * E + expert, value, mask=real)
+
+
 @triton.jit(do_not_specialize=["n_tokens", "n_blocks", "seq_len"])
 def route_kernel(
     logits_ptr,
@@ -490,6 +638,9 @@ def route_kernel(
     tiles_ptr,
     n_tiles_ptr,
     done_ptr,
+    ballots_ptr,
+    domains_ptr,
+    given_ptr,
     n_tokens,
     n_blocks,
     seq_len,
@@ -521,43 +672,49 @@ def route_kernel(
     MOST_MEMBERS: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
+    POOL: tl.constexpr,
+    IN_POOL: tl.constexpr,
+    GIVEN: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    HAS_DOMAINS: tl.constexpr,
     SCHEDULE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One block: coreset, experts and weights of its tokens, and its part of the SCHEDULE ("", "dense" or "gathered")."""
+    """One block: coreset, experts and weights of its tokens, and its part of the SCHEDULE ("", "dense" or "gathered").
+    The coreset is that of the block's votes, with HAS_DOMAINS of its domain's ballots, or with GIVEN ids of `given`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     block = tl.program_id(0)
     start, length = block_range(block, offsets_ptr, seq_len, BLOCK_SIZE, HAS_OFFSETS)
-    t = tl.arange(0, BLOCK_T)
     MEMBERS: tl.constexpr = EP // GP
     CHUNKS: tl.constexpr = EP // LANES
     column = tl.arange(0, CHUNKS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     expert, real = expert_of(column, E, G, MEMBERS)
     flat_expert, flat_real = expert_of(tl.arange(0, EP), E, G, MEMBERS)
 
-    value = tl.zeros([CHUNKS, LANES], tl.float32)
-    if SELECT != "all":
-        votes = tl.full([CHUNKS, LANES], -float("inf") if AGGREGATE == "max" else 0.0, tl.float64)
-        for word in range(0, N_WORDS):
-            local = word * BLOCK_T + t
-            score, selection, keys = load_scores(
-                logits_ptr, score_ptr, bias_ptr, start + local, local < length, expert, real,
-                E, SOFTMAX, HAS_SCORE, HAS_BIAS, False,
-            )  # fmt: skip
-            more = vote(score, selection, keys, column[None, :, :], AGGREGATE, K, UNION_K)
-            votes = tl.maximum(votes, more) if AGGREGATE == "max" else votes + more
-        value = votes.to(tl.float32)
-    value = tl.reshape(value, [EP])
     row = block.to(tl.int64) * WIDTH
-    inside = coreset(
-        value, flat_real, top_p, coreset_ptr + row, E, EP, SELECT, MIN_EXPERTS, MAX_EXPERTS, CAPACITY, WIDTH
-    )
+    if GIVEN:
+        inside = given_members(given_ptr + block.to(tl.int64) * GIVEN, flat_expert, flat_real, EP, GIVEN)
+    elif HAS_DOMAINS:
+        inside = pool_members(
+            block, n_blocks, top_p, flat_expert, flat_real, ballots_ptr, domains_ptr,
+            E, EP, SELECT, MIN_EXPERTS, MAX_EXPERTS, CAPACITY, POOL, IN_POOL,
+        )  # fmt: skip
+    else:
+        value = tl.zeros([CHUNKS, LANES], tl.float32)
+        if SELECT != "all":
+            value = block_votes(
+                logits_ptr, score_ptr, bias_ptr, start, length, column, expert, real,
+                E, K, SOFTMAX, AGGREGATE, UNION_K, BLOCK_T, N_WORDS, HAS_SCORE, HAS_BIAS,
+            )  # fmt: skip
+        value = tl.reshape(value, [EP])
+        inside = coreset(
+            value, flat_real, top_p, coreset_ptr + row, E, EP, SELECT, MIN_EXPERTS, MAX_EXPERTS, CAPACITY, WIDTH
+        )
 
     size = tl.sum(inside.to(tl.int32), 0)
     place = tl.cumsum(inside.to(tl.int32), 0) - 1
@@ -617,13 +774,38 @@ def gate(x, gate_weight, logits, score, done, tile, pdl: bool) -> None:
     )
 
 
-def route(logits, score, expert_bias, block_offsets, seq_len, routing, out, schedule, tile, expert_map, pdl) -> None:
+def route(
+    logits, score, expert_bias, block_offsets, seq_len, routing, out, schedule, tile, expert_map, pdl,
+    domain_offsets=None, coreset_ids=None,
+) -> None:  # fmt: skip
     """Fills `out` (a RoutingResult) and, unless None, `schedule` (`schedule.Dense` or `schedule.Gathered`).
 
     score: sigmoid of the logits where `gate` left it, or None. schedule.done: 0 at the start, see `gate`.
-    tile: `tiles.Route`. pdl: launched behind `gate` by programmatic dependent launch.
+    tile: `tiles.Route`. pdl: launched behind `gate` by programmatic dependent launch. domain_offsets, coreset_ids: see
+    `LayerCall`; with the first, two launches.
     """
-    n_blocks = out.coreset_sizes.shape[0]
+    n_blocks, width = out.coreset_ids.shape
+    constants = route_constants(routing, tile, width)
+    inputs = dict(
+        HAS_SCORE=score is not None, HAS_BIAS=expert_bias is not None, HAS_OFFSETS=block_offsets is not None
+    )  # fmt: skip
+    ballots = None
+    if domain_offsets is not None:
+        planes = 2 if routing.pool_capacity and routing.choose == "block" else 1
+        ballots = logits.new_empty(planes, n_blocks, routing.num_experts)
+        used = {name: value for name, value in constants.items() if name in (*votes_kernel.arg_names, "num_warps")}
+        arguments = (
+            logits,
+            score,
+            expert_bias,
+            block_offsets,
+            out.coreset_ids,
+            ballots,
+            n_blocks,
+            seq_len,
+            routing.top_p,
+        )
+        votes_kernel[(n_blocks,)](*arguments, **used, **inputs, **early(pdl))
     route_kernel[(n_blocks,)](
         logits,
         score,
@@ -633,26 +815,29 @@ def route(logits, score, expert_bias, block_offsets, seq_len, routing, out, sche
         *out,
         *(schedule.dense_args() if schedule else (None,) * 2),
         *(schedule.gathered_args() if schedule else (None,) * 8),
+        ballots,
+        domain_offsets,
+        coreset_ids,
         logits.shape[0],
         n_blocks,
         seq_len,
         routing.top_p,
         routing.routed_scaling_factor,
-        **route_constants(routing, tile),
+        **constants,
+        **inputs,
         USED_WIDTH=schedule.width if schedule else 1,
         TILE=schedule.tile if schedule else 1,
-        HAS_SCORE=score is not None,
-        HAS_BIAS=expert_bias is not None,
-        HAS_OFFSETS=block_offsets is not None,
+        GIVEN=0 if coreset_ids is None else width,
         HAS_MAP=expert_map is not None,
+        HAS_DOMAINS=domain_offsets is not None,
         SCHEDULE=schedule.form if schedule else "",
         **early(pdl),
     )
 
 
 @functools.lru_cache(maxsize=256)
-def route_constants(routing, tile) -> dict:
-    """What the kernel compiles in of a BlockRouting."""
+def route_constants(routing, tile, width: int) -> dict:
+    """What the kernels compile in of a BlockRouting, with coresets of `width`."""
     groups = triton.next_power_of_2(routing.n_group)
     columns = groups * triton.next_power_of_2(routing.num_experts // routing.n_group)
     # Tiles are meant for 256 columns; more of them leave room for fewer tokens in the registers.
@@ -675,13 +860,15 @@ def route_constants(routing, tile) -> dict:
         CAPACITY=routing.capacity or 1,
         UNION_K=routing.union_k or 1,
         NORM=routing.norm_topk_prob,
-        WIDTH=routing.coreset_width,
-        WIDTH_P=triton.next_power_of_2(routing.coreset_width),
+        WIDTH=width,
+        WIDTH_P=triton.next_power_of_2(width),
         BLOCK_T=tokens,
         N_WORDS=triton.cdiv(routing.block_size, tokens),
         MOST_MEMBERS=32 if routing.n_group <= 32 else columns,
         LANES=min(columns, max(128, columns // groups if groups > 1 else 1)),
         ROWS=max(1, 4096 // columns),
         SLOTS=1024,
+        POOL=routing.pool_capacity or 0,
+        IN_POOL=routing.choose == "pool",
         num_warps=tile.warps if columns >= 256 else max(4, tile.warps // 2),
     )

@@ -43,6 +43,21 @@ def test_ragged_blocks():
     same_routing(got, reference.block_route(logits, routing=routing, block_offsets=offsets))
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(choose="pool"), dict(pool_capacity=48), dict(pool_capacity=48, choose="pool")]
+)
+def test_a_layer_whose_blocks_share_a_pool(weights, settings):
+    """`cuda` leaves these to Triton."""
+    routing, domains = BlockRouting(**settings), torch.tensor([0, 1, 5, 5, 8])
+    x = activations(256)
+    y, routed, logits = block_moe(x, *weights, routing=routing, domain_offsets=domains.cuda())
+    same_routing(routed, reference.block_route(logits.cpu(), weights[1].cpu(), routing=routing, domain_offsets=domains))
+    same_routing(routed, block_route(logits, weights[1], routing=routing, domain_offsets=domains.cuda()))
+    given = block_moe(x, *weights, routing=BlockRouting(), coreset_ids=routed.coreset_ids)
+    same_routing(given[1], routed)
+    assert torch.equal(given[0], y)
+
+
 @pytest.mark.parametrize("tokens", [1, 19, 32, 45, 64, 128, 512, 1024, 2048])
 @pytest.mark.parametrize("name", ["dmoe", "token"])
 def test_layer(weights, tokens, name):
