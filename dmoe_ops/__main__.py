@@ -21,10 +21,14 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("bench", help="the microbenchmark: dmoe bench --help", add_help=False)
     demo_parser = commands.add_parser("demo", help="decode a prompt with token routing and with dMoE, side by side")
     from . import chat, convert, decode, demo, tune
+    from .eval import command as evaluate
 
     demo.add_arguments(demo_parser)
     decode.add_arguments(commands.add_parser("decode", help="decode prompts, on several ranks under torchrun"))
     chat.add_arguments(commands.add_parser("chat", help="talk to a model in the terminal"))
+    evaluate.add_arguments(
+        commands.add_parser("eval", help="accuracy on GSM8K, MATH-500, ARC-C and MMLU, beside the paper's")
+    )
     tune.add_arguments(commands.add_parser("tune", help="measure the Triton tile choices on this machine's GPU"))
     convert.add_arguments(
         commands.add_parser("quantize", help="write a checkpoint with its experts in fp8, int8 or int4")
@@ -36,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(report())
         return 0
-    return dict(chat=chat, demo=demo, decode=decode, tune=tune, quantize=convert)[args.command].run(args)
+    modules = dict(chat=chat, demo=demo, decode=decode, eval=evaluate, tune=tune, quantize=convert)
+    return modules[args.command].run(args)
 
 
 if __name__ == "__main__":

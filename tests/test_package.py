@@ -205,6 +205,11 @@ def test_the_wheel_owns_one_top_level_name(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dmoe_ops"}
 
 
+def test_the_wheel_carries_the_items_of_eval(wheel):
+    data = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("dmoe_ops/eval/data/")}
+    assert data == {"gsm8k.jsonl", "math500.jsonl", "arc-c.jsonl", "mmlu.jsonl"}
+
+
 def test_the_wheel_runs_without_the_extension(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     assert not list(tmp_path.glob("dmoe_ops/_C*"))

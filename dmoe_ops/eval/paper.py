@@ -20,7 +20,7 @@ TABLE_2 = {
     "DES-V*": ((13.0, 53.0), (12.9, 73.5), (13.0, 49.1), (13.0, 72.6)),
     "dMoE": ((14.1, 71.0), (14.7, 88.6), (15.0, 85.8), (14.5, 87.4)),
 }
-ROW_OF = {  # of table 2, by policy and its setting
+ROW_OF: dict[tuple[str, int | None], str] = {  # of table 2, by policy and its setting
     ("top4", 4): "top-k halved",
     ("des_seq", 3): "DES-S",
     ("des_seq", 1): "DES-S*",

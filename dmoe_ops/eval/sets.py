@@ -141,7 +141,7 @@ def _from_hub(which: Set) -> tuple[list, str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(f"{name} takes the package datasets ({grader.INSTALL}), or --data FOLDER") from None
+        raise ValueError(f"{name} takes the package datasets: {grader.INSTALL}; or --data FOLDER") from None
     try:
         return list(load_dataset(name, configuration, split=split)), name
     except Exception as error:  # a dozen kinds, of several packages: offline, unknown, a full disk
