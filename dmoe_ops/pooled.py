@@ -31,6 +31,9 @@ class PooledMoE(BlockMoE):
         for name, buffer in moe._buffers.items():
             if name not in POOLED:
                 self.register_buffer(name, buffer, persistent=name not in moe._non_persistent_buffers_set)
+        for name in ("shared_w13", "shared_w2"):
+            if not hasattr(self, name):  # there is no shared expert
+                setattr(self, name, None)
         for name, pool in zip(POOLED, memory.weights):
             setattr(self, name, pool)
 

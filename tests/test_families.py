@@ -11,7 +11,7 @@ import torch
 from sizes import SIZES
 
 import dmoe_ops
-from dmoe_ops.models import DiffusionModel, LLaDA2Config, LLaDA2ForDiffusion, families
+from dmoe_ops.models import DiffusionModel, LLaDA2Config, LLaDA2ForDiffusion, SDARForDiffusion, families
 from dmoe_ops.routing import BlockRouting
 
 RELEASED = json.loads((Path(__file__).parent / "released_configs.json").read_text())
@@ -33,6 +33,11 @@ def llada2(policy: str = "dmoe", **settings) -> BlockRouting:
     return BlockRouting.policy(policy, **settings)
 
 
+def softmax(num_experts: int, block_size: int, norm_topk_prob: bool) -> BlockRouting:
+    geometry = dict(num_experts=num_experts, n_group=1, topk_group=1, score="softmax", routed_scaling_factor=1.0)
+    return BlockRouting.policy("token", **geometry, block_size=block_size, norm_topk_prob=norm_topk_prob)
+
+
 KNOWN = {
     "LLaDA2.0-mini": Known(LLaDA2ForDiffusion, 16, 16_255_643_392, llada2(), 32, 100.7),
     "LLaDA2.0-flash": Known(LLaDA2ForDiffusion, 103, 102_889_705_216, llada2(), 32, 402.7),
@@ -41,6 +46,7 @@ KNOWN = {
     "LLaDA2.2-mini": Known(LLaDA2ForDiffusion, 16, 16_255_643_392, llada2("capacity"), 32, 100.7),
     "LLaDA2.2-flash": Known(LLaDA2ForDiffusion, 103, 102_889_705_216, llada2("capacity"), 32, 402.7),
     "dMoE-16B": Known(LLaDA2ForDiffusion, 16, 16_255_643_392, llada2(), 32, 100.7),
+    "SDAR-30B-A3B-Chat": Known(SDARForDiffusion, 30.5, 30_532_122_624, softmax(128, 4, True), 4, 151.0),
 }
 
 

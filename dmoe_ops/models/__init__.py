@@ -6,6 +6,7 @@ from .decoding import Block, Decoded, DecodingStats
 from .families import load
 from .llada2 import LLaDA2Config, LLaDA2ForDiffusion, LLaDA2Output
 from .model import DiffusionModel, DiffusionOutput
+from .qwen3_moe import SDARConfig, SDARForDiffusion
 from .text import TextCodec
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "LLaDA2Config",
     "LLaDA2ForDiffusion",
     "LLaDA2Output",
+    "SDARConfig",
+    "SDARForDiffusion",
     "TextCodec",
     "load",
 ]

@@ -109,6 +109,7 @@ class DiffusionConfig:
     default_policy: ClassVar[str] = "token"
     released_ids: ClassVar[dict[int, tuple[int, int]]] = {}
     renamed: ClassVar[dict[str, Any]] = {}  # see `names.checkpoint_tensors`
+    files: ClassVar[tuple[str, ...]] = ("config.json",)  # that the config is read from
     expert_bias: ClassVar[bool] = False  # whether routers have a selection bias
     sees_all: ClassVar[bool] = False  # attention of a token to all others, rather than to its block and those before it
 
@@ -219,6 +220,11 @@ class DiffusionConfig:
         return NEUTRAL
 
     @classmethod
+    def beside(cls, folder: Path) -> dict:
+        """What other files of a folder say, which wins over config.json."""
+        return {}
+
+    @classmethod
     def translated(cls, values: dict) -> dict:
         """The contents of a config.json by the names of the fields, where those are others."""
         return values
@@ -227,10 +233,10 @@ class DiffusionConfig:
     def from_pretrained(cls: type[Config], folder: str | Path, *, revision: str | None = None) -> Config:
         """From FOLDER/config.json, or that of a model on the Hugging Face hub (owner/model). Raises ValueError that names
         the file and the key."""
-        path = hub.folder_of(folder, revision, files=("config.json",)) / "config.json"
+        path = hub.folder_of(folder, revision, files=cls.files) / "config.json"
         values = checkpoint.read_json(path)
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values | cls.beside(path.parent))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

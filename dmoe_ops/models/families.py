@@ -10,8 +10,9 @@ from . import checkpoint, hub
 from .config import OWN, DiffusionConfig
 from .llada2 import LLaDA2ForDiffusion
 from .model import DiffusionModel
+from .qwen3_moe import SDARForDiffusion
 
-FAMILIES: tuple[type[DiffusionModel], ...] = (LLaDA2ForDiffusion,)
+FAMILIES: tuple[type[DiffusionModel], ...] = (LLaDA2ForDiffusion, SDARForDiffusion)
 
 
 def load(
