@@ -110,7 +110,7 @@ def _add_memory(command) -> None:
     one.add_argument("--gen-length", type=_positive, default=64, metavar="TOKENS", help="tokens to decode")
     one.add_argument("--steps", type=_positive, default=8, help="denoising steps per block")
     one.add_argument("--rounds", type=_positive, default=5, help="decodes of each contender")
-    one.add_argument("--ahead", choices=("previous",), help="read ahead by what the next layer used last")
+    one.add_argument("--ahead", choices=("previous", "gate"), help="read ahead by the next layer's last visit or gate")
     one.add_argument("--resident-bias", type=float, default=0.0, metavar="B", help="prefer experts that are in memory")
     one.add_argument("--readers", type=_positive, default=2, help="threads that read")
     one.add_argument("--threads", type=_positive, help="CPU threads; without it torch's own choice")

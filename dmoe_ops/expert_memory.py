@@ -21,7 +21,7 @@ from .formats import NOT_LOADED
 from .routing import is_int, is_number
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-AHEAD = (None, "previous")
+AHEAD = (None, "previous", "gate")
 IN_FILES = "the routed experts are in the checkpoint's files (expert_memory)"
 
 
@@ -37,8 +37,9 @@ class Extents(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class MemorySettings:
     """How experts are held. budget: bytes, or a text such as "4GB" or "25%" (of all experts), for the experts in memory.
-    readers: threads that read. ahead: None, or "previous": while one layer computes, what the next one used at its last
-    visit is read, at most ahead_budget at a time, and never in place of what is in use. direct: past the page cache.
+    readers: threads that read. ahead: what is read while one layer computes, at most ahead_budget at a time, and never in
+    place of what is in use: nothing (None), what the next layer used at its last visit ("previous"), or what its gate would
+    choose for the input of this one ("gate"). direct: past the page cache.
     resident_bias: see `reference.block_route_resident`; with one above 0, what is decoded depends on what came before.
 
     Raises ValueError that names the field.
@@ -57,7 +58,7 @@ class MemorySettings:
         if not is_int(self.readers) or not 1 <= self.readers <= 64:
             raise ValueError(f"readers must be an integer from 1 to 64, got {self.readers!r}")
         if self.ahead not in AHEAD:
-            raise ValueError(f"ahead must be None or 'previous', got {self.ahead!r}")
+            raise ValueError(f"ahead must be None, 'previous' or 'gate', got {self.ahead!r}")
         if not is_number(self.resident_bias) or not 0 <= self.resident_bias < math.inf:
             raise ValueError(f"resident_bias must be a number of at least 0, got {self.resident_bias!r}")
 
@@ -158,10 +159,11 @@ class ExpertMemory:
         )
 
     @contextlib.contextmanager
-    def visit(self, layer: int, topk_ids) -> Iterator[tuple[torch.Tensor, Iterator | None]]:
+    def visit(self, layer: int, topk_ids, expected=None) -> Iterator[tuple[torch.Tensor, Iterator | None]]:
         """Holds the experts that topk_ids int32 [T, k] name while a layer computes: (expert_map int32 [E], waves). waves is
         None where all fit at once. Else it yields (begin, end), ranges of ids that cover [0, E) in order; after each, the
-        map has the experts of that range, until the next is asked for.
+        map has the experts of that range, until the next is asked for. expected: for ahead="gate", gives the topk_ids that
+        the next layer may have; it is called while this layer's experts are read.
 
         Raises OSError, which names the file and the offset, where one can't be read; nothing stays held then.
         """
@@ -173,7 +175,8 @@ class ExpertMemory:
             return
         lease = self.pool.request(layer, used)
         try:
-            self._read_ahead(layer)
+            if self.settings.ahead:
+                self._read_ahead((layer + 1) % self.layers, expected)
             lease.wait(expert_map.numpy())
             yield expert_map, None
         finally:
@@ -203,10 +206,11 @@ class ExpertMemory:
             for lease in leases:
                 lease.release()
 
-    def _read_ahead(self, layer: int) -> None:
-        if self.settings.ahead:
-            following = (layer + 1) % self.layers
-            self.pool.ahead(following, numpy.array(self.pool.last_used(following), dtype=numpy.int32))
+    def _read_ahead(self, layer: int, expected) -> None:
+        if self.settings.ahead == "previous":
+            self.pool.ahead(layer, numpy.array(self.pool.last_used(layer), dtype=numpy.int32))
+        elif expected is not None:
+            self.pool.ahead(layer, wanted(expected(), self.experts))
 
     def resident(self, layer: int) -> torch.Tensor:
         """bool [E]: which experts of a layer are in memory."""
@@ -240,5 +244,17 @@ class ExpertMemory:
 
 def distinct(topk_ids, experts: int) -> numpy.ndarray:
     """The experts that topk_ids name, int32, ascending. Waits for a GPU."""
-    counts = numpy.bincount(topk_ids.detach().cpu().numpy().ravel() + 1, minlength=experts + 1)
-    return counts[1:].nonzero()[0].astype(numpy.int32)
+    return _tokens_of(topk_ids, experts).nonzero()[0].astype(numpy.int32)
+
+
+def wanted(topk_ids, experts: int) -> numpy.ndarray:
+    """The experts that at least an eighth of the tokens name, int32, those that most name first: of the others so many turn
+    out not to be used that reading them costs more than waiting (bench/NOTES.md, expert memory)."""
+    tokens = _tokens_of(topk_ids, experts)
+    order = numpy.argsort(-tokens, kind="stable")
+    least = max(1, topk_ids.reshape(-1, topk_ids.shape[-1]).shape[0] // 8)
+    return order[: (tokens >= least).sum()].astype(numpy.int32)
+
+
+def _tokens_of(topk_ids, experts: int) -> numpy.ndarray:
+    return numpy.bincount(topk_ids.detach().cpu().numpy().ravel() + 1, minlength=experts + 1)[1:]

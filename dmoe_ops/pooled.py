@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -18,12 +20,15 @@ class PooledMoE(BlockMoE):
     """Takes the place of a `BlockMoE`: its parameters and buffers, but for those of the routed experts, which are layer
     `index` of `memory`. w13 and w2, with their scales, are the pool's slots. Same outputs, to the bit; no gradients.
 
+    following: for `MemorySettings.ahead` "gate": the `PooledMoE` of the next layer, and the norms before this and that one.
+
     state_dict, casts, other devices, quantize and training are refused by a ValueError.
     """
 
     def __init__(self, moe: BlockMoE, memory: ExpertMemory, index: int):
         nn.Module.__init__(self)
         self.routing, self.memory, self.index = moe.routing, memory, index
+        self.following: tuple[PooledMoE, nn.Module, nn.Module] | None = None
         self.activation, self.ids_dtype = moe.activation, moe.ids_dtype
         for name, parameter in moe._parameters.items():
             if name not in POOLED:
@@ -40,25 +45,35 @@ class PooledMoE(BlockMoE):
     def compute(
         self, x, expert_bias, block_offsets, domain_offsets=None, coreset_ids=None
     ) -> tuple[torch.Tensor, RoutingResult, torch.Tensor]:
-        gate_weight, shared = self.gate_weight, (self.shared_w13, self.shared_w2)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate_weight, *shared)):
+        shared = (self.shared_w13, self.shared_w2)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.gate_weight, *shared)):
             raise ValueError(f"a gradient needs all experts in memory: {IN_FILES}; use torch.no_grad()")
-        weights = self.weights_at(torch.empty(self.routing.num_experts, dtype=torch.int32, device=x.device))
-        routed = layer.route(
+        routed = self.route(x, expert_bias, block_offsets, domain_offsets, coreset_ids)
+        if self.memory.settings.resident_bias and x.numel() and coreset_ids is None:
+            self.prefer_resident(x, expert_bias, block_offsets, domain_offsets, routed)
+        foresees = self.following is not None and coreset_ids is None
+        expected = functools.partial(self.expected, x, block_offsets, domain_offsets) if foresees else None
+        with self.memory.visit(self.index, routed.result.topk_ids, expected) as (expert_map, waves):
+            y = layer.experts(x, self.weights_at(expert_map), routed, waves)
+        return y, routed.result, routed.router_logits
+
+    def route(self, x, expert_bias, block_offsets, domain_offsets=None, coreset_ids=None) -> layer.Routed:
+        return layer.route(
             x,
-            gate_weight,
+            self.gate_weight,
             expert_bias,
-            weights,
+            self.weights_at(torch.empty(self.routing.num_experts, dtype=torch.int32, device=x.device)),
             routing=self.routing,
             block_offsets=block_offsets,
             domain_offsets=domain_offsets,
             coreset_ids=coreset_ids,
         )
-        if self.memory.settings.resident_bias and x.numel() and coreset_ids is None:
-            self.prefer_resident(x, expert_bias, block_offsets, domain_offsets, routed)
-        with self.memory.visit(self.index, routed.result.topk_ids) as (expert_map, waves):
-            y = layer.experts(x, self.weights_at(expert_map), routed, waves)
-        return y, routed.result, routed.router_logits
+
+    def expected(self, x, block_offsets, domain_offsets) -> torch.Tensor:
+        """topk_ids that the next layer would have if nothing were added to the residual in between."""
+        following, norm, next_norm = self.following
+        scale = (next_norm.weight / norm.weight).nan_to_num(0, 0, 0)
+        return following.route(x * scale, following.expert_bias, block_offsets, domain_offsets).result.topk_ids
 
     def weights_at(self, expert_map) -> ExpertWeights:
         return ExpertWeights(

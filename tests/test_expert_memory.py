@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dmoe_ops import _backends
-from dmoe_ops.expert_memory import ExpertMemory, Extents, MemorySettings, parse_bytes
+from dmoe_ops.expert_memory import ExpertMemory, Extents, MemorySettings, parse_bytes, wanted
 from dmoe_ops.formats import NOT_LOADED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,15 @@ def check(stored, memory, layer, expert_map, ids) -> None:
         if slot >= 0:
             assert torch.equal(memory.weights[0][slot], w13[layer, expert])
             assert torch.equal(memory.weights[1][slot], w2[layer, expert])
+
+
+def test_what_a_gate_wants_ahead():
+    """By an eighth of the tokens, here two of sixteen; -1 is no expert."""
+    topk_ids = torch.full((16, 2), -1)
+    topk_ids[:3, 0], topk_ids[:2, 1], topk_ids[2:4, 1], topk_ids[5, 0] = 4, 6, 1, 0
+    assert wanted(topk_ids, 8).tolist() == [4, 1, 6]
+    assert wanted(topk_ids[:6], 8).tolist() == [4, 1, 6, 0]
+    assert wanted(topk_ids[:0], 8).tolist() == []
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -176,6 +185,6 @@ def test_a_budget_below_one_expert_is_refused(stored):
     (w13, w2), extents = stored
     with pytest.raises(ValueError, match="expert_memory must hold an expert of 288 bytes, got 287"):
         ExpertMemory(extents, (w13[0, 0], w2[0, 0], None, None), MemorySettings(287))
-    for wrong in (dict(readers=0), dict(ahead="gate"), dict(ahead_budget="much")):
+    for wrong in (dict(readers=0), dict(ahead="gates"), dict(ahead_budget="much")):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             MemorySettings("1GB", **wrong)

@@ -144,15 +144,35 @@ def test_logits_that_are_not_finite_are_no_matter_of_the_files(saved):
         other.generate(prompts(1, 10), gen_length=20)
 
 
-def test_sharded_files_and_reads_ahead(saved):
+@pytest.mark.parametrize("ahead", ["previous", "gate"])
+def test_sharded_files_and_reads_ahead(saved, ahead):
     model, folder = saved(shards=True)
-    settings = MemorySettings("70%", ahead="previous", readers=3)
+    settings = MemorySettings("70%", ahead=ahead, readers=3)
     other = LLaDA2ForDiffusion.from_pretrained(folder, expert_memory=settings)
     for policy in ("dmoe", "token"):
         for each in (model, other):
             each.set_routing(policy)
         got, want = (each.generate(prompts(1, 40), gen_length=40) for each in (other, model))
         assert torch.equal(got.tokens, want.tokens)
+
+
+@torch.no_grad()
+def test_the_gate_of_the_next_layer_knows_what_it_needs(tmp_path):
+    """Where layers add nothing to the residual, all that is read ahead is used, and only the first layer misses."""
+    model = LLaDA2ForDiffusion(LLaDA2Config(**SIZES | dict(num_hidden_layers=4))).init_weights(1)
+    for each in model.model.layers:
+        each.attention.dense.weight.zero_()
+        each.post_attention_layernorm.weight.uniform_(0.5, 2)
+    for moe in model.moe_layers:
+        moe.w2.zero_()
+        moe.shared_w2.zero_()
+    model.save_pretrained(tmp_path)
+    other = LLaDA2ForDiffusion.from_pretrained(tmp_path, expert_memory=MemorySettings("100%", ahead="gate"))
+    want, got = (each(prompts(1, 6)) for each in (model, other))
+    first, *rest = (len(ids.unique()) for _, ids in got.routed)
+    stats = other.expert_memory.stats()
+    assert torch.equal(got.logits, want.logits)
+    assert len(rest) == 2 and (stats.misses, stats.ahead, stats.ahead_used) == (first, sum(rest), sum(rest))
 
 
 def test_refusals(saved):
@@ -230,7 +250,7 @@ class Held:
             for weight in (layer.w13.data, layer.w2.data)
         ) + (None, None)
 
-    def visit(self, layer, topk_ids):
+    def visit(self, layer, topk_ids, expected=None):
         import contextlib
 
         return contextlib.nullcontext((self.slots.int(), None))

@@ -16,8 +16,7 @@ namespace dmoe::cpu {
 
 namespace {
 
-constexpr int64_t kAlign = 4096;       // of offsets, sizes and memory past the page cache
-constexpr int64_t kBounce = 4l << 20;  // bytes of a reader's buffer
+constexpr int64_t kAlign = 4096;  // of offsets, sizes and memory past the page cache
 
 const Fault kClosed{ECANCELED, "", "expert memory was closed"};
 
@@ -71,7 +70,7 @@ ExpertPool::ExpertPool(PoolLayout layout)
                       : 0),
       process_(::getpid()) {
   const int64_t keys = layout_.layers * layout_.experts;
-  if (layout_.slots < 1 || per_expert_ < 1 || layout_.readers < 1 || layout_.ahead_slots < 0 ||
+  if (layout_.slots < 1 || per_expert_ < 1 || layout_.readers < 1 || layout_.ahead_slots < 0 || layout_.chunk < 1 ||
       static_cast<int64_t>(layout_.pieces.size()) != keys * per_expert_) {
     throw std::invalid_argument("an expert pool needs slots, readers, and the pieces of every expert");
   }
@@ -151,13 +150,15 @@ void ExpertPool::fill(int32_t index, int64_t key, bool ahead) {
   slot.key = key;
   slot.state = State::filling;
   slot.ahead = ahead;
-  slot.left = static_cast<int32_t>(per_expert_);
+  slot.left = 0;
   slot.visit = visits_[key / layout_.experts];
   slot.clock = ++clock_;
   slot_of_[key] = index;
   held_ahead_ += ahead;
   for (int64_t piece = key * per_expert_; piece < (key + 1) * per_expert_; ++piece) {
-    (ahead ? later_ : urgent_).push_back({index, piece});
+    for (int64_t begin = 0; begin < layout_.pieces[piece].bytes; begin += layout_.chunk, ++slot.left) {
+      (ahead ? later_ : urgent_).push_back({index, piece, begin});
+    }
   }
 }
 
@@ -324,7 +325,7 @@ bool Lease::wait(int32_t* map, const std::function<bool()>& interrupted) {
 void ExpertPool::run_reader() {
   int64_t largest = 0;
   for (const Piece& piece : layout_.pieces) largest = std::max(largest, piece.bytes);
-  Bounce bounce(std::min(kBounce, (largest / kAlign + 3) * kAlign));
+  Bounce bounce((std::min(layout_.chunk, largest) / kAlign + 3) * kAlign);
   std::unique_lock lock(mutex_);
   while (true) {
     work_.wait(lock, [&] { return closed_ || !urgent_.empty() || !later_.empty(); });
@@ -341,7 +342,7 @@ void ExpertPool::run_reader() {
     }
     Slot& slot = slots_[job.slot];
     if (error && !slot.error) slot.error = error;
-    if (wanted && !error) counts_.bytes_read += layout_.pieces[job.piece].bytes;
+    if (wanted && !error) counts_.bytes_read += chunk_bytes(job);
     if (--slot.left == 0) {
       if (!slot.error) {
         slot.state = State::ready;
@@ -353,19 +354,24 @@ void ExpertPool::run_reader() {
   }
 }
 
+int64_t ExpertPool::chunk_bytes(const Job& job) const {
+  return std::min(layout_.chunk, layout_.pieces[job.piece].bytes - job.begin);
+}
+
 std::optional<Fault> ExpertPool::read(const Job& job, Bounce& bounce) {
   const Piece& piece = layout_.pieces[job.piece];
   File& file = *files_[piece.file];
   const Part& part = layout_.parts[piece.part];
-  char* to = part.data + job.slot * part.stride + piece.at;
+  const int64_t begin = piece.offset + job.begin, bytes = chunk_bytes(job);
+  char* to = part.data + job.slot * part.stride + piece.at + job.begin;
   const auto fail = [&](int code, int64_t offset, const std::string& what) {
     const int64_t key = job.piece / per_expert_;
     return Fault{code, file.path,
                  what + at_byte(offset) + " (expert " + std::to_string(key % layout_.experts) + " of MoE layer " +
                      std::to_string(key / layout_.experts) + ")"};
   };
-  for (int64_t done = 0; done < piece.bytes;) {
-    const int64_t offset = piece.offset + done, left = piece.bytes - done;
+  for (int64_t done = 0; done < bytes;) {
+    const int64_t offset = begin + done, left = bytes - done;
     const bool direct = file.direct;
     const int64_t skip = direct ? offset % kAlign : 0;
     const int64_t want = direct ? std::min(bounce.bytes, (skip + left + kAlign - 1) / kAlign * kAlign) : left;
@@ -386,8 +392,8 @@ std::optional<Fault> ExpertPool::read(const Job& job, Bounce& bounce) {
   }
   // Looked at afterwards: what was read before a change is right.
   struct stat now{};
-  if (::fstat(file.fd, &now) != 0) return fail(errno, piece.offset, std::strerror(errno));
-  if (!same(now, file.opened)) return fail(ESTALE, piece.offset, "the file has changed since it was opened,");
+  if (::fstat(file.fd, &now) != 0) return fail(errno, begin, std::strerror(errno));
+  if (!same(now, file.opened)) return fail(ESTALE, begin, "the file has changed since it was opened,");
   return {};
 }
 

@@ -58,8 +58,9 @@ struct PoolLayout {
   int64_t slots, layers, experts;  // experts: of each layer
   std::vector<Piece> pieces;       // [layers, experts, pieces of an expert]
   int readers = 2;
-  int64_t ahead_slots = 0;  // how many may hold experts that were read ahead and not used yet
-  bool direct = true;       // past the page cache, where the file system has that
+  int64_t ahead_slots = 0;     // how many may hold experts that were read ahead and not used yet
+  bool direct = true;          // past the page cache, where the file system has that
+  int64_t chunk = 512l << 10;  // bytes of a read, at most: readers share an expert
   // Takes the place of pread, for tests.
   std::function<ssize_t(int fd, void* to, size_t bytes, off_t offset)> read;
 };
@@ -125,18 +126,20 @@ class ExpertPool {
     int64_t key = -1;  // layer * experts + expert
     State state = State::empty;
     bool ahead = false;             // read ahead, and not used yet
-    int32_t pins = 0, left = 0;     // left: pieces still to be read
+    int32_t pins = 0, left = 0;     // left: chunks still to be read
     uint64_t visit = 0, clock = 0;  // of its layer, and of all, at its last use
-    std::optional<Fault> error;     // of its first piece that failed
+    std::optional<Fault> error;     // of its first chunk that failed
   };
+  // A chunk of a piece, from its byte `begin` on.
   struct Job {
     int32_t slot;
-    int64_t piece;
+    int64_t piece, begin;
   };
   struct File;
   struct Bounce;
 
   void run_reader();
+  int64_t chunk_bytes(const Job& job) const;
   std::optional<Fault> read(const Job& job, Bounce& bounce);
   int32_t claim(int64_t layer, bool only_idle);
   void fill(int32_t slot, int64_t key, bool ahead);

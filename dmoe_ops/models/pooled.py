@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy
 
 from ..expert_memory import ExpertMemory, Extents, MemorySettings
@@ -28,6 +30,9 @@ def keep_in_files(model, stored: Checkpoint, settings: MemorySettings) -> Expert
     memory = ExpertMemory(Extents(list(files), numpy.array(pieces, dtype=numpy.int64)), one, settings)
     for i, layer in enumerate(layers):
         layer.mlp = PooledMoE(layer.mlp, memory, i)
+    if settings.ahead == "gate":
+        for layer, after in itertools.pairwise(layers):
+            layer.mlp.following = after.mlp, layer.post_attention_layernorm, after.post_attention_layernorm
     return memory
 
 

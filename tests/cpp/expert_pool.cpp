@@ -133,6 +133,7 @@ void random_run(const std::vector<std::string>& paths, const std::vector<Piece>&
   made.readers = 1 + random() % 3;
   made.ahead_slots = random() % 4;
   made.direct = random() % 2;
+  made.chunk = 1 + random() % (2 * kBytes);
   std::atomic<uint32_t> count{seed};
   made.read = [&](int fd, void* to, size_t bytes, off_t offset) -> ssize_t {
     const uint32_t n = count++ * 2654435761u >> 8;
