@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -218,6 +219,15 @@ def test_doubled_backslashes_hide_letters_of_mmlu():
     assert scoring.mmlu(text, "C", False) == ("C", "last letter", False, True)
     text = "Answer: A\nAnswer: B"  # one line in that notation, whose first tag counts
     assert scoring.mmlu(text, "B", True).extracted == "A" and scoring.mmlu(text, "B", False).strict
+
+
+def test_released_answers_are_scored_again(tmp_path, capsys):
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools/rescore.py"))
+    answers = [r"\boxed{1,000}", r"\boxed{1000}", "1000"]
+    lines = [json.dumps(dict(answer=[text], task=dict(question="?", answer="#### 1,000"))) for text in answers]
+    (tmp_path / "all.json").write_text("\n".join(lines))
+    tool["main"](["gsm8k", str(tmp_path / "all.json")])
+    assert capsys.readouterr().out == "authors: 1 strict, 2 soft of 3\nmended: 2 strict, 3 soft of 3\n"
 
 
 # Sets and the paper ----------------------------------------------------------------------------------------------------

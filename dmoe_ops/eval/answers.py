@@ -14,7 +14,7 @@ import zlib
 
 import torch
 
-from ..models import LLaDA2ForDiffusion, TextCodec
+from ..models import DiffusionModel, TextCodec
 from ..models.text import padded
 
 TEMPERATURE = {"authors": 1.0, "mended": 0.0}
@@ -52,7 +52,7 @@ class EarlyEnds:
 
 
 def decode(
-    model: LLaDA2ForDiffusion, codec: TextCodec, prompts: list[list[int]], *, authors: bool, seed: int, **options
+    model: DiffusionModel, codec: TextCodec, prompts: list[list[int]], *, authors: bool, seed: int, **options
 ) -> list[dict]:
     """Answers to prompts, decoded as one batch; options: those of `generate`.
 

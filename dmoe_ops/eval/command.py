@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from .. import __version__, demo
 from ..bench import results
-from ..models import LLaDA2Config, LLaDA2ForDiffusion, TextCodec, hub
+from ..models import TextCodec, families, hub
+from ..models.config import OWN, own_policy
 from ..models.devices import default_device, usable
-from ..models.llada2 import OWN
-from ..models.llada2.config import own_policy
 from ..routing import POLICIES
 from . import answers, report, sets
 from .store import Store
@@ -34,13 +33,15 @@ SETTINGS = {
     "des_vote": ("capacity",),
     "capacity": ("capacity",),
     "des_seq": ("union_k",),
+    "oea": ("union_k",),
+    "xshare": ("pool_capacity",),
 }
 LONGEST_WAIT = datetime.timedelta(days=30)  # of processes that are done, for those that are not
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="NAME", help="a folder or a hub id of LLaDA2 (default: the small checkpoint that ships)"
+        "--model", metavar="NAME", help="a folder or a hub id (default: the small checkpoint that ships)"
     )
     parser.add_argument("--sets", nargs="+", choices=sets.SETS, default=list(sets.SETS), help="default: all four")
     data = parser.add_mutually_exclusive_group()
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", metavar="P", type=float, help="of dmoe")
     parser.add_argument("--min-experts", metavar="N", type=int, help="of dmoe")
     parser.add_argument("--capacity", metavar="N", type=int, help="of des_vote and capacity")
-    parser.add_argument("--union-k", metavar="N", type=int, help="of des_seq")
+    parser.add_argument("--union-k", metavar="N", type=int, help="of des_seq and oea")
+    parser.add_argument("--pool-capacity", metavar="N", type=int, help="of xshare")
     parser.add_argument("--gen-length", metavar="N", type=int, default=2048, help="new tokens at most (default: 2048)")
     parser.add_argument("--steps", metavar="N", type=int, default=32, help="per block (default: 32)")
     parser.add_argument("--block-length", metavar="N", type=int, default=32, help="default: 32")
@@ -113,7 +115,7 @@ class Evaluation:
         check(args)
         self.args, self.rank, self.count = args, rank, count
         self.folder = hub.folder_of(args.model) if args.model else demo.shipped_checkpoint()
-        self.config = LLaDA2Config.from_pretrained(self.folder)
+        self.config = families.config_of(self.folder)
         self.policy = own_policy(self.config) if args.policy == OWN else args.policy
         self.overrides = overrides_of(args, self.policy)
         self.device = self._device()
@@ -210,20 +212,18 @@ class Evaluation:
             if self.codec.template is None:
                 print("  no chat template: the prompts go in as they are", flush=True)
         dtype = args.dtype or (None if args.model else "float32")
-        model = LLaDA2ForDiffusion.from_pretrained(
-            self.folder, dtype=dtype, device=self.device, expert_memory=args.expert_memory
-        )
-        model.set_routing(self.policy, **self.overrides)
+        options = dict(dtype=dtype, device=self.device, expert_memory=args.expert_memory)
+        model = families.load(self.folder, self.policy, **options, **self.overrides)
         named = ("gen_length", "steps", "block_length", "threshold")
-        options = dict({name: getattr(args, name) for name in named}, temperature=self.temperature)
+        asked = dict({name: getattr(args, name) for name in named}, temperature=self.temperature)
         total = sum(len(part) for _, part in batches)
         with tqdm(total=total, unit="answer", disable=None if self.rank == 0 else True) as bar:
             for name, part in batches:
                 bar.set_description(name)
                 ids, seed = [self.ids[name][index] for index in part], answers.seed_of(args.seed, name, part[0])
-                found = answers.decode(model, self.codec, ids, authors=authors, seed=seed, **options)
-                asked = [dict(set=name, index=index, prompt=self.prompts[name][index]) for index in part]
-                self.store.add([{**about, **answer} for about, answer in zip(asked, found)])
+                found = answers.decode(model, self.codec, ids, authors=authors, seed=seed, **asked)
+                about = [dict(set=name, index=index, prompt=self.prompts[name][index]) for index in part]
+                self.store.add([{**item, **answer} for item, answer in zip(about, found)])
                 bar.update(len(part))
 
     def finish(self) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..models import LLaDA2ForDiffusion, TextCodec, hub
-from ..models.llada2 import OWN
+from ..models import DiffusionModel, TextCodec, hub, load
+from ..models.config import OWN
 from ..models.text import StopStrings, before, padded
 from .grader import INSTALL
 
@@ -47,7 +47,7 @@ class LM(lm_eval_model.LM):
 
     def __init__(
         self,
-        model: LLaDA2ForDiffusion,
+        model: DiffusionModel,
         codec: TextCodec,
         *,
         batch: int = 1,
@@ -79,9 +79,8 @@ class LM(lm_eval_model.LM):
     ) -> LM:
         """Reads a folder or a hub id. routing: fields of `BlockRouting` beside the policy; options: those of `LM`."""
         folder = hub.folder_of(folder)
-        model = LLaDA2ForDiffusion.from_pretrained(folder, dtype=dtype, device=device, expert_memory=expert_memory)
-        model.set_routing(policy, **routing or {})
-        return cls(model, TextCodec(folder), name=str(folder), **options)
+        wanted: dict[str, Any] = dict(dtype=dtype, device=device, expert_memory=expert_memory, **routing or {})
+        return cls(load(folder, policy, **wanted), TextCodec(folder), name=str(folder), **options)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """The texts that follow the contexts, in front of the first of their stop strings (until)."""
