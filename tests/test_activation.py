@@ -253,14 +253,15 @@ def test_the_ops_themselves_refuse_another_name(op):
 
 
 @pytest.mark.parametrize("op", ["moe_experts", "block_moe"])
-def test_the_contract_refuses_another_name(op):
+@pytest.mark.parametrize("tokens", [5, 0])
+def test_the_contract_refuses_another_name(op, tokens):
     says = r"^activation must be one of silu, gelu_tanh, got 'relu'$"
     with pytest.raises(ValueError, match=says):
         if op == "moe_experts":
-            reference.moe_experts(*test_experts.inputs(5, 8, 4, 3, 2), activation="relu")
+            reference.moe_experts(*test_experts.inputs(tokens, 8, 4, 3, 2), activation="relu")
         else:
             x, gate, bias, *weights = test_layer.op_arguments()[:7]
-            reference.block_moe(x, gate, bias, *weights, routing=test_layer.ROUTING, activation="relu")
+            reference.block_moe(x[..., :tokens, :], gate, bias, *weights, routing=test_layer.ROUTING, activation="relu")
 
 
 # ---- ids in int64 ----

@@ -463,7 +463,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if routing.select == \"all\": | 'all' -> 'allX'\n": "spares the votes, which nothing looks at then",
         "cos.shape[-1]], dim=-1) | -1 -> 1\n": "cos has two dimensions",
         "cos.shape[-1]], dim=-1) | -1 -> 1 (3)": "cos has two dimensions",
-        "activation: str = 'silu') -> torch.Tensor: | False -> True": "weights without a scale are never rounded",
+        "def mlp( | False -> True": "weights without a scale are never rounded",
+        "order.device) < share | -1 -> 1\n": "order has two dimensions",
+        "first.expand_as(active)) & active | -1 -> 1\n": "order has two dimensions",
+        "keepdim=True) >= share, sure, best) | -1 -> 1\n": "sure has two dimensions",
     },
     "dmoe_ops/routing.py": {
         "dict(aggregate='topk_sum', select='top_n') -> dict(select='top_n')": "topk_sum is the default",
