@@ -161,7 +161,6 @@ def moe_experts(
     not at all. Raises ValueError, naming the argument and its value.
     """
     _checks.activations(activations, w13)
-    _checks.activation(activation)
     weights = ExpertWeights(
         w13,
         w2,
@@ -268,7 +267,6 @@ def block_moe(
     _checks.routing(routing)
     _checks.rows("x", x, "H")
     _checks.activations(activations, w13)
-    _checks.activation(activation)
     scales = w13_scale, w2_scale, shared_w13_scale, shared_w2_scale
     weights = ExpertWeights(w13, w2, shared_w13, shared_w2, *scales, activations is not None, expert_map, activation)
     flat = x.reshape(-1, x.shape[-1])
