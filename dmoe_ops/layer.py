@@ -442,9 +442,10 @@ class BlockMoE(nn.Module):
 
     @classmethod
     def from_hf(cls, module: Any, routing: BlockRouting) -> BlockMoE:
-        """Takes over the weights of a LLaDA2 sparse MoE block of Hugging Face: `gate.weight`, `gate.expert_bias`,
-        `experts[i].{gate,up,down}_proj` (or stacked, as dFactory has them: `experts.{gate,up}_proj` [E, I, H] and
-        `experts.down_proj` [E, H, I]) and, if there, `shared_experts`.
+        """Takes over the weights of a sparse MoE block of Hugging Face, LLaDA2's or one in the shape of Qwen3-MoE:
+        `gate.weight`, `experts[i].{gate,up,down}_proj` (or stacked: `experts.{gate,up}_proj` [E, I, H], as dFactory has
+        them, or `experts.gate_up_proj` [E, 2I, H], as transformers 5 has, and `experts.down_proj` [E, H, I]) and, if there,
+        `gate.expert_bias` and `shared_experts`. The experts' activation is SiLU or GELU (tanh).
 
         The weights are held once: the parameters of `module` become views of the stacked ones, so it goes on working
         and the peak is one layer. Raises ValueError, naming the member, before anything is moved.
@@ -452,18 +453,19 @@ class BlockMoE(nn.Module):
         _checks.routing(routing)
         hf_block.check(module, routing)
         first = hf_block.first_weight(module)
-        shared = getattr(module, "shared_experts", None)
+        shared, bias = getattr(module, "shared_experts", None), hf_block.expert_bias(module)
         layer = cls(
             first.shape[-1],
-            first.shape[-2],
+            hf_block.intermediate_size(module),
             routing,
             shared_intermediate_size=0 if shared is None else shared.gate_proj.weight.shape[0],
+            expert_bias=bias is not None,
             activation=hf_block.activation_of(module),
             dtype=first.dtype,
             device="meta",
         )
         layer.gate_weight = module.gate.weight
-        layer.expert_bias = module.gate.expert_bias.detach().float()
+        layer.expert_bias = None if bias is None else bias.detach().float()
         for name in MATRICES:
             like = getattr(layer, name)
             if like is not None:
@@ -480,7 +482,9 @@ class BlockMoE(nn.Module):
 
     def check_give_back(self, module: Any) -> None:
         """Raises ValueError, naming the weight, unless `give_back` can give everything to the module."""
-        gate = [(module.gate, "weight", "gate_weight", ()), (module.gate, "expert_bias", "expert_bias", ())]
+        gate = [(module.gate, "weight", "gate_weight", ())]
+        if hf_block.expert_bias(module) is not None:
+            gate.append((module.gate, "expert_bias", "expert_bias", ()))
         for owner, name, held, at in [*gate, *hf_block.places(module)]:
             weight: Any = getattr(self, held, None)
             try:
@@ -504,12 +508,12 @@ class BlockMoE(nn.Module):
         hf_block.give(module.gate, "weight", self.gate_weight, (), module.gate.weight.requires_grad)
         for owner, name, held, at in hf_block.places(module):
             hf_block.give(owner, name, getattr(self, held), at, trained)
-        # Held in float32; the module's own dtype holds the same where nothing has changed.
-        own_bias: Any = self.expert_bias
-        bias, own = own_bias.detach(), module.gate.expert_bias
-        narrow = bias.to(own.dtype)
-        same = self.w13.dtype == dtype and torch.equal(narrow.to(bias.dtype), bias)
-        own.data = narrow if same else bias
+        if self.expert_bias is not None:
+            # Held in float32; the module's own dtype holds the same where nothing has changed.
+            bias, own = self.expert_bias.detach(), module.gate.expert_bias
+            narrow = bias.to(own.dtype)
+            same = self.w13.dtype == dtype and torch.equal(narrow.to(bias.dtype), bias)
+            own.data = narrow if same else bias
         module.train(self.training)
 
     def extra_repr(self) -> str:

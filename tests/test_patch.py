@@ -243,13 +243,13 @@ def test_stacked_experts_that_are_fewer_than_their_width(make_block):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("missing", ["gate.expert_bias", "gate.weight", "experts.up_proj", "experts.down_proj"])
+@pytest.mark.parametrize("missing", ["gate.weight", "experts.up_proj", "experts.down_proj"])
 def test_a_block_that_lacks_a_tensor_is_none(missing, stacked, make_block):
     block = Block(make_block(), FORMS["y"], stacked)
     owner, _, name = missing.partition(".")
     for module in [block.gate] if owner == "gate" else [block.experts] if stacked else block.experts:
         delattr(module, name)
-    with pytest.raises(ValueError, match="module must have the members of LLaDA2's sparse MoE block"):
+    with pytest.raises(ValueError, match="module must have the members of a sparse MoE block"):
         BlockMoE.from_hf(block, BlockRouting(num_experts=E, top_k=2, n_group=2, topk_group=1))
     with pytest.raises(ValueError, match="without any"):
         patch(network(block))
@@ -386,3 +386,138 @@ def test_patch_takes_the_routing_of_the_models_config(model):
     with pytest.raises(ValueError, match=r"model\.config\.quantization_config must be null"):
         routing(quantization_config=dict(quant_method="gptq"))
     assert not any(isinstance(module, dmoe_ops.BlockMoE) for module in model.modules())
+
+
+# Blocks in the shape of Qwen3-MoE -----------------------------------------------------------------------------------------
+
+
+class Softmax(nn.Module):
+    """Qwen3-MoE's block in a few lines: no selection bias, no shared expert. fused: experts stacked as transformers 5 does,
+    and y alone comes back; else a list, and flat router logits come too."""
+
+    def __init__(self, donor, fused, norm_topk_prob, activation=F.silu):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(H, E, bias=False), donor.experts
+        self.fused, self.act_fn, self.top_k = fused, activation, 3
+        self.norm_topk_prob = norm_topk_prob
+        if fused:
+            gate, up, down = (
+                torch.stack([getattr(expert, name).weight.detach() for expert in donor.experts])
+                for name in ("gate_proj", "up_proj", "down_proj")
+            )
+            self.experts = nn.Module()
+            self.experts.gate_up_proj, self.experts.down_proj = (
+                nn.Parameter(torch.cat([gate, up], 1)),
+                nn.Parameter(down),
+            )
+
+    def forward(self, hidden_states):
+        x = hidden_states.flatten(0, 1)
+        logits = self.gate(x)
+        weights, ids = logits.softmax(1, dtype=torch.float).topk(3, 1)
+        weights = weights / weights.sum(1, keepdim=True) if self.norm_topk_prob else weights
+        y = torch.stack([sum(w * self.expert(e, row) for e, w in zip(i, ws)) for row, i, ws in zip(x, ids, weights)])
+        y = y.view_as(hidden_states)
+        return y if self.fused else (y, logits)
+
+    def expert(self, e, x):
+        if self.fused:
+            gate, up = self.experts.gate_up_proj[e].chunk(2)
+            down = self.experts.down_proj[e]
+        else:
+            gate, up, down = (getattr(self.experts[e], f"{name}_proj").weight for name in ("gate", "up", "down"))
+        return F.linear(self.act_fn(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def softmax_model(make_block, fused, norm_topk_prob=True, **options):
+    torch.manual_seed(0)
+    model = network(*(Softmax(make_block(), fused, norm_topk_prob, **options) for _ in range(2)))
+    model.config = types.SimpleNamespace(block_size=4)
+    return model
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+def test_blocks_without_a_selection_bias(fused, norm_topk_prob, make_block):
+    model, x = softmax_model(make_block, fused, norm_topk_prob), torch.randn(2, 10, H)
+    block, storage = model.layers[1], {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = [id(parameter) for parameter in model.parameters()]
+    with torch.no_grad():
+        expected = block(x)
+    with patch(model) as handle, torch.no_grad():
+        assert handle.routing == BlockRouting.policy(
+            "token", num_experts=E, top_k=3, n_group=1, topk_group=1, score="softmax", block_size=4,
+            norm_topk_prob=norm_topk_prob, routed_scaling_factor=1.0,
+        )  # fmt: skip
+        assert handle.layers["layers.1"].expert_bias is None
+        for mine, theirs in zip(flat(model.layers[1](x)), flat(expected)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+            assert mine.shape == theirs.shape
+        handle.layers["layers.2"].w13.mul_(2)
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, storage[name])}
+    assert changed and all(name.startswith("layers.2.experts") and "down_proj" not in name for name in changed)
+    with patch(model, "dmoe", min_experts=3, max_experts=3) as handle, torch.no_grad():
+        handle.layers["layers.1"].train(False)
+        _, (_, ids) = BlockMoE.forward(handle.layers["layers.1"], x)
+        assert all(len(part.unique()) == 3 for row in ids for part in row.split(4))
+
+
+def test_their_gradients_come_back(make_block):
+    model, x = softmax_model(make_block, True), torch.randn(2, 8, H)
+    model.layers[1](x).sum().backward()
+    want = {name: value.grad.clone() for name, value in model.layers[1].named_parameters()}
+    model.zero_grad()
+    with patch(model):
+        model.layers[1](x).sum().backward()
+    for name, value in model.layers[1].named_parameters():
+        torch.testing.assert_close(value.grad, want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("owner", ["block", "experts", "act_fn"])
+def test_their_activation_is_where_they_keep_it(owner, make_block):
+    gelu = lambda x: F.gelu(x, approximate="tanh")  # noqa: E731
+    model = softmax_model(make_block, True, activation=gelu)
+    for block in model.layers[1:]:
+        if owner == "act_fn":
+            block.experts.act_fn = type("GELUTanh", (nn.Module,), {})()
+        else:
+            keeper = block if owner == "block" else block.experts
+            keeper.config = types.SimpleNamespace(hidden_activation="gelu_pytorch_tanh")
+    x = torch.randn(2, 8, H)
+    with torch.no_grad():
+        expected = model.layers[1](x)
+        with patch(model, "token") as handle:
+            assert handle.layers["layers.1"].activation == "gelu_tanh"
+            torch.testing.assert_close(model.layers[1](x), expected, rtol=1e-4, atol=1e-5)
+
+
+def other_activation(block):
+    block.experts.act_fn = nn.GELU()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda b: b.gate.register_buffer("e_score_correction_bias", torch.zeros(E)), "gate.e_score_correction_bias"),
+        (lambda b: setattr(b, "shared_expert", nn.Linear(2, 2)), "got shared_expert.weight"),
+        (lambda b: setattr(b, "gate", nn.Linear(H, E)), "got gate.bias"),
+        (lambda b: setattr(b, "n_group", 2), "n_group must be 1 in a block without gate.expert_bias, got 2"),
+        (lambda b: setattr(b, "norm_topk_prob", None), "norm_topk_prob must be there"),
+        (lambda b: setattr(b.experts, "is_transposed", True), "it holds its weights transposed"),
+        (lambda b: setattr(b.experts, "has_bias", True), "it has biases"),
+        (other_activation, "experts.act_fn must be SiLU or GELU (tanh), got GELU"),
+        (
+            lambda b: setattr(b.experts, "down_proj", nn.Parameter(torch.zeros(E, I, H))),
+            "experts.down_proj must have shape",
+        ),
+    ],
+)
+def test_what_computes_more_is_refused_by_name(change, says, make_block):
+    model = softmax_model(make_block, True)
+    change(model.layers[1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        patch(model, "token")
+    assert says in str(error.value) and str(error.value).startswith("layers.1: ")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

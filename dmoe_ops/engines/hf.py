@@ -1,4 +1,4 @@
-"""Block routing inside a Hugging Face model: `patch` replaces every LLaDA2 sparse MoE block, `undo` puts it back."""
+"""Block routing inside a Hugging Face model: `patch` replaces every sparse MoE block, `undo` puts it back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from .. import hf_block
 from ..hf_block import check_own, first_weight, is_moe_block, num_experts
 from ..layer import BlockMoE
-from ..models.llada2 import OWN, own_policy, trained_for
+from ..models.config import OWN, own_policy, trained_for
 from ..routing import POLICIES, BlockRouting
 
 
@@ -73,10 +73,11 @@ class PatchHandle:
 
 
 def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
-    """Replaces the forward of every LLaDA2 sparse MoE block of `model` by block routing under `policy`.
+    """Replaces the forward of every sparse MoE block of `model`, LLaDA2's or in the shape of Qwen3-MoE, by block routing
+    under `policy`.
 
-    policy: "own" is the one that the weights were trained for, as model.config says (core_threshold, expert_capacity), and
-    dmoe where it says nothing.
+    policy: "own" is the one that the weights were trained for, as model.config says (core_threshold, expert_capacity);
+    where it says nothing dmoe for LLaDA2's blocks, which have a selection bias, and token for others.
     A block is found by its members (see `BlockMoE.from_hf`), never by its class. Experts, top-k, groups and
     scaling are read from each block; `overrides` are fields of `BlockRouting` and win over both. The patched block returns
     what the original does: y, (y, router_logits) or (y, (router_logits, topk_ids)), found out by running the original once
@@ -84,8 +85,8 @@ def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
     places. Weights are held once; the peak is one layer above the model.
     Save a model's weights after `undo`: while patched they carry the names of `BlockMoE`.
 
-    Blocks of tokens are cut every `block_size` (32 unless given) from the first token of each forward: it has to be the
-    model's `block_length`, or a part of it, and forwards have to begin with a block.
+    Blocks of tokens are cut every `block_size` (model.config's, or 32, unless given) from the first token of each forward:
+    it has to be the model's `block_length`, or a part of it, and forwards have to begin with a block.
 
     Raises ValueError, before anything is changed, when no block is found or one can't be taken over, and when the model's
     rotary embedding holds values that no such embedding has: the released class under transformers 5 leaves them
@@ -99,7 +100,7 @@ def patch(model: nn.Module, policy: str = OWN, **overrides) -> PatchHandle:
     originals = {name: module for name, module in named if name and is_moe_block(module)}
     if not originals:
         again = " (it is patched already)" if any(isinstance(m, BlockMoE) for m in model.modules()) else ""
-        raise ValueError(f"model must contain LLaDA2 sparse MoE blocks, got {type(model).__name__} without any{again}")
+        raise ValueError(f"model must contain sparse MoE blocks, got {type(model).__name__} without any{again}")
     config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model.config.quantization_config must be null, got {config.quantization_config!r:.200}")
@@ -212,10 +213,11 @@ def _is_plausible(inv_freq, config) -> bool:
 
 
 def routing_of(module: nn.Module, policy: str, model_config=None, **overrides) -> BlockRouting:
-    """The policy with the geometry of a LLaDA2 block, read from its gate or its config, and with the settings that the
-    config was trained for."""
+    """The policy with the geometry of a block, read from its gate or its config, and with the settings that the config was
+    trained for. Raises ValueError for what a block without a selection bias leaves open, and for its groups."""
     config = getattr(module, "config", None) or getattr(module.gate, "config", None) or model_config
-    policy = own_policy(config) if policy == OWN else policy
+    biased = hf_block.expert_bias(module) is not None
+    policy = own_policy(config, "dmoe" if biased else "token") if policy == OWN else policy
 
     def read(default, *names):
         for name in names:
@@ -234,9 +236,16 @@ def routing_of(module: nn.Module, policy: str, model_config=None, **overrides) -
         top_k=top_k,
         n_group=1 if ungrouped else read(1, "n_group") or 1,
         topk_group=1 if ungrouped else read(1, "topk_group") or 1,
-        score=read("sigmoid", "score_function", "scoring_func"),
+        score=read("sigmoid" if biased else "softmax", "score_function", "scoring_func"),
         # LLaDA2's gate normalises except at top-1, whatever its config says.
-        norm_topk_prob=top_k != 1,
+        norm_topk_prob=top_k != 1 if biased else read(None, "norm_topk_prob"),
         routed_scaling_factor=float(read(1.0, "routed_scaling_factor")),
     )
+    if not biased:
+        if geometry["n_group"] != 1:
+            raise ValueError(f"n_group must be 1 in a block without gate.expert_bias, got {geometry['n_group']}")
+        if geometry["norm_topk_prob"] is None and "norm_topk_prob" not in overrides:
+            raise ValueError("norm_topk_prob must be there in a block without gate.expert_bias, or given, got neither")
+    if block_size := getattr(config, "block_size", None):
+        geometry["block_size"] = block_size
     return BlockRouting.for_model(policy, geometry, **{**trained_for(config, policy), **overrides})

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..experts import moe_experts
-from ..hf_block import ACTIVATIONS
+from ..hf_block import ACTIVATIONS, difference
 from ..models.llada2 import OWN, rotary, routing_for
 from ..routing import FIELDS, POLICIES
 from .hf import PatchedMoE
@@ -105,17 +105,9 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     """
     cls = type(self)
     activation = getattr(self.config, "hidden_act", None) or getattr(self.config, "hidden_activation", None)
-    for differs, what in (
-        (not self.has_gate, "has no gate"),
-        (self.has_bias, "has biases"),
-        (self.is_transposed, "holds its weights transposed"),
-        (not getattr(self, "is_concatenated", True), "interleaves gate and up"),
-        (getattr(self, "has_post_expert_norm", False), "has a norm behind each expert"),
-        (cls._apply_gate.__name__ != "_default_apply_gate", "has a gate of its own"),
-        (activation not in ACTIVATIONS, f"has hidden_act={activation!r}"),
-    ):
-        if differs:
-            raise ValueError(f"experts_implementation must not be 'dmoe' for {cls.__name__}: it {what}")
+    what = difference(self) or (f"has hidden_act={activation!r}" if activation not in ACTIVATIONS else None)
+    if what:
+        raise ValueError(f"experts_implementation must not be 'dmoe' for {cls.__name__}: it {what}")
     weights = self.gate_up_proj, self.down_proj
     named = ACTIVATIONS[activation]
     return moe_experts(hidden_states, *weights, top_k_index, top_k_weights.float(), activation=named)

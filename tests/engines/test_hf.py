@@ -226,3 +226,46 @@ def test_what_register_refuses():
         hf_loading.register("dMoE")
     with pytest.raises(ValueError, match="overrides must be fields of BlockRouting, got top_q=1"):
         hf_loading.register("dmoe", top_q=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+def test_patch_takes_a_qwen3_moe(norm_topk_prob):
+    """A whole model, its experts stacked as transformers 5 does; `token` is its own routing."""
+    small = dict(hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3, vocab_size=96)
+    small |= dict(num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=4, num_experts=16, head_dim=16)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**small, norm_topk_prob=norm_topk_prob, mlp_only_layers=[1])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+    for weight in model.parameters():
+        weight.mul_(3 if weight.dim() > 1 else 1)
+    want, state = model(IDS).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    with dmoe_ops.patch(model) as handle:
+        assert list(handle.layers) == ["model.layers.0.mlp", "model.layers.2.mlp"]
+        assert handle.routing.select == "all" and handle.routing.norm_topk_prob == norm_topk_prob
+        torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-5)
+    with dmoe_ops.patch(model, "dmoe", top_p=0.3, min_experts=4):
+        assert not torch.allclose(model(IDS).logits, want, atol=1e-3)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(IDS).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("experts, config", GELU)
+def test_a_block_with_gelu_tanh(experts, config):
+    """DiffusionGemma's and Gemma 4's experts behind a gate: `BlockMoE.from_hf` of them against their own forward."""
+    block, torch_seed = torch.nn.Module(), torch.manual_seed(0)
+    config = config(hidden_size=64, moe_intermediate_size=44, num_experts=16, top_k_experts=4)
+    config._experts_implementation = "eager"
+    block.gate, block.experts = torch.nn.Linear(64, 16, bias=False), experts(config)
+    for weight in block.experts.parameters():
+        weight.normal_(std=weight.shape[-1] ** -0.5, generator=torch_seed)
+    routing = dmoe_ops.BlockRouting.policy("token", num_experts=16, top_k=4, n_group=1, topk_group=1, score="softmax")
+    x = torch.randn(2, 20, 64)
+    layer = dmoe_ops.BlockMoE.from_hf(block, routing)
+    y, (logits, ids) = layer(x)
+    weights = logits.softmax(-1).gather(-1, ids)
+    weights = weights / weights.sum(-1, keepdim=True) * routing.routed_scaling_factor
+    want = block.experts(x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
+    assert layer.activation == "gelu_tanh" and layer.w13.data_ptr() == block.experts.gate_up_proj.data_ptr()
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
