@@ -401,12 +401,16 @@ class BlockMoE(nn.Module):
         *,
         domain_offsets: Tensor | None = None,
         coreset_ids: Tensor | None = None,
+        coresets_out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """hidden_states [bsz, seq, H] or [T, H], the dtype of w13 -> (y of that shape, (router_logits float32 [..., E],
-        topk_ids `ids_dtype` [..., k])): what LLaDA2's own block returns. The rest, errors too: see `block_moe`."""
+        topk_ids `ids_dtype` [..., k])): what LLaDA2's own block returns. coresets_out: int32 [n_blocks, width], where the
+        blocks' coreset_ids are put as well. The rest, errors too: see `block_moe`."""
         bias_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         bias = None if self.expert_bias is None else self.expert_bias.to(bias_dtype)
         y, routed, router_logits = self.compute(hidden_states, bias, block_offsets, domain_offsets, coreset_ids)
+        if coresets_out is not None:
+            coresets_out.copy_(routed.coreset_ids)
         lead = hidden_states.shape[:-1]
         router_logits = router_logits.view(*lead, self.routing.num_experts)
         return y, (router_logits, routed.topk_ids.view(*lead, self.routing.top_k).to(self.ids_dtype))

@@ -77,7 +77,7 @@ def prompts(sequences: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, MASK, (sequences, tokens), generator=torch.Generator().manual_seed(tokens))
 
 
-def check_equal(model, other, sequences: int, tokens: int, policy: str, **options) -> None:
+def check_equal(model, other, sequences: int, tokens: int, policy: str, refresh_every=None, **options) -> None:
     for each in (model, other):
         each.set_routing(policy, **options)
     ids = prompts(sequences, tokens)
@@ -86,7 +86,7 @@ def check_equal(model, other, sequences: int, tokens: int, policy: str, **option
     assert torch.equal(got.logits, want.logits)
     for mine, theirs in zip(got.routed, want.routed):
         assert all(map(torch.equal, mine, theirs))
-    settings = dict(gen_length=20, threshold=0.6, steps=4)
+    settings = dict(gen_length=20, threshold=0.6, steps=4, refresh_every=refresh_every)
     want, got = model.generate(ids, **settings), other.generate(ids, **settings)
     assert torch.equal(got.tokens, want.tokens)
     memory = got.stats.expert_memory
@@ -99,6 +99,7 @@ def check_equal(model, other, sequences: int, tokens: int, policy: str, **option
     ["policy", "sequences", "tokens", "options"],
     [
         ("dmoe", 1, 70, dict(min_experts=4)),
+        ("dmoe", 2, 33, dict(min_experts=4, refresh_every=3)),
         ("token", 2, 33, {}),
         ("des_seq", 1, 1, {}),
         ("capacity", 3, 96, dict(capacity=3)),

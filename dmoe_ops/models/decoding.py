@@ -79,6 +79,7 @@ def generate(
     use_graphs: bool | None = None,
     stream: Callable[[Block], bool | None] | None = None,
     every_step: bool = False,
+    refresh_every: int | None = None,
 ) -> Decoded:
     """Decodes up to `gen_length` new tokens by block diffusion.
 
@@ -98,6 +99,8 @@ def generate(
     stream: a function that is given a `Block` as soon as it is finished, and, with every_step, after every step; where it
     returns True, the decode ends there, with the tokens in front of the first mask. `DiffusionModel.stream` iterates.
     use_graphs: replay the steps as CUDA graphs; by default where that is possible. True where it isn't is an error.
+    refresh_every: a block's coresets are selected at its first step and every so many steps, and serve the steps in between
+    too; None: at every step. More steps than a block takes: once per block, as Epoch (arXiv 2609.09748) does.
 
     Returns `Decoded`. Raises ValueError that names the argument and its value, or says that the logits are not finite.
     Source: generate() of the released LLaDA2 code, its greedy form taking the most probable token.
@@ -135,7 +138,7 @@ def stream(self, input_ids: torch.Tensor, *, every_step: bool = False, **options
 @torch.no_grad()
 def start(
     self, input_ids, *, gen_length, prompt_lengths, block_length, steps, threshold, temperature, top_k, top_p, eos_id,
-    mask_id, eos_early_stop, generator, use_graphs, **_,
+    mask_id, eos_early_stop, generator, use_graphs, refresh_every, **_,
 ) -> Decode:  # fmt: skip
     """The decode that arguments of `generate` ask for, checked, with nothing computed yet."""
     config = self.config
@@ -143,9 +146,12 @@ def start(
     mask_id = config.mask_token_id if mask_id is None else mask_id
     block_length = config.block_length if block_length is None else block_length
     _check(config, input_ids, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id)
+    if refresh_every is not None and (not is_int(refresh_every) or refresh_every < 1):
+        raise ValueError(f"refresh_every must be None or an integer of at least 1, got {refresh_every!r}")
     lengths, gen_lengths = _lengths(input_ids, prompt_lengths), _gen_lengths(gen_length, len(input_ids))
     _check_prompts(config, input_ids, lengths, gen_lengths, mask_id)
-    rule = Rule(block_length, mask_id, eos_id, eos_early_stop, threshold, temperature, top_k, top_p, generator)
+    sampling = temperature, top_k, top_p, generator
+    rule = Rule(block_length, mask_id, eos_id, eos_early_stop, threshold, *sampling, refresh_every)
     return Decode(self, rule, input_ids, lengths, gen_lengths, steps, use_graphs)
 
 
@@ -172,7 +178,8 @@ class Decode:
         capacity = -(-max(self.stops) // size) * size
         model.use_block_length(size)
         self.graphs = graphs.of(model, rule, len(lengths), capacity, use_graphs)
-        self.batch = self.graphs.batch if self.graphs else Batch.empty(model, size, len(lengths), capacity)
+        keeps = rule.refresh_every is not None
+        self.batch = self.graphs.batch if self.graphs else Batch.empty(model, size, len(lengths), capacity, keeps)
         self.batch.fill(input_ids, lengths, gen_lengths, gen_lengths.clamp(max=steps), rule.mask_id)
 
     def steps(self):
@@ -200,8 +207,10 @@ class Decode:
             batch.active[: len(self.lengths)] = torch.tensor(
                 [row in active for row in range(len(self.lengths))], device=batch.x.device
             )
+            number = 0
             while active:
-                flags = self.step(active, masks, rides)
+                flags = self.step(active, masks, rides, number % (self.rule.refresh_every or 1) == 0)
+                number += 1
                 if rides:
                     batch.cache.commit(size)
                     rides = False
@@ -215,16 +224,16 @@ class Decode:
             if not going:
                 break
 
-    def step(self, active: list[int], masks: int, rides: bool) -> list[list[int]]:
+    def step(self, active: list[int], masks: int, rides: bool, fresh: bool) -> list[list[int]]:
         """`denoise` for some sequences, and what it returns, read."""
         if self.graphs:
-            flags = self.graphs.step(rides).tolist()
+            flags = self.graphs.step(rides, fresh).tolist()
             return [flags[row] for row in active]
         x, rule = self.batch.x, self.rule
         rows = torch.tensor(active, device=x.device)
         if x.device.type != "cpu" or rule.temperature > 0:  # what is drawn for a row depends on all rows before it
             masks = len(active) * rule.block_length
-        return denoise(self.model, self.batch, rule, rows, masks, rides).tolist()
+        return denoise(self.model, self.batch, rule, rows, masks, rides, False, fresh).tolist()
 
     def prefill(self, going: list[int], end: int) -> None:
         """Commits everything before `end`: the prompts' full blocks at first, then the block that has just been finished,

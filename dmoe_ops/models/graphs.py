@@ -71,28 +71,30 @@ def _weights(model) -> tuple:
 
 
 class StepGraphs:
-    """The steps of up to `sequences` sequences and `capacity` tokens: two graphs, one of them with a block to commit, over
-    one `Batch` and in one memory pool. key: their kind. What they read has to be held here: a graph holds no tensor."""
+    """The steps of up to `sequences` sequences and `capacity` tokens: two graphs, one of them with a block to commit, and a
+    third with coresets that were kept, where some are, over one `Batch` and in one memory pool. key: their kind. What they
+    read has to be held here: a graph holds no tensor."""
 
     def __init__(self, model, rule: Rule, sequences: int, capacity: int, key: tuple):
         self.key = key
-        self.batch = Batch.empty(model, rule.block_length, sequences, capacity)
+        keeps = rule.refresh_every is not None
+        self.batch = Batch.empty(model, rule.block_length, sequences, capacity, keeps)
         self.batch.begin.fill_(rule.block_length)
         self.rows = torch.arange(sequences, device=model.device)
         pool = torch.cuda.graph_pool_handle()
         self.replays = {}
-        for rides in (False, True):
+        for rides, fresh in ((False, True), (True, True), *([(False, False)] if keeps else [])):
 
-            def run(rides=rides):
+            def run(rides=rides, fresh=fresh):
                 every = sequences * rule.block_length
-                return denoise(model, self.batch, rule, self.rows, every, rides, fixed=True)
+                return denoise(model, self.batch, rule, self.rows, every, rides, fixed=True, fresh=fresh)
 
             # Nothing is active yet, so a run for warming up leaves the batch as it was.
-            self.replays[rides] = capture(run, pool)
+            self.replays[rides, fresh] = capture(run, pool)
 
-    def step(self, rides: bool) -> torch.Tensor:
+    def step(self, rides: bool, fresh: bool = True) -> torch.Tensor:
         """`denoise` of all sequences. The tensor is that of the last replay, too."""
-        graph, flags = self.replays[rides]
+        graph, flags = self.replays[rides, fresh]
         graph.replay()
         return flags
 

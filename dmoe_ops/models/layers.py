@@ -86,12 +86,12 @@ class Layer(nn.Module):
             )
             self.mlp.ids_dtype = torch.int32
 
-    def forward(self, x, delta, attend):
+    def forward(self, x, delta, attend, **coresets):
         """x, and what the layer before adds to it (None: nothing). Returns both for the next one and, from a MoE layer,
-        (router_logits, topk_ids)."""
+        (router_logits, topk_ids). coresets: of a MoE layer, see `BlockMoE.forward`."""
         normed, x = self.input_layernorm(x, delta)
         normed, x = self.post_attention_layernorm(x, self.attention(normed, attend))
-        out, routed = self.mlp(normed), None
+        out, routed = self.mlp(normed, **coresets), None
         if isinstance(out, tuple):
             out, routed = out
         return x, out, routed

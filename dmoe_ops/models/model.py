@@ -157,6 +157,7 @@ class DiffusionModel(nn.Module):
         kv_cache: KVCache | None = None,
         block_length: int | None = None,
         layout: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **coresets: torch.Tensor,
     ) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
         """What `forward` computes before the head: hidden states [bsz, T, H] after the last norm, and `routed`, topk_ids in
         int32.
@@ -164,6 +165,7 @@ class DiffusionModel(nn.Module):
         input_ids, kv_cache, block_length, errors: those of `forward`, which looks at the ids first.
         layout: (position int64 [T], mask bool [T, T]) for sequences that are not one text from position 0, such as the two
         halves of training; without a cache.
+        coresets: coreset_ids or coresets_out of `BlockMoE.forward`, those of all MoE layers stacked in front.
         """
         block_length = self.config.block_length if block_length is None else block_length
         if not is_int(block_length) or block_length < 1:
@@ -208,7 +210,8 @@ class DiffusionModel(nn.Module):
             return attention.attend(query, *prefix, past, block_length)
 
         for i, layer in enumerate(self.model.layers):
-            x, delta, chosen = layer(x, delta, functools.partial(attend, i))
+            own = {name: ids[len(routed)] for name, ids in coresets.items() if isinstance(layer.mlp, BlockMoE)}
+            x, delta, chosen = layer(x, delta, functools.partial(attend, i), **own)
             if chosen is not None:
                 routed.append(chosen)
         return self.model.norm(x, delta)[0], tuple(routed)

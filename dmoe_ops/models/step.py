@@ -30,6 +30,7 @@ class Rule:
     top_k: int | None = None
     top_p: float | None = None
     generator: torch.Generator | None = None
+    refresh_every: int | None = None
 
     def sample(self, logits) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens int64 [T] and their probabilities float32 [T], for logits [T, V]; NaN where a logit is NaN or infinite,
@@ -79,6 +80,7 @@ class Batch:
     x: int64 [bsz, capacity], prompts, answers and masks; new: bool [bsz, capacity], where answers may stand.
     length: int64 [bsz], of the prompts; steps: int64 [bsz], denoising steps per block; active: bool [bsz], the sequences
     that this block still has to unmask. begin, step: int64 [1], the block's first position and the number of the step.
+    coresets: None, or int32 [MoE layers, bsz, blocks of the routing, width], those that the block under way has kept.
     """
 
     x: torch.Tensor
@@ -90,12 +92,15 @@ class Batch:
     step: torch.Tensor
     cache: KVCache
     counter: Counter
+    coresets: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, model, block_length: int, sequences: int, capacity: int) -> Batch:
+    def empty(cls, model, block_length: int, sequences: int, capacity: int, keeps_coresets: bool = False) -> Batch:
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=model.device)
 
+        layers, routing = len(model.moe_layers), model.routing
+        blocks = block_length // routing.block_size, routing.coreset_width
         return cls(
             x=zeros(sequences, capacity),
             new=zeros(sequences, capacity, dtype=torch.bool),
@@ -105,7 +110,8 @@ class Batch:
             begin=zeros(1),
             step=zeros(1),
             cache=model.new_cache(capacity, sequences),
-            counter=Counter(model.config.num_experts, block_length, len(model.moe_layers), model.device),
+            counter=Counter(model.config.num_experts, block_length, layers, model.device),
+            coresets=zeros(layers, sequences, *blocks, dtype=torch.int32) if keeps_coresets else None,
         )
 
     def fill(self, input_ids, lengths, gen_lengths, steps, mask_id: int) -> None:
@@ -126,13 +132,16 @@ class Batch:
         self.counter.clear()
 
 
-def denoise(model, batch: Batch, rule: Rule, rows, masks: int, rides: bool, fixed: bool = False) -> torch.Tensor:
+def denoise(
+    model, batch: Batch, rule: Rule, rows, masks: int, rides: bool, fixed: bool = False, fresh: bool = True
+) -> torch.Tensor:
     """One step for the sequences `rows`, int64 [n]; returns int64 [n, 3]: the masks that are left in the block (0 where the
     text has ended), whether an eos stands in the answer, and whether all numbers were finite.
 
     masks: at most so many positions are masked; the head is applied to no more. rides: the block before this one, finished,
     comes along to be committed; the cache ends in front of it. fixed: the length of the cache is read on the device too, and
-    `rows` are all; so the step serves any block.
+    `rows` are all; so the step serves any block. fresh: coresets are selected, and kept where the batch has room for them;
+    else those that were kept serve again.
     """
     size = rule.block_length
     if fixed:
@@ -143,7 +152,11 @@ def denoise(model, batch: Batch, rule: Rule, rows, masks: int, rides: bool, fixe
     position = batch.begin + torch.arange(size, device=x.device)
     block = x.index_select(1, position)
     ids = torch.cat([x.index_select(1, position - size), block], 1) if rides else block
-    hidden, routed = model.hidden_states(ids, kv_cache=cache, block_length=size)
+    coresets = kept_coresets(batch, rows, ids.shape[1] // size, fresh)
+    hidden, routed = model.hidden_states(ids, kv_cache=cache, block_length=size, **coresets)
+    if fresh and batch.coresets is not None:
+        found = coresets["coresets_out"].unflatten(1, (len(rows), -1))
+        batch.coresets.index_copy_(1, rows, found[:, :, -batch.coresets.shape[2] :])
     router_logits, topk_ids = (torch.stack(each) for each in zip(*routed))
     counter = batch.counter
     counts = counter.forwards, counter.blocks, counter.unique
@@ -173,6 +186,16 @@ def denoise(model, batch: Batch, rule: Rule, rows, masks: int, rides: bool, fixe
         rule.eos_early_stop,
         rule.threshold,
     )
+
+
+def kept_coresets(batch: Batch, rows, n: int, fresh: bool) -> dict[str, torch.Tensor]:
+    """What `hidden_states` gets for n blocks of each sequence: the coresets that were kept, or room for new ones."""
+    if batch.coresets is None:
+        return {}
+    if not fresh:
+        return dict(coreset_ids=batch.coresets.index_select(1, rows).flatten(1, 2))
+    layers, _, blocks, width = batch.coresets.shape
+    return dict(coresets_out=batch.coresets.new_empty(layers, len(rows) * n * blocks, width))
 
 
 def count_committed(counter: Counter, topk_ids, prompt, rows, forwards=True) -> None:

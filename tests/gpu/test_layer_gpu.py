@@ -53,7 +53,7 @@ def test_a_layer_whose_blocks_share_a_pool(weights, settings):
     y, routed, logits = block_moe(x, *weights, routing=routing, domain_offsets=domains.cuda())
     same_routing(routed, reference.block_route(logits.cpu(), weights[1].cpu(), routing=routing, domain_offsets=domains))
     same_routing(routed, block_route(logits, weights[1], routing=routing, domain_offsets=domains.cuda()))
-    given = block_moe(x, *weights, routing=BlockRouting(), coreset_ids=routed.coreset_ids)
+    given = block_moe(x, *weights, routing=routing, coreset_ids=routed.coreset_ids)
     same_routing(given[1], routed)
     assert torch.equal(given[0], y)
 
