@@ -141,6 +141,7 @@ setup(
         "dmoe_ops",
         "dmoe_ops.models",
         "dmoe_ops.models.llada2",
+        "dmoe_ops.models.llada_moe",
         "dmoe_ops.models.qwen3_moe",
         "dmoe_ops.models.auto_classes",  # copied into checkpoints, imported by transformers alone
         "dmoe_ops.engines",

@@ -38,7 +38,7 @@ def give(owner: Any, name: str, held, at: tuple, trained: bool) -> None:
 def first_weight(module: Any) -> torch.Tensor:
     """gate_proj of the first expert [I, H], or of all [E, I, H], where it stands alone, else gate_up_proj [E, 2I, H]."""
     experts: Any = module.experts
-    if isinstance(experts, nn.ModuleList):
+    if isinstance(module.experts, nn.ModuleList):
         return experts[0].gate_proj.weight
     return experts.gate_up_proj if is_fused(module) else experts.gate_proj
 

@@ -453,7 +453,9 @@ def test_why_there_are_no_graphs(monkeypatch):
     model = build()
     with pytest.raises(ValueError, match="use_graphs must not be True here: the model is on cpu"):
         model.generate(prompt(4), gen_length=4, use_graphs=True)
-    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), config=types.SimpleNamespace(sees_all=True))
+    assert "the whole text" in graphs.ungraphable_reason(on_gpu, RULE)
+    on_gpu.config = CONFIG
     assert "random numbers" in graphs.ungraphable_reason(on_gpu, dataclasses.replace(RULE, temperature=1.0))
     monkeypatch.setattr(graphs._backends, "name_for", lambda device: "reference")
     assert "reference backend" in graphs.ungraphable_reason(on_gpu, RULE)

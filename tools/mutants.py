@@ -55,6 +55,7 @@ TESTS = {
     "dmoe_ops/models/layers.py": ["test_llada2", "test_training"],
     "dmoe_ops/models/model.py": ["test_llada2", "test_training", "test_quantized_checkpoints"],
     "dmoe_ops/models/names.py": ["test_llada2", "test_sdar", "test_quantized_checkpoints"],
+    "dmoe_ops/models/llada_moe/config.py": ["test_llada_moe", "test_families"],
     "dmoe_ops/models/qwen3_moe/config.py": ["test_sdar", "test_families"],
     "dmoe_ops/models/llada2/config.py": ["test_llada2", "test_sharing", "test_quantized_checkpoints"],
     "dmoe_ops/engines/hf.py": ["test_layer", "test_bad_input", "test_patch"],

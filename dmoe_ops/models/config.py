@@ -104,7 +104,7 @@ class DiffusionConfig:
     # weights that were trained for none, and the ids that its released vocabulary has: size -> (eos, mask).
     family: ClassVar[str] = ""
     model_types: ClassVar[tuple[str, ...]] = ()
-    architecture: ClassVar[str] = ""
+    architectures: ClassVar[tuple[str, ...]] = ()  # the first is written
     default_block: ClassVar[int] = 32
     default_policy: ClassVar[str] = "token"
     released_ids: ClassVar[dict[int, tuple[int, int]]] = {}
@@ -245,7 +245,7 @@ class DiffusionConfig:
         fields = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         if not self.expert_capacity:
             del fields["expert_capacity"]  # SGLang takes one that is there, 0 too, for block routing
-        return dict(architectures=[self.architecture]) | fields
+        return dict(architectures=[self.architectures[0]]) | fields
 
     @property
     def storage(self) -> quantized.Storage | None:

@@ -87,7 +87,9 @@ def generate(
     prompt_lengths: int64 [bsz], where they differ: of each row of input_ids the first so many tokens, the rest is padding.
     Every sequence comes out as if it were alone: it is its own blocks, and leaves the batch when it is done.
     gen_length: new tokens at most, an integer or int64 [bsz].
-    block_length: tokens that are unmasked in parallel, by default config.block_length; blocks start at position 0.
+    block_length: tokens that are unmasked in parallel, by default config.block_length; blocks start at position 0. Where
+    every token sees all others (LLaDA-MoE), they start behind the prompts, which are of one length, gen_length is a number
+    of whole blocks, and the counts of experts are those of the blocks, though each step computes the whole text.
     steps: denoising steps per block (at most gen_length of them). Each unmasks every token whose confidence is
     above `threshold`, or, where those are fewer than the step's share of the block, that many of the most confident.
     temperature: 0 takes the most probable token, else the token is drawn (`generator`). top_k, top_p: restrict the choice
@@ -148,6 +150,8 @@ def start(
     _check(config, input_ids, block_length, steps, threshold, temperature, top_k, top_p, eos_id, mask_id)
     if refresh_every is not None and (not is_int(refresh_every) or refresh_every < 1):
         raise ValueError(f"refresh_every must be None or an integer of at least 1, got {refresh_every!r}")
+    if refresh_every is not None and config.sees_all:
+        raise ValueError(f"refresh_every must be None for a model whose tokens see all others, got {refresh_every}")
     lengths, gen_lengths = _lengths(input_ids, prompt_lengths), _gen_lengths(gen_length, len(input_ids))
     _check_prompts(config, input_ids, lengths, gen_lengths, mask_id)
     sampling = temperature, top_k, top_p, generator
@@ -176,6 +180,8 @@ class Decode:
         self.cut_short = False
         self.memory_before = None if model.expert_memory is None else model.expert_memory.stats()
         capacity = -(-max(self.stops) // size) * size
+        if model.config.sees_all:
+            capacity = _whole_text(self.lengths, self.stops, size)
         model.use_block_length(size)
         self.graphs = graphs.of(model, rule, len(lengths), capacity, use_graphs)
         keeps = rule.refresh_every is not None
@@ -193,10 +199,12 @@ class Decode:
     def _steps(self):
         size, batch = self.rule.block_length, self.batch
         going = list(range(len(self.lengths)))  # the sequences whose texts have not ended
-        for begin in range(min(self.lengths) // size * size, max(self.stops), size):
+        whole = self.model.config.sees_all
+        first = min(self.lengths)
+        for begin in range(first if whole else first // size * size, max(self.stops), size):
             end = begin + size
             active = [row for row in going if self.lengths[row] < end]
-            pending = begin - batch.cache.length
+            pending = 0 if whole else begin - batch.cache.length
             rides = pending == size and active == going
             if pending and not rides:
                 self.prefill(going, begin)
@@ -270,6 +278,20 @@ class Decode:
             stops = [min(stop, mask) for stop, mask in zip(stops, first)]
         decoded = _decoded(x, self.lengths, stops, rule.eos_id, self.batch.counter, self.model.bytes_per_expert)
         return decoded._replace(stats=dataclasses.replace(decoded.stats, expert_memory=self.memory_stats()))
+
+
+def _whole_text(lengths: list[int], stops: list[int], size: int) -> int:
+    """Tokens of a text that is computed whole. What stands behind it would be seen, so all are of one length, and of whole
+    blocks behind the prompt."""
+    if len(set(lengths)) > 1:
+        raise ValueError(f"prompt_lengths must be equal for a model whose tokens see all others, got {lengths}")
+    new = [stop - lengths[0] for stop in stops]
+    if len(set(new)) > 1 or new[0] % size:
+        raise ValueError(
+            f"gen_length must be a multiple of block_length={size}, and one for all, for a model whose tokens see all "
+            f"others, got {new}"
+        )
+    return stops[0]
 
 
 def _decoded(x, lengths, stops, eos_id: int | None, counter: Counter, bytes_per_expert: int) -> Decoded:

@@ -9,10 +9,11 @@ from .. import _files
 from . import checkpoint, hub
 from .config import OWN, DiffusionConfig
 from .llada2 import LLaDA2ForDiffusion
+from .llada_moe import LLaDAMoEForDiffusion
 from .model import DiffusionModel
 from .qwen3_moe import SDARForDiffusion
 
-FAMILIES: tuple[type[DiffusionModel], ...] = (LLaDA2ForDiffusion, SDARForDiffusion)
+FAMILIES: tuple[type[DiffusionModel], ...] = (LLaDA2ForDiffusion, SDARForDiffusion, LLaDAMoEForDiffusion)
 
 
 def load(
@@ -41,13 +42,13 @@ def family_of(folder: str | Path, revision: str | None = None) -> type[Diffusion
     named, kind = values.get("architectures"), values.get("model_type")
     named = [one for one in named if isinstance(one, str)] if isinstance(named, list) else []
     for family in FAMILIES:
-        if family.config_class.architecture in named:
+        if not set(named).isdisjoint(family.config_class.architectures):
             return family
     # A config of ours or of an older date has no architectures. One that has others is another model, whatever its type.
     if not named and isinstance(kind, str):
         for family in FAMILIES:
             if kind.startswith(family.config_class.model_types):
                 return family
-    known = ", ".join(f"{f.config_class.architecture} ({f.config_class.family})" for f in FAMILIES)
+    known = ", ".join(f"{f.config_class.architectures[0]} ({f.config_class.family})" for f in FAMILIES)
     said = _files.short(", ".join(named) or str(kind))
     raise ValueError(f"{path}: architectures must be one of {known}, got {said}")

@@ -58,6 +58,8 @@ def ungraphable_reason(model, rule: Rule) -> str | None:
         return "tokens are drawn, from random numbers that a graph would repeat"
     if getattr(model, "expert_memory", None) is not None:
         return "experts are read from files, as the host sees which are used"
+    if model.config.sees_all:
+        return "each step computes the whole text"
     if hasattr(model, "mesh"):
         return "the model is spread over several ranks"
     if _backends.name_for(str(model.device)) == "reference":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ class DiffusionOutput(NamedTuple):
 
     logits: torch.Tensor
     routed: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+Model = TypeVar("Model", bound="DiffusionModel")
 
 
 class DiffusionModel(nn.Module):
@@ -138,7 +141,8 @@ class DiffusionModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, *, kv_cache: KVCache | None = None, block_length: int | None = None
     ) -> DiffusionOutput:
-        """Logits of every token under block-causal attention: a token sees its own block and all earlier ones.
+        """Logits of every token under block-causal attention: a token sees its own block and all earlier ones, or all tokens
+        where the config says so (`sees_all`).
 
         input_ids: int64 [bsz, T], at the positions behind `kv_cache`'s committed tokens (from 0 without one); blocks of
         `block_length` (by default config.block_length) are cut from position 0, and a cache's prefix must end with one.
@@ -177,6 +181,8 @@ class DiffusionModel(nn.Module):
                 f"got {block_length}"
             )
         past = 0
+        if kv_cache is not None and self.config.sees_all:
+            raise ValueError("kv_cache must be None for a model whose tokens see all others, got one")
         if kv_cache is not None:
             kv_cache.check(input_ids)
             past = kv_cache.length
@@ -203,7 +209,7 @@ class DiffusionModel(nn.Module):
                 shape = len(qkv), own.kv_heads, qkv.shape[1], own.head_dim
                 prefix = qkv.new_empty(shape), qkv.new_empty(shape)
                 query = decoder.qk_norm_rope(qkv, *own.norms(), *turns, None, at, *prefix)
-            if mask is not None:
+            if mask is not None or self.config.sees_all:
                 return reference.attention(query, *prefix, mask)
             if isinstance(past, torch.Tensor):
                 return decoder.block_attention(query, *prefix, past, block_length)
@@ -228,14 +234,14 @@ class DiffusionModel(nn.Module):
             weight = (weight.float() / (weight.float().norm(dim=0, keepdim=True) + 1e-7)).to(weight.dtype)
         return F.linear(hidden, weight)
 
-    def quantize(self, form: str) -> DiffusionModel:
+    def quantize(self: Model, form: str) -> Model:
         """Puts the routed experts of every layer into a format ("fp8", "int8", "int4"); see `BlockMoE.quantize`."""
         for moe in self.moe_layers:
             moe.quantize(form)
         return self
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> DiffusionModel:
+    def init_weights(self: Model, seed: int = 0) -> Model:
         """Draws matrices from N(0, initializer_range); norms become 1, biases 0. The same seed gives the same weights on
         every device."""
         generator = torch.Generator().manual_seed(seed)
@@ -258,7 +264,7 @@ class DiffusionModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         folder: str | Path,
         *,
         policy: str = OWN,
@@ -268,7 +274,7 @@ class DiffusionModel(nn.Module):
         revision: str | None = None,
         expert_memory: MemorySettings | int | str | None = None,
         **overrides,
-    ) -> DiffusionModel:
+    ) -> Model:
         """Reads a checkpoint folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
         "owner/model", where it is no folder, is a model on the Hugging Face hub (`revision`: which state of it); that takes
         the package huggingface_hub.
@@ -307,7 +313,7 @@ class DiffusionModel(nn.Module):
             stored.read(checkpoint_tensors(held, config))
         return model.eval() if settings is None else model.eval().requires_grad_(False)
 
-    def _quantize_like(self, stored: checkpoint.Checkpoint) -> DiffusionModel:
+    def _quantize_like(self: Model, stored: checkpoint.Checkpoint) -> Model:
         """Quantises the layers, which are on the meta device, whose experts a checkpoint has quantised, the shared expert
         among them. Whatever else is quantised there is read into floats."""
         for i, layer in enumerate(self.model.layers):

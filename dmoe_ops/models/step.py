@@ -109,7 +109,7 @@ class Batch:
             active=zeros(sequences, dtype=torch.bool),
             begin=zeros(1),
             step=zeros(1),
-            cache=model.new_cache(capacity, sequences),
+            cache=model.new_cache(0 if model.config.sees_all else capacity, sequences),
             counter=Counter(model.config.num_experts, block_length, layers, model.device),
             coresets=zeros(layers, sequences, *blocks, dtype=torch.int32) if keeps_coresets else None,
         )
@@ -141,9 +141,9 @@ def denoise(
     masks: at most so many positions are masked; the head is applied to no more. rides: the block before this one, finished,
     comes along to be committed; the cache ends in front of it. fixed: the length of the cache is read on the device too, and
     `rows` are all; so the step serves any block. fresh: coresets are selected, and kept where the batch has room for them;
-    else those that were kept serve again.
+    else those that were kept serve again. A model whose tokens see all others computes the whole text.
     """
-    size = rule.block_length
+    size, whole = rule.block_length, model.config.sees_all
     if fixed:
         cache, x = batch.cache.select(length=batch.begin - size if rides else batch.begin), batch.x
     else:
@@ -153,11 +153,15 @@ def denoise(
     block = x.index_select(1, position)
     ids = torch.cat([x.index_select(1, position - size), block], 1) if rides else block
     coresets = kept_coresets(batch, rows, ids.shape[1] // size, fresh)
+    ids, cache = (x, None) if whole else (ids, cache)
     hidden, routed = model.hidden_states(ids, kv_cache=cache, block_length=size, **coresets)
     if fresh and batch.coresets is not None:
         found = coresets["coresets_out"].unflatten(1, (len(rows), -1))
         batch.coresets.index_copy_(1, rows, found[:, :, -batch.coresets.shape[2] :])
     router_logits, topk_ids = (torch.stack(each) for each in zip(*routed))
+    if whole:  # only the block is unmasked, and counted
+        hidden = hidden.index_select(1, position)
+        router_logits, topk_ids = router_logits.index_select(2, position), topk_ids.index_select(2, position)
     counter = batch.counter
     counts = counter.forwards, counter.blocks, counter.unique
     broken = unmasking.count_step(topk_ids, router_logits, rows, batch.active, batch.length, batch.begin, size, *counts)

@@ -33,7 +33,8 @@ def denoising_loss(
     true where the model has to predict. The model's routing policy applies to each block, noisy or clean, as it does in
     decoding; the selection passes no gradient, the weights of the chosen experts do.
 
-    Returns (loss, routed): routed as in `DiffusionOutput`, over the 2T - block_length tokens of both halves.
+    Returns (loss, routed): routed as in `DiffusionOutput`, over the 2T - block_length tokens of both halves, or, where every
+    token sees all others, over the T noisy ones, which are all there is then.
     Raises ValueError that names the argument and its value.
     Source: dMoE (arXiv 2605.30876), section 4.2 and figure 4.
     """
@@ -57,6 +58,9 @@ def denoising_loss(
         raise ValueError("masked must be true somewhere, got no masked token")
     tokens = clean.shape[1]
     noisy = clean.masked_fill(masked, mask_id)
+    if model.config.sees_all:
+        hidden, routed = model.hidden_states(noisy, block_length=block_length)
+        return F.cross_entropy(model.logits(hidden[masked]), clean[masked]), routed
     layout = two_halves(tokens, block_length, clean.device)
     halves = torch.cat([noisy, clean[:, : tokens - block_length]], 1)
     hidden, routed = model.hidden_states(halves, block_length=block_length, layout=layout)

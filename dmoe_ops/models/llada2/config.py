@@ -47,7 +47,7 @@ class LLaDA2Config(DiffusionConfig):
 
     family: ClassVar[str] = "LLaDA2"
     model_types: ClassVar[tuple[str, ...]] = ("llada2",)
-    architecture: ClassVar[str] = "LLaDA2MoeModelLM"
+    architectures: ClassVar[tuple[str, ...]] = ("LLaDA2MoeModelLM",)
     default_policy: ClassVar[str] = "dmoe"
     released_ids: ClassVar[dict[int, tuple[int, int]]] = {157184: (156892, 156895)}
     expert_bias: ClassVar[bool] = True

@@ -38,7 +38,7 @@ class SDARConfig(DiffusionConfig):
 
     family: ClassVar[str] = "SDAR"
     model_types: ClassVar[tuple[str, ...]] = ("sdar_moe", "qwen3_moe")
-    architecture: ClassVar[str] = "SDARMoeForCausalLM"
+    architectures: ClassVar[tuple[str, ...]] = ("SDARMoeForCausalLM",)
     default_block: ClassVar[int] = 4
     released_ids: ClassVar[dict[int, tuple[int, int]]] = {151936: (151643, 151669)}
     renamed: ClassVar[dict[str, Any]] = RENAMED
