@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import types
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -219,6 +221,30 @@ def test_doubled_backslashes_hide_letters_of_mmlu():
     assert scoring.mmlu(text, "C", False) == ("C", "last letter", False, True)
     text = "Answer: A\nAnswer: B"  # one line in that notation, whose first tag counts
     assert scoring.mmlu(text, "B", True).extracted == "A" and scoring.mmlu(text, "B", False).strict
+
+
+def test_a_model_may_write_anything():
+    """Scorers find no answer in nonsense, or a wrong one; they don't raise, and say nothing."""
+    pytest.importorskip("pylatexenc")
+    parts = [
+        *"{}^()[],=+-*/!.2x'\\$%&٣_@A ",
+        r"\boxed{",
+        r"\frac",
+        r"\sqrt",
+        r"\text{",
+        "1,000",
+        "inf",
+        "1e9",
+        "Answer: ",
+    ]
+    draw = random.Random(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(300):
+            text = "".join(draw.choices(parts, k=draw.randint(0, 14)))
+            for authors in BOTH:
+                for score, target in (("gsm8k", "#### 7"), ("math500", r"\frac{1}{7}"), ("arc", "A"), ("mmlu", "A")):
+                    getattr(scoring, score)(rf"\boxed{{{text}}}", target, authors)
 
 
 def test_released_answers_are_scored_again(tmp_path, capsys):
@@ -443,9 +469,9 @@ def test_a_limit_may_rise(run):
     assert untimed(found) == untimed(whole)
 
 
-# What torchrun starts, forked, as torch takes seconds to import.
+# What torchrun starts, forked, as torch and sympy (for torch's meta device) take seconds to import.
 TWO_PROCESSES = """
-import multiprocessing, os, sys
+import multiprocessing, os, sys, sympy
 from dmoe_ops.__main__ import main
 
 def process(rank):

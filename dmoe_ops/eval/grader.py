@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 
 INSTALL = "pip install 'dmoe-ops[eval]'"
 UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard"
@@ -118,7 +119,9 @@ def _no_difference(given: str, target: str) -> bool:
         return False
     rules = (*sympy_parser.standard_transformations, sympy_parser.implicit_multiplication_application)
     try:
-        return sympy.simplify(sympy_parser.parse_expr(difference.replace("^", "**"), transformations=rules)) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, of the syntax
+            return sympy.simplify(sympy_parser.parse_expr(difference.replace("^", "**"), transformations=rules)) == 0
     except Exception:  # a model may have written anything; what can't be read is not equal
         return False
 
