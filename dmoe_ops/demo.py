@@ -67,7 +67,7 @@ def prompts_of(args: argparse.Namespace, folder: Path) -> tuple[TextCodec, list[
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompts(parser)
     parser.add_argument("--stop", metavar="TEXT", nargs="+", default=[], help="texts that end an answer")
-    parser.add_argument("--block-length", metavar="N", type=int, default=32)
+    parser.add_argument("--block-length", metavar="N", type=int, help="default: the model's own")
     parser.add_argument("--threshold", metavar="P", type=float, default=0.95, help="confidence that unmasks a token")
     parser.add_argument("--policy", choices=POLICIES, default="dmoe", help="block routing to show (default: dmoe)")
     parser.add_argument("--top-p", metavar="P", type=float, default=0.6, help="of dmoe (default: 0.6)")

@@ -58,6 +58,21 @@ KNOWN = {
 }
 
 
+def names(config) -> set[str]:
+    """What the checkpoints of a family call some of their tensors."""
+    last, expert = f"model.layers.{config.num_hidden_layers - 1}", config.num_experts - 1
+    found = {f"{last}.{norm}layernorm.weight" for norm in ("input_", "post_attention_")} | {"model.norm.weight"}
+    found |= {f"{last}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")}
+    found |= {f"{last}.mlp.gate.weight", "lm_head.weight"}
+    if isinstance(config, LLaDA2Config):
+        found |= {"model.word_embeddings.weight", "model.layers.0.mlp.up_proj.weight", f"{last}.mlp.gate.expert_bias"}
+        found |= {f"{last}.mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")}
+        parts = ("query_key_value", "dense", "query_layernorm", "key_layernorm")
+        return found | {f"{last}.attention.{part}.weight" for part in parts}
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    return found | {"model.embed_tokens.weight"} | {f"{last}.self_attn.{part}.weight" for part in parts}
+
+
 def test_every_released_config_is_known():
     assert list(RELEASED) == list(KNOWN)
 
@@ -74,8 +89,9 @@ def test_the_geometry_of_a_released_model(name, tmp_path):
     )
     assert config.routing() == known.own and config.routing("token").select == "all"
     assert config.block_length == known.block and config.mask_token_id is not None and config.eos_token_id is not None
-    model = known.family(config, device="meta")  # every tensor that the checkpoint must have
-    assert sum(tensor.numel() for tensor in model.checkpoint_tensors().values()) == known.parameters
+    model = known.family(config, device="meta")
+    tensors = model.checkpoint_tensors()  # every one that the checkpoint must have
+    assert sum(tensor.numel() for tensor in tensors.values()) == known.parameters and tensors.keys() >= names(config)
     assert round(16 * model.to(torch.bfloat16).bytes_per_expert / 1e6, 1) == known.coreset
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dmoe_ops
+from dmoe_ops.convert import quantize_folder
 from dmoe_ops.models import SDARConfig, SDARForDiffusion
 from dmoe_ops.models.training import denoising_loss
 
@@ -147,6 +148,14 @@ def test_quantised_experts_and_experts_in_files(form, folder, tmp_path):
     torch.testing.assert_close(again(TENSORS["model.input_ids"]).logits, quantised(TENSORS["model.input_ids"]).logits)
     tokens = decode(dmoe_ops.load(folder), "inside_a_block").tokens
     assert torch.equal(decode(dmoe_ops.load(folder, expert_memory="50%"), "inside_a_block").tokens, tokens)
+
+
+def test_the_command_that_quantises_a_folder(folder, tmp_path):
+    written = quantize_folder(folder, "int8", tmp_path / "int8")
+    assert written.matrices == 2 * 16 * 3  # of two layers with experts
+    want = dmoe_ops.load(folder).quantize("int8").state_dict()
+    found = dmoe_ops.load(tmp_path / "int8").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in want.items())
 
 
 @pytest.mark.parametrize(

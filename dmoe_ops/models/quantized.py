@@ -172,11 +172,14 @@ def _check(values: dict, key: str, allowed, name: str = "", default=None) -> Non
         raise ValueError(f"{path} must be {' or '.join(str(one) for one in allowed)}, got {value!r:.200}")
 
 
+EMBEDDINGS = ("word_embeddings.weight", "embed_tokens.weight")
+
+
 def config_of(form: str, tensors: dict[str, torch.Tensor | Matrix]) -> dict:
     """The quantization_config of a checkpoint that holds these tensors; it lists every other matrix but the embedding.
     The head is among them where it is tied to the embedding, too."""
     floats = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, Matrix) and tensor.dim() == 2}
-    ignore = [name.removesuffix(".weight") for name in floats if not name.endswith("word_embeddings.weight")]
+    ignore = [name.removesuffix(".weight") for name in floats if not name.endswith(EMBEDDINGS)]
     # Engines that hold gate_proj and up_proj as one module may ask for its name alone (SGLang's LLaDA2).
     ignore += [name.replace("gate_proj", "gate_up_proj") for name in ignore if name.endswith("gate_proj")]
     ignore = sorted({"lm_head", *ignore})
