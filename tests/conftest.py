@@ -73,6 +73,11 @@ def threads():
 
 
 @pytest.fixture
+def one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture
 def make_block():
     """make_block(dtype=..., **sizes) builds a module with the members of LLaDA2's sparse MoE block, randomly filled."""
     return _make_block

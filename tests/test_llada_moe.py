@@ -4,39 +4,19 @@ refused as every token sees all others."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from golden_file import Golden
+from safetensors.torch import load_file
 
 import dmoe_ops
 from dmoe_ops.models import LLaDAMoEForDiffusion
 from dmoe_ops.models.training import denoising_loss
 
-GOLDEN = Path(__file__).parent / "golden" / "llada_moe.safetensors"
-with safe_open(GOLDEN, "pt") as file:
-    TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
-    ABOUT = file.metadata()
-DECODES = json.loads(ABOUT["decodes"])
-
-
-def weights(name: str) -> dict[str, torch.Tensor]:
-    prefix = f"{name}.weights."
-    return {key.removeprefix(prefix): value for key, value in TENSORS.items() if key.startswith(prefix)}
-
-
-def write(folder: Path, name: str = "model", **changes) -> Path:
-    (folder / "config.json").write_text(json.dumps(json.loads(ABOUT[f"{name}.config"]) | changes))
-    save_file(weights(name), folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Faster than two, at this size."""
-    threads(1)
+GOLDEN = Golden("llada_moe")
+TENSORS, DECODES, weights, write = GOLDEN.tensors, GOLDEN.decodes, GOLDEN.weights, GOLDEN.write
+pytestmark = pytest.mark.usefixtures("one_thread")  # faster than two, at this size
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_file import Golden
 from safetensors.torch import load_file, save_file
 
 import dmoe_ops
@@ -16,33 +16,14 @@ from dmoe_ops.convert import quantize_folder
 from dmoe_ops.models import SDARConfig, SDARForDiffusion
 from dmoe_ops.models.training import denoising_loss
 
-GOLDEN = Path(__file__).parent / "golden" / "sdar.safetensors"
-with safe_open(GOLDEN, "pt") as file:
-    TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
-    ABOUT = file.metadata()
-DECODES = json.loads(ABOUT["decodes"])
-
-
-def weights(name: str) -> dict[str, torch.Tensor]:
-    prefix = f"{name}.weights."
-    return {key.removeprefix(prefix): value for key, value in TENSORS.items() if key.startswith(prefix)}
-
-
-def write(folder: Path, name: str = "model") -> Path:
-    (folder / "config.json").write_text(ABOUT[f"{name}.config"])
-    save_file(weights(name), folder / "model.safetensors")
-    return folder
+GOLDEN = Golden("sdar")
+TENSORS, DECODES, weights, write = GOLDEN.tensors, GOLDEN.decodes, GOLDEN.weights, GOLDEN.write
+pytestmark = pytest.mark.usefixtures("one_thread")  # faster than two, at this size
 
 
 @pytest.fixture
 def folder(tmp_path):
     return write(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Faster than two, at this size."""
-    threads(1)
 
 
 def edit(folder: Path, **changes) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from ..config import NEUTRAL, DiffusionConfig
-from ..qwen3_moe.config import RENAMED, softmax_geometry
+from ..config import NEUTRAL
+from ..qwen3_moe.config import SeparateConfig, softmax_geometry
 
 NAMES = dict(expert_intermediate_size="moe_intermediate_size", dense_intermediate_size="intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True)
-class LLaDAMoEConfig(DiffusionConfig):
+class LLaDAMoEConfig(SeparateConfig):
     """LLaDA-MoE-7B-A1B; see `DiffusionConfig`. moe_layer_freq: for each layer 1, or 0 where it has no experts."""
 
-    attention_bias: bool = False
     qk_layernorm: bool = False
     moe_layer_freq: tuple = ()
     model_type: str = "lladamoe"
@@ -24,7 +23,6 @@ class LLaDAMoEConfig(DiffusionConfig):
     model_types: ClassVar[tuple[str, ...]] = ("lladamoe", "llada_moe")
     architectures: ClassVar[tuple[str, ...]] = ("LLaDAMoEModelLM", "LLaDAMoEModel")
     released_ids: ClassVar[dict[int, tuple[int, int]]] = {157184: (156892, 156895)}
-    renamed: ClassVar[dict[str, Any]] = RENAMED
     sees_all: ClassVar[bool] = True
 
     def _check_types(self) -> None:
@@ -52,14 +50,6 @@ class LLaDAMoEConfig(DiffusionConfig):
     @property
     def use_qk_norm(self) -> bool:
         return self.qk_layernorm
-
-    @property
-    def use_qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def use_bias(self) -> bool:
-        return self.attention_bias
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

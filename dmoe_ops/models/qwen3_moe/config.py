@@ -24,14 +24,30 @@ RENAMED: dict[str, Any] = dict(
 
 
 @dataclasses.dataclass(frozen=True)
-class SDARConfig(DiffusionConfig):
+class SeparateConfig(DiffusionConfig):
+    """A config whose checkpoints have queries, keys and values apart; attention_bias is that of all projections."""
+
+    attention_bias: bool = False
+
+    renamed: ClassVar[dict[str, Any]] = RENAMED
+
+    @property
+    def use_qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def use_bias(self) -> bool:
+        return self.attention_bias
+
+
+@dataclasses.dataclass(frozen=True)
+class SDARConfig(SeparateConfig):
     """SDAR-30B-A3B, and Qwen3-MoE itself, from which it was made; see `DiffusionConfig`.
 
     Of decoder_sparse_step layers the last has experts, unless its number (from 0 on) is in mlp_only_layers.
     """
 
     norm_topk_prob: bool = False
-    attention_bias: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple = ()
     model_type: str = "sdar_moe"
@@ -41,7 +57,6 @@ class SDARConfig(DiffusionConfig):
     architectures: ClassVar[tuple[str, ...]] = ("SDARMoeForCausalLM",)
     default_block: ClassVar[int] = 4
     released_ids: ClassVar[dict[int, tuple[int, int]]] = {151936: (151643, 151669)}
-    renamed: ClassVar[dict[str, Any]] = RENAMED
     files: ClassVar[tuple[str, ...]] = ("config.json", GENERATION)
 
     @classmethod
@@ -53,14 +68,6 @@ class SDARConfig(DiffusionConfig):
         ends = checkpoint.read_json(folder / GENERATION).get("eos_token_id")
         ends = ends[:1] if isinstance(ends, list) else [] if ends is None else [ends]
         return dict(eos_token_id=ends[0]) if ends else {}
-
-    @property
-    def use_qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def use_bias(self) -> bool:
-        return self.attention_bias
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
