@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool-capacity", metavar="N", type=int, help="of xshare")
     parser.add_argument("--gen-length", metavar="N", type=int, default=2048, help="new tokens at most (default: 2048)")
     parser.add_argument("--steps", metavar="N", type=int, default=32, help="per block (default: 32)")
-    parser.add_argument("--block-length", metavar="N", type=int, default=32, help="default: 32")
+    parser.add_argument("--block-length", metavar="N", type=int, help="default: the model's own, LLaDA2's 32")
     parser.add_argument("--threshold", metavar="P", type=float, default=0.95, help="default: 0.95")
     parser.add_argument("--temperature", metavar="T", type=float, help="default: 1 for authors, 0 for mended")
     parser.add_argument("--seed", metavar="N", type=int, default=42, help="of what is drawn (default: 42)")
@@ -117,6 +117,7 @@ class Evaluation:
         self.folder = hub.folder_of(args.model) if args.model else demo.shipped_checkpoint()
         self.config = families.config_of(self.folder)
         self.policy = own_policy(self.config) if args.policy == OWN else args.policy
+        args.block_length = args.block_length or self.config.block_length
         self.overrides = overrides_of(args, self.policy)
         self.device = self._device()
         self.codec = TextCodec(self.folder, chat=not args.raw)
