@@ -117,9 +117,10 @@ class Cpp:
     def block_route(
         logits, expert_bias, block_offsets, seq_len, routing, out: RoutingResult, domain_offsets=None, coreset_ids=None
     ) -> None:
-        inputs = (logits, expert_bias, block_offsets, seq_len, *packed_routing(routing))
-        pool = (domain_offsets, routing.pool_capacity or 0, routing.choose == "pool", coreset_ids)
-        torch.ops.dmoe._block_route_out(*inputs, *out, *pool)
+        call: tuple = (logits, expert_bias, block_offsets, seq_len, *packed_routing(routing), *out)
+        if domain_offsets is not None or coreset_ids is not None:
+            call += domain_offsets, routing.pool_capacity or 0, routing.choose == "pool", coreset_ids
+        torch.ops.dmoe._block_route_out(*call)
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y, *wave) -> None:

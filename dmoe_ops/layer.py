@@ -106,12 +106,11 @@ def route(
     _, *routed, router_logits = allocate_layer(rows, block_offsets, seq_len, routing, *shared)
     _checks.block_offset_values(block_offsets, rows.shape[0], routing.block_size)
     result, rest = router.routing_result(routed), None
-    domains = router.domains_for_kernels(routing, *shared, len(result.coreset_sizes), x.device)
+    shared = router.sharing_for_kernels(routing, *shared, result)
     if rows.shape[0]:
-        inputs = _library.contiguous(rows, gate_weight, expert_bias, block_offsets, coreset_ids)
-        rows, gate, bias, offsets, given = inputs
+        rows, gate, bias, offsets = _library.contiguous(rows, gate_weight, expert_bias, block_offsets)
         outputs = None, result, router_logits
-        call = LayerCall(rows, gate, bias, weights, offsets, seq_len, routing, *outputs, domains, given)
+        call = LayerCall(rows, gate, bias, weights, offsets, seq_len, routing, *outputs, *shared)
         rest = _backends.backend(x).route(call)
     return Routed(result, router_logits, rest)
 
@@ -201,25 +200,11 @@ def block_moe_run(
     _checks.expert_map_values(weights)
     y, *routed, router_logits = out
     result = router.routing_result(routed)
-    n_blocks = len(result.coreset_sizes)
-    domains = router.domains_for_kernels(routing, domain_offsets, coreset_ids, n_blocks, x.device)
+    shared = router.sharing_for_kernels(routing, domain_offsets, coreset_ids, result)
     if x.shape[0]:
-        inputs = _library.contiguous(x, gate_weight, expert_bias, block_offsets, coreset_ids)
-        x, gate_weight, expert_bias, block_offsets, given = inputs
-        call = LayerCall(
-            x,
-            gate_weight,
-            expert_bias,
-            weights,
-            block_offsets,
-            seq_len,
-            routing,
-            y,
-            result,
-            router_logits,
-            domains,
-            given,
-        )
+        x, gate_weight, expert_bias, block_offsets = _library.contiguous(x, gate_weight, expert_bias, block_offsets)
+        inputs = (x, gate_weight, expert_bias, weights, block_offsets)
+        call = LayerCall(*inputs, seq_len, routing, y, result, router_logits, *shared)
         _backends.backend(x).block_moe(call)
     return out
 

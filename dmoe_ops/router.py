@@ -81,7 +81,8 @@ def allocate_routing(
     """Empty outputs for `tokens` rows in sequences of `seq_len`, on the device of `like`; checks what blocks share, whose
     shapes depend on the number of blocks."""
     n_blocks = count_blocks(tokens, seq_len, block_offsets, routing.block_size)
-    _checks.sharing(domain_offsets, coreset_ids, n_blocks, like.device)
+    if domain_offsets is not None or coreset_ids is not None:
+        _checks.sharing(domain_offsets, coreset_ids, n_blocks, like.device)
     width = routing.coreset_width if coreset_ids is None else coreset_ids.shape[1]
     weight_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return RoutingResult(
@@ -92,18 +93,22 @@ def allocate_routing(
     )
 
 
-def domains_for_kernels(
-    routing: BlockRouting, domain_offsets: Tensor | None, coreset_ids: Tensor | None, n_blocks: int, device
-) -> Tensor | None:
-    """int32 [n_domains + 1] where blocks may reach each other, else None; looks at the values of a CPU's tensors."""
+def sharing_for_kernels(
+    routing: BlockRouting, domain_offsets: Tensor | None, coreset_ids: Tensor | None, result: RoutingResult
+) -> tuple[Tensor | None, Tensor | None]:
+    """(domain_offsets in int32 where blocks may reach each other, else None; coreset_ids), contiguous. Looks at the values
+    of a CPU's tensors."""
+    if domain_offsets is None and coreset_ids is None and routing.pool_capacity is None:
+        return None, None
+    n_blocks = result.coreset_sizes.shape[0]
     _checks.sharing_values(domain_offsets, coreset_ids, n_blocks, routing.num_experts)
-    if coreset_ids is not None or not routing.pooled:
-        return None
-    if domain_offsets is not None:
-        return domain_offsets.int().contiguous()
-    if routing.pool_capacity is None:
-        return None
-    return torch.arange(n_blocks + 1, dtype=torch.int32, device=device)
+    if coreset_ids is not None:
+        return None, coreset_ids.contiguous()
+    if not routing.pooled:
+        return None, None
+    if domain_offsets is None:
+        return torch.arange(n_blocks + 1, dtype=torch.int32, device=result.coreset_sizes.device), None
+    return domain_offsets.int().contiguous(), None
 
 
 def check_seq_len(seq_len: int, tokens: int) -> None:
@@ -141,15 +146,12 @@ def block_route_run(
     coreset_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op on arguments that have been checked."""
-    shared = domain_offsets, coreset_ids
-    result = allocate_routing(logits.shape[0], seq_len, block_offsets, routing, logits, *shared)
+    result = allocate_routing(logits.shape[0], seq_len, block_offsets, routing, logits, domain_offsets, coreset_ids)
     _checks.block_offset_values(block_offsets, logits.shape[0], routing.block_size)
-    domains = domains_for_kernels(routing, *shared, len(result.coreset_sizes), logits.device)
+    shared = sharing_for_kernels(routing, domain_offsets, coreset_ids, result)
     if logits.shape[0]:
-        inputs = _library.contiguous(logits, expert_bias, block_offsets, coreset_ids)
-        logits, expert_bias, block_offsets, coreset_ids = inputs
-        kernels = _backends.backend(logits)
-        kernels.block_route(logits, expert_bias, block_offsets, seq_len, routing, result, domains, coreset_ids)
+        logits, expert_bias, block_offsets = _library.contiguous(logits, expert_bias, block_offsets)
+        _backends.backend(logits).block_route(logits, expert_bias, block_offsets, seq_len, routing, result, *shared)
     return route_outputs(result)
 
 

@@ -195,7 +195,8 @@ class BlockRouting:
         elif self.select == "nonzero" and self.aggregate in ("union", "topk_sum"):
             votes: Any = self.union_k if self.aggregate == "union" else self.top_k
             limit = self.block_size * votes
-        return min(limit, self.num_experts, self.pool_capacity or limit)
+        limit = min(limit, self.num_experts)
+        return limit if self.pool_capacity is None else min(limit, self.pool_capacity)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(BlockRouting))
