@@ -82,6 +82,7 @@ def equal(mesh, folder: str) -> None:
         assert read.state_dict().keys() == part.state_dict().keys()
         compare(mesh, plain, read, "dmoe")
         # Ranks whose random numbers differ draw what rank 0 draws.
+        part.set_routing("dmoe", **SETTINGS.get("dmoe", {}))  # as `plain` now
         ids, options = prompts()
         for generator in (None, torch.Generator()):
             (generator or torch.default_generator).manual_seed(mesh.get_rank())
