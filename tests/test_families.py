@@ -83,7 +83,7 @@ def test_the_geometry_of_a_released_model(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]["config"]))
     assert families.family_of(tmp_path) is known.family
     config = families.config_of(tmp_path)
-    assert type(config) is known.family.config_class
+    assert type(config) is known.family.config_type
     assert (
         config.parameters == known.parameters and abs(known.parameters / 1e9 - known.billions) < 0.04 * known.billions
     )
@@ -135,7 +135,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(changes, folder)
             read(folder)
         said = str(error.value)
         assert "\n" not in said and f"{folder / 'config.json'}: architectures must be one of" in said
-        assert all(family.config_class.architectures[0] in said for family in families.FAMILIES)
+        assert all(family.config_type.architectures[0] in said for family in families.FAMILIES)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def load(
 
 def config_of(folder: str | Path, revision: str | None = None) -> DiffusionConfig:
     """The config of a folder or a model on the hub, whatever its family. Errors are those of `load`."""
-    return family_of(folder, revision).config_class.from_pretrained(folder, revision=revision)
+    return family_of(folder, revision).config_type.from_pretrained(folder, revision=revision)
 
 
 def family_of(folder: str | Path, revision: str | None = None) -> type[DiffusionModel]:
@@ -42,13 +42,13 @@ def family_of(folder: str | Path, revision: str | None = None) -> type[Diffusion
     named, kind = values.get("architectures"), values.get("model_type")
     named = [one for one in named if isinstance(one, str)] if isinstance(named, list) else []
     for family in FAMILIES:
-        if not set(named).isdisjoint(family.config_class.architectures):
+        if not set(named).isdisjoint(family.config_type.architectures):
             return family
     # A config of ours or of an older date has no architectures. One that has others is another model, whatever its type.
     if not named and isinstance(kind, str):
         for family in FAMILIES:
-            if kind.startswith(family.config_class.model_types):
+            if kind.startswith(family.config_type.model_types):
                 return family
-    known = ", ".join(f"{f.config_class.architectures[0]} ({f.config_class.family})" for f in FAMILIES)
+    known = ", ".join(f"{f.config_type.architectures[0]} ({f.config_type.family})" for f in FAMILIES)
     said = _files.short(", ".join(named) or str(kind))
     raise ValueError(f"{path}: architectures must be one of {known}, got {said}")

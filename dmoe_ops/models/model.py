@@ -37,13 +37,13 @@ Model = TypeVar("Model", bound="DiffusionModel")
 
 
 class DiffusionModel(nn.Module):
-    """A model that routes by block; a family is a subclass with its `config_class`, see `dmoe_ops.models.families`.
+    """A model that routes by block; a family is a subclass with its `config_type`, see `dmoe_ops.models.families`.
 
     config: a `DiffusionConfig`; routing: see `set_routing`; dtype of the weights (by default torch's). Weights are created
     empty and as floats: `from_pretrained` reads them, `init_weights` draws them, `quantize` rounds the experts.
     """
 
-    config_class: ClassVar[type[DiffusionConfig]]
+    config_type: ClassVar[type[DiffusionConfig]]  # config_class is transformers' name for its own
 
     def __init__(
         self,
@@ -295,7 +295,7 @@ class DiffusionModel(nn.Module):
         dtype = checkpoint.dtype_of(torch_dtype if dtype is None else dtype)
         device = usable(device)
         settings = None if expert_memory is None else MemorySettings.of(expert_memory)
-        config = cls.config_class.from_pretrained(folder, revision=revision)
+        config = cls.config_type.from_pretrained(folder, revision=revision)
         config.routing(policy, **overrides)  # a wrong policy shows before anything is opened
         folder = hub.folder_of(folder, revision)
         stored, _ = open_checkpoint(config, folder)

@@ -37,4 +37,4 @@ __all__ = [
 class LLaDA2ForDiffusion(DiffusionModel):
     """A LLaDA2 model that routes by block; see `DiffusionModel`."""
 
-    config_class: ClassVar[type[LLaDA2Config]] = LLaDA2Config
+    config_type: ClassVar[type[LLaDA2Config]] = LLaDA2Config

@@ -15,4 +15,4 @@ __all__ = ["LLaDAMoEConfig", "LLaDAMoEForDiffusion"]
 class LLaDAMoEForDiffusion(DiffusionModel):
     """A LLaDA-MoE model that routes by block; see `DiffusionModel`."""
 
-    config_class: ClassVar[type[LLaDAMoEConfig]] = LLaDAMoEConfig
+    config_type: ClassVar[type[LLaDAMoEConfig]] = LLaDAMoEConfig

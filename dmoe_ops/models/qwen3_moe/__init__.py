@@ -15,4 +15,4 @@ __all__ = ["SDARConfig", "SDARForDiffusion"]
 class SDARForDiffusion(DiffusionModel):
     """An SDAR model that routes by block; see `DiffusionModel`."""
 
-    config_class: ClassVar[type[SDARConfig]] = SDARConfig
+    config_type: ClassVar[type[SDARConfig]] = SDARConfig
