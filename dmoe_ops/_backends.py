@@ -258,8 +258,7 @@ class Cuda:
         if not alone or _C.cuda_router_refuses(routing.num_experts, routing.top_k, routing.block_size, 0):
             _without_cuda().block_route(logits, expert_bias, block_offsets, seq_len, routing, out, *shared)
         else:
-            packed = packed_routing(routing)
-            torch.ops.dmoe._block_route_out(logits, expert_bias, block_offsets, seq_len, *packed, *out)
+            Cpp.block_route(logits, expert_bias, block_offsets, seq_len, routing, out)
 
     @staticmethod
     def moe_experts(x, weights: ExpertWeights, topk_ids, topk_weights, y) -> None:

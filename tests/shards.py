@@ -5,11 +5,11 @@ import json
 from safetensors.torch import load_file, save_file
 
 
-def shard(folder):
-    """Splits the checkpoint: every third tensor into one of three files."""
+def shard(folder, files=3):
+    """Splits the checkpoint: tensors in turn into one of the files."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(tensors)}
+    weight_map = {name: f"model-{i % files}.safetensors" for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
         save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))

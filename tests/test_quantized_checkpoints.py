@@ -10,6 +10,7 @@ import pytest
 import torch
 from dmoe_ops.bench import decode
 from safetensors.torch import load_file, save_file
+from shards import shard
 from sizes import SIZES as SMALL
 from torch import nn
 
@@ -186,12 +187,7 @@ def test_parts_of_a_matrix_in_different_shards(tmp_path):
     build().save_pretrained(tmp_path)
     quantize_folder(tmp_path, "4 bits", all_but_router_and_head)
     before = load(tmp_path).state_dict()
-    tensors = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % 4}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, tmp_path / file)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    shard(tmp_path, files=4)
     assert_same_bits(load(tmp_path).state_dict(), before)
 
 
